@@ -1,0 +1,125 @@
+"""All-in-attention: decoder blocks that attend to the reference, the mask and the text (TISynth)."""
+import torch
+from torch import Tensor, nn
+
+from cldm.control import Features
+from ldm.modules.attention import CrossAttention, FeedForward
+from ldm.modules.blocks import zero_module
+from ldm.modules.unet import UNet
+
+
+class AllInAttentionBlock(nn.Module):
+    """Attention to the reference, to the mask, to itself, to the text; then feed-forward.
+
+    The names are those of the published weights, in which `ssl` labels the attention to the *mask* features although
+    the reference branch is called `ssl_stage_model`: `attn00_ls_trainable` attends to the reference,
+    `attn01_ssl_trainable` to the mask.
+
+    Args:
+        dim: width of the features.
+        heads, head_dim: attention heads.
+        context_dim: width of the text embedding.
+        source_dim: width of the mask and reference features.
+        normalise_sources: LayerNorm on keys' and values' source (upstream: none).
+        zero_out: start both attentions with a zero output projection, weights and bias (upstream: random, so that a
+            fresh layer adds a random constant).
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int, source_dim: int,
+                 normalise_sources: bool, zero_out: bool) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, head_dim)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.attn00_ls_trainable = CrossAttention(dim, source_dim, heads, head_dim)
+        self.attn01_ssl_trainable = CrossAttention(dim, source_dim, heads, head_dim)
+        self.norm00_trainable = nn.LayerNorm(dim)
+        self.norm01_trainable = nn.LayerNorm(dim)
+        if normalise_sources:
+            self.reference_norm_trainable = nn.LayerNorm(source_dim)
+            self.hint_norm_trainable = nn.LayerNorm(source_dim)
+        else:
+            self.reference_norm_trainable, self.hint_norm_trainable = nn.Identity(), nn.Identity()
+        if zero_out:
+            zero_module(self.attn00_ls_trainable.to_out)
+            zero_module(self.attn01_ssl_trainable.to_out)
+
+    def forward(self, x: Tensor, context: Tensor, hint: Tensor, reference: Tensor) -> Tensor:
+        """Transform the features.
+
+        Args:
+            x: (B, N, dim).
+            context: (B, L, context_dim).
+            hint, reference: feature maps of the two branches, (B, source_dim, h, w).
+        Returns:
+            (B, N, dim).
+        """
+        reference = self.reference_norm_trainable(reference.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
+        hint = self.hint_norm_trainable(hint.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
+        x = x + self.attn00_ls_trainable(self.norm00_trainable(x), reference)
+        x = x + self.attn01_ssl_trainable(self.norm01_trainable(x), hint)
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class AllInAttentionUNet(UNet):
+    """U-Net whose middle and decoder transformers attend to the features of two control branches.
+
+    Args:
+        coupling: how the branches reach the decoder.
+            `upstream`: only by attention, on the projected features. Decoder levels without a transformer drop them.
+            `residual`: attention on the raw features, normalised and with zero-initialised outputs; and the projected
+            features are added to skips and middle, as in ControlNet, on every level. Both start at zero, and both
+            have gradients from the first step (a zero projection behind a zero projection would have none).
+        unet: see UNet.
+    """
+
+    def __init__(self, coupling: str = "residual", **unet: object) -> None:
+        if coupling not in ("upstream", "residual"):
+            raise ValueError(f"coupling: {coupling!r} is unknown. Expected upstream or residual.")
+        is_residual = coupling == "residual"
+
+        def factory(channels: int, heads: int, head_dim: int, context_dim: int, skip_channels: int) -> nn.Module:
+            return AllInAttentionBlock(channels, heads, head_dim, context_dim, skip_channels,
+                                       normalise_sources=is_residual, zero_out=is_residual)
+
+        super().__init__(decoder_factory=factory, **unet)
+        self.is_residual = is_residual
+
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Features, reference: Features) -> Tensor:
+        """Prediction under control.
+
+        Args:
+            latent: (B, in_channels, h, w).
+            timestep: (B,) int64.
+            context: (B, L, context_dim).
+            hint, reference: features of the mask branch and of the reference branch.
+        Returns:
+            (B, out_channels, h, w).
+        """
+        embedding = self.embed_timestep(timestep)
+        skips = list(self.encode(latent, embedding, context))
+        if self.is_residual:
+            added = [a + b for a, b in zip(hint.projected, reference.projected, strict=True)]
+            sources = list(zip(hint.raw, reference.raw, strict=True))
+        else:
+            sources = list(zip(hint.projected, reference.projected, strict=True))
+        to_hint, to_reference = sources.pop()
+        h = self.run(self.middle_block, skips[-1], embedding, context=context, hint=to_hint, reference=to_reference)
+        if self.is_residual:
+            h = h + added.pop()
+            skips = [skip + extra for skip, extra in zip(skips, added, strict=True)]
+        for block in self.output_blocks:
+            to_hint, to_reference = sources.pop()
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context, hint=to_hint,
+                         reference=to_reference)
+        return self.out(h)
+
+    def attended(self) -> list[bool]:
+        """For every encoder feature and the middle one: does a transformer of the decoder attend to it?"""
+        return [len(block) > 1 and hasattr(block[1], "transformer_blocks")
+                for block in reversed(self.output_blocks)] + [True]

@@ -1,0 +1,113 @@
+"""What train.py writes beside the weights: the record of the run, sample grids, weights for inference."""
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageDraw
+
+from ldm.checkpoint import save_safetensors
+from ldm.data.transforms import normalize_batch, to_uint8
+
+
+class RunRecord(pl.Callback):
+    """Writes run_dir/config.yaml and run_dir/run.json (command, revision, versions) when a fit starts."""
+
+    def __init__(self, run_dir: Path, config: DictConfig) -> None:
+        self.run_dir, self.config = run_dir, config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write both files, on one process."""
+        if not trainer.is_global_zero:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.run_dir / "config.yaml")
+        revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                  cwd=Path(__file__).parent, check=False).stdout.strip()
+        record = {"command": sys.argv, "revision": revision or "unknown", "python": platform.python_version(),
+                  "torch": torch.__version__, "lightning": pl.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+                  "world_size": trainer.world_size, "start_step": trainer.global_step}
+        with (self.run_dir / "run.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class WeightExport(pl.Callback):
+    """Exports the weights (averaged ones when EMA is on) with the config inside: run_dir/checkpoints/last.safetensors.
+
+    Args:
+        run_dir: folder of the run.
+        config: resolved config; its `model` node goes into the file.
+    """
+
+    def __init__(self, run_dir: Path, config: DictConfig) -> None:
+        self.path, self.config = run_dir / "checkpoints" / "last.safetensors", config
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Export whenever Lightning saves a checkpoint."""
+        if trainer.is_global_zero:
+            weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
+            save_safetensors(self.path, weights, self.config, {"step": str(trainer.global_step)})
+
+
+class ImageGrid(pl.Callback):
+    """Paints the same few validation rows every `every` optimizer steps: run_dir/images/gs-000100.png.
+
+    Each line of the grid is one row of the manifest, each column one picture of `method.preview(batch)`. With EMA the
+    weights are those in training, not the averaged ones.
+
+    Args:
+        run_dir: folder of the run.
+        dataset: rows to show, the first `rows` of it.
+        every: optimizer steps between two grids.
+        rows: lines of the grid.
+    """
+
+    def __init__(self, run_dir: Path, dataset: torch.utils.data.Dataset, every: int, rows: int = 6) -> None:
+        self.folder, self.every = run_dir / "images", every
+        self.items = [dataset[i] for i in range(min(rows, len(dataset)))]
+        self.last_step = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Write the grid when it is due."""
+        step = trainer.global_step
+        if step % self.every or step == self.last_step or not trainer.is_global_zero:
+            return
+        self.last_step = step
+        batch = normalize_batch(torch.utils.data.default_collate(self.items), pl_module.device)
+        pl_module.eval()
+        with torch.random.fork_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+            columns = pl_module.method.preview(batch)
+        pl_module.train()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".gs-{step:06d}.{os.getpid()}.png"
+        draw_grid(columns).save(temporary)
+        os.replace(temporary, self.folder / f"gs-{step:06d}.png")
+
+
+def draw_grid(columns: dict[str, torch.Tensor], gap: int = 4) -> Image.Image:
+    """Grid of pictures with the names of the columns on top.
+
+    Args:
+        columns: name -> (B, 3, H, W) float in [-1, 1].
+        gap: pixels between pictures.
+    """
+    pictures = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in columns.items()}
+    count, height, width, _ = next(iter(pictures.values())).shape
+    canvas = np.full((14 + count * (height + gap), len(pictures) * (width + gap), 3), 255, np.uint8)
+    for x, images in enumerate(pictures.values()):
+        for y, picture in enumerate(images):
+            top, left = 14 + y * (height + gap), x * (width + gap)
+            canvas[top:top + height, left:left + width] = picture
+    sheet = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(sheet)
+    for x, name in enumerate(pictures):
+        draw.text((x * (width + gap) + 2, 1), name, fill=(0, 0, 0))
+    return sheet

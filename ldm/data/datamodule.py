@@ -1,0 +1,126 @@
+"""Lightning data module over a training and a validation manifest; a resumed run goes on in the middle of the data."""
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, DistributedSampler
+
+from ldm.data.classes import ClassTable
+from ldm.data.dataset import PairDataset, collate_batch
+from ldm.data.manifest import read_manifest
+from ldm.util import UserError, is_rank_zero
+
+
+class RowSampler(DistributedSampler):
+    """Shuffled rows of one rank as pairs (row, epoch): a stream that goes on where the training stands.
+
+    Every iteration gives one epoch's number of full batches, beginning after the batches already trained on. So a
+    resumed run sees the rows of an uninterrupted one, wherever it was stopped. It is a DistributedSampler so that
+    Lightning leaves it in place.
+
+    Args:
+        num_rows: rows of the dataset.
+        batch_size: rows per batch and rank; rows left over at the end of an epoch are dropped.
+        num_replicas: number of ranks.
+        rank: this rank.
+        seed: the order of an epoch depends on (seed, epoch).
+        batches_done: gives the number of batches that this rank has trained on, over all epochs.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 0,
+                 batches_done: Callable[[], int] = lambda: 0) -> None:
+        super().__init__(range(num_rows), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
+        self.batch_size, self.batches_done = batch_size, batches_done
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        done, order = self.batches_done() * self.batch_size, {}
+        for position in range(done, done + len(self)):
+            epoch, number = divmod(position, len(self))
+            if epoch not in order:
+                self.set_epoch(epoch)
+                order = {epoch: list(super().__iter__())}
+            yield order[epoch][number], epoch
+
+
+class DataModule(LightningDataModule):
+    """Training and validation data of one method.
+
+    Args:
+        data_root: folder that the manifests' paths are relative to.
+        train_manifest: JSON-lines file of the training rows.
+        class_table: name, path or mapping, see ClassTable.load.
+        batch_size: rows per step and rank.
+        num_workers: loader processes per rank; 0 = load in the training process.
+        val_manifest: JSON-lines file of the validation rows; None = no validation.
+        size: (height, width) of all items; None = the masks' own size.
+        flip, random_crop, reference: see PairDataset. Validation is neither flipped nor cropped at random.
+        size_factor: heights and widths must be multiples of it (the method's `size_factor`).
+        check_files: decode every file before training starts.
+        seed: seed of order, flips and crops.
+    """
+
+    def __init__(self, data_root: str, train_manifest: str, class_table: str | Mapping, batch_size: int,
+                 num_workers: int = 2, val_manifest: str | None = None, size: tuple[int, int] | None = None,
+                 flip: float = 0.5, random_crop: bool = False, reference: str = "target",
+                 size_factor: int | None = None, check_files: bool = True, seed: int = 23) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise UserError(f"data: batch_size={batch_size}, num_workers={num_workers}. Expected at least 1 and 0.")
+        self.data_root = Path(data_root)
+        self.train_manifest, self.val_manifest = train_manifest, val_manifest
+        self.table = ClassTable.load(class_table)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+        self.flip, self.random_crop, self.reference = flip, random_crop, reference
+        self.size_factor, self.check_files = size_factor, check_files
+        self.train_set: PairDataset | None = None
+        self.val_set: PairDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check the manifests; called before the Trainer does, it finds bad input early.
+
+        Raises:
+            ManifestError: listing all bad rows.
+            UserError: if the training rows do not fill one batch on every rank.
+        """
+        if self.train_set is None:
+            self.train_set = self.make_dataset(self.train_manifest, is_training=True)
+            if self.val_manifest:
+                self.val_set = self.make_dataset(self.val_manifest, is_training=False)
+        ranks = self.trainer.world_size if self.trainer else 1
+        if len(self.train_set) < ranks * self.batch_size:
+            raise UserError(f"{self.train_manifest}: {len(self.train_set)} rows do not fill a batch of "
+                            f"{self.batch_size} on {ranks} ranks. Lower batch_size or add rows.")
+
+    def make_dataset(self, manifest: str, is_training: bool) -> PairDataset:
+        """Dataset over one manifest; flips and random windows only in training."""
+        need = {"image", "prompt"} | ({"reference"} if self.reference == "manifest" else set())
+        rows = read_manifest(manifest, self.data_root, need=need, table=self.table, size_factor=self.size_factor,
+                             size=self.size, check_files=self.check_files and is_rank_zero())
+        return PairDataset(rows, self.table, size=self.size, reference=self.reference, seed=self.seed,
+                           flip=self.flip if is_training else 0.0, random_crop=self.random_crop and is_training,
+                           centre_crop=self.random_crop and not is_training)
+
+    def train_dataloader(self) -> DataLoader:
+        """Loader of shuffled full batches, beginning where the training stands (see RowSampler)."""
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = RowSampler(len(self.train_set), self.batch_size, ranks, rank, self.seed, self.count_batches_done)
+        return self.make_loader(self.train_set, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Loader of the validation rows in order; an empty list when there is no validation."""
+        return self.make_loader(self.val_set, shuffle=False) if self.val_set else []
+
+    def make_loader(self, dataset: PairDataset, **options: Any) -> DataLoader:
+        """DataLoader with what both loaders share."""
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_batch,
+                          pin_memory=torch.cuda.is_available(), persistent_workers=self.num_workers > 0, **options)
+
+    def count_batches_done(self) -> int:
+        """Batches this rank has trained on; Lightning keeps the count in its checkpoints."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0

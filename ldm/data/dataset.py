@@ -1,0 +1,136 @@
+"""The one dataset of every method: rows of a manifest become uint8 tensors."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, default_collate
+
+from ldm.data.classes import ClassTable, read_mask
+from ldm.data.manifest import Row
+from ldm.data.transforms import fit_pair, fit_reference, resize_mask
+from ldm.util import UserError
+
+REFERENCE_MODES = ("target", "manifest", "none")
+
+
+class PairDataset(Dataset):
+    """Images, masks, references and prompts of a manifest.
+
+    An item has the keys `image` (3, H, W) uint8 (left out when the row has none), `mask` (H, W) uint8, 0..K-1 or 255,
+    `reference` (3, H, W) uint8 (left out with reference="none"), `prompt`, `name` str (stem of the mask), `row` int.
+    Its random draws depend on (seed, epoch, row) alone: not on workers, ranks, order or restarts.
+
+    Args:
+        rows: from read_manifest.
+        table: classes of the masks.
+        size: (height, width) of all items; None = the size of each mask.
+        flip: probability of the horizontal flip that image, mask and a reference made of the target share.
+        random_crop: cut a random window at the images' own scale, the same for image and mask (a reference from the
+            manifest gets its own). False = resize image and mask whole; a reference is scaled to cover the size.
+        centre_crop: like random_crop with the window in the centre (for validation).
+        reference: `target` = the image itself, `manifest` = the row's ref_image, `none`.
+        seed: base seed of the draws.
+    Raises:
+        UserError: if the rows lack what `reference` asks for, or a value is out of range.
+    """
+
+    def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None = None, flip: float = 0.0,
+                 random_crop: bool = False, centre_crop: bool = False, reference: str = "target",
+                 seed: int = 0) -> None:
+        if reference not in REFERENCE_MODES:
+            raise UserError(f"reference: {reference!r} is unknown. Expected one of {', '.join(REFERENCE_MODES)}.")
+        if not 0 <= flip <= 1:
+            raise UserError(f"flip: {flip}. Expected a probability, 0..1.")
+        if (random_crop or centre_crop) and (size is None or random_crop == centre_crop):
+            raise UserError(f"random_crop={random_crop}, centre_crop={centre_crop}, size={size}. Expected a size and "
+                            "only one of the two crops.")
+        lacking = {"target": "image", "manifest": "reference"}.get(reference)
+        bad = [row.line for row in rows if lacking and getattr(row, lacking) is None]
+        if bad:
+            raise UserError(f"reference={reference} needs an {lacking} in every row; line {bad[0]} has none. Read the "
+                            f"manifest with need={lacking!r}.")
+        self.rows, self.table, self.flip, self.reference, self.seed = list(rows), table, flip, reference, seed
+        self.size = None if size is None else (int(size[0]), int(size[1]))
+        self.crop, self.random_crop = random_crop or centre_crop, random_crop
+        self.latents = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        """Load a row; a pair (row, epoch) gives it the draws of that epoch, a plain index those of epoch 0."""
+        index, epoch = index if isinstance(index, tuple) else (index, 0)
+        row = self.rows[index]
+        random = np.random.default_rng((self.seed, epoch, row.index))
+        if self.latents is not None:
+            return self.cached_item(row, random)
+        image = None if row.image is None else read_image(row.image)
+        mask = read_mask(row.mask, self.table)
+        size = self.size or mask.shape
+        position = random if self.random_crop else None
+        image, mask = fit_pair(image, mask, size, self.crop, position)
+        if self.flip and random.random() < self.flip:
+            image, mask = None if image is None else image[:, ::-1], mask[:, ::-1]
+        item = {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
+        if image is not None:
+            item["image"] = to_tensor(image)
+        if self.reference == "target":
+            item["reference"] = item["image"].clone()
+        elif self.reference == "manifest":
+            item["reference"] = to_tensor(fit_reference(read_image(row.reference), size, self.crop, position))
+        return item
+
+    def cached_item(self, row: Row, random: np.random.Generator) -> dict[str, Any]:
+        """Item with cached latents in the place of the images."""
+        mask = resize_mask(read_mask(row.mask, self.table), self.size)
+        is_flipped = bool(self.flip) and random.random() < self.flip
+        item = {"mask": torch.from_numpy((mask[:, ::-1] if is_flipped else mask).copy()), "prompt": row.prompt,
+                "name": row.mask.stem, "row": row.index, "moments": self.latents.get(row.image, is_flipped)}
+        if self.reference == "manifest":
+            item["reference_moments"] = self.latents.get(row.reference, False)
+        return item
+
+    def cacheable_paths(self) -> list[Path]:
+        """Distinct images that items are made of, in sorted order.
+
+        Raises:
+            UserError: if the items are not the same whole images in every epoch.
+        """
+        if self.crop or self.size is None or self.reference == "target":
+            raise UserError("cache_latents needs whole images of one size (size set, no random_crop) and references that "
+                            "are other images (reference: manifest or none). Turn cache_latents off, or change these.")
+        used = {row.image for row in self.rows}
+        return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image of any 8-bit colour mode as (H, W, 3) uint8; UserError when it cannot be decoded."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
+        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
+
+
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 array -> (3, H, W) uint8 tensor with memory of its own."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)).copy())
+
+
+def collate_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items to a batch (tensors stacked, prompts and names in lists).
+
+    Raises:
+        UserError: naming two rows whose masks differ in size.
+    """
+    for item in items:
+        if item["mask"].shape != items[0]["mask"].shape:
+            sizes = ["x".join(str(side) for side in entry["mask"].shape) for entry in (items[0], item)]
+            raise UserError(f"batch: mask {items[0]['name']} is {sizes[0]}, mask {item['name']} is {sizes[1]} "
+                            "(height x width). Expected one size. Give a size (--H and --W) or use batch_size 1.")
+    return default_collate(items)

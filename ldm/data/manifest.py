@@ -1,0 +1,291 @@
+"""Manifests: JSON-lines files that pair masks with images, prompts and references."""
+import difflib
+import json
+import os
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+
+from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.util import UserError
+
+# The names on disk are those of existing data sets; this table is the only place that translates them.
+DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image"}
+NEEDS = ("image", "reference", "prompt")
+SHOWN_PROBLEMS = 100
+
+
+class ManifestError(UserError):
+    """All that is wrong with a manifest.
+
+    Attributes:
+        problems: every (line number, text), in line order; the message shows the first 100 and the lines of the others.
+    """
+
+    def __init__(self, path: str | Path, data_root: str | Path, problems: list[tuple[int, str]]) -> None:
+        self.problems = problems
+        lines = sorted({line for line, _ in problems})
+        text = [f"{path}: {len(problems)} problems in {len(lines)} lines (data_root={data_root}):"]
+        text += [f"  line {line}: {problem}" for line, problem in problems[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            others = sorted({line for line, _ in problems[SHOWN_PROBLEMS:]})
+            text.append(f"  and {len(problems) - SHOWN_PROBLEMS} more, in lines {format_ranges(others)}")
+        text.append("Correct these lines, or check --data_root and --dataset.")
+        super().__init__("\n".join(text))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a manifest; image and reference are None unless they were asked for.
+
+    Attributes:
+        index: number of the row, 0-based, blank lines not counted.
+        line: line in the file, 1-based.
+        mask: path of the mask.
+        image: path of the real image.
+        prompt: the prompt; empty when the manifest has none and none was needed.
+        reference: path of the reference.
+        mask_name: the mask as the manifest writes it, relative to the data root.
+    """
+
+    index: int
+    line: int
+    mask: Path
+    image: Path | None
+    prompt: str
+    reference: Path | None
+    mask_name: str
+
+
+def read_manifest(
+    path: str | Path,
+    data_root: str | Path,
+    *,
+    need: Collection[str] = ("image",),
+    table: ClassTable | None = None,
+    check_files: bool = True,
+    size_factor: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> list[Row]:
+    """Read a manifest and check everything in it before any work starts.
+
+    Args:
+        path: JSON-lines file with the keys source (mask), target (image), prompt, ref_image (reference).
+        data_root: folder that the paths in the manifest are relative to.
+        need: which of image, reference, prompt every row must have; images and references not needed are not looked at.
+        table: if given, every mask may hold only its ids.
+        check_files: open and decode every file once (threaded); False = only look whether they exist.
+        size_factor: if given, heights and widths must be multiples of it.
+        size: (height, width) that rows are brought to later; None = masks keep their own size, which is then checked.
+    Returns:
+        The rows in file order, at least one.
+    Raises:
+        FileNotFoundError: if the manifest or the data root does not exist.
+        ManifestError: listing all bad rows with their line numbers.
+        UserError: for an empty manifest, an unknown name in `need`, or a `size` that size_factor does not divide.
+    """
+    unknown = sorted(set(need) - set(NEEDS))
+    if unknown:
+        raise UserError(f"read_manifest: need={unknown} is unknown. Expected some of {', '.join(NEEDS)}.")
+    if size is not None and size_factor and (size[0] % size_factor or size[1] % size_factor):
+        raise UserError(f"size: {size[0]}x{size[1]} (height x width). Expected multiples of {size_factor}.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"manifest not found: {path}. Expected a JSON-lines file. Check --txt_file.")
+    if not Path(data_root).is_dir():
+        raise FileNotFoundError(f"data root not found: {data_root}. Expected a folder. Check --data_root.")
+    problems: list[tuple[int, str]] = []
+    rows = parse_rows(Path(path), Path(data_root), set(need), problems)
+    check_rows(rows, table, check_files, size_factor if size is None else None, problems)
+    if problems:
+        raise ManifestError(path, data_root, sorted(problems))
+    if not rows:
+        raise UserError(f"{path}: no rows. Expected one JSON object per line.")
+    return rows
+
+
+def parse_rows(path: Path, data_root: Path, need: set[str], problems: list[tuple[int, str]]) -> list[Row]:
+    """Parse all lines; rows that cannot be parsed go to `problems` and are left out."""
+    rows: list[Row] = []
+    entries: list[tuple[int, dict[str, str]]] = []
+    index = 0
+    for line, content in enumerate(path.read_bytes().splitlines(), start=1):
+        if not content.strip():
+            continue
+        try:
+            entry = json.loads(content.decode("utf-8-sig"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            problems.append((line, f"not valid JSON ({error}). Expected one object per line."))
+        else:
+            found = find_entry_problems(entry, need)
+            problems += [(line, text) for text in found]
+            if not found:
+                rows.append(make_row(entry, index, line, data_root, need))
+                entries.append((line, entry))
+        index += 1
+    find_duplicates(entries, problems)
+    return rows
+
+
+def make_row(entry: dict[str, str], index: int, line: int, data_root: Path, need: set[str]) -> Row:
+    """Turn a checked entry of a manifest into a Row."""
+    return Row(
+        index=index,
+        line=line,
+        mask=data_root / entry["source"],
+        image=data_root / entry["target"] if "image" in need else None,
+        prompt=entry.get("prompt", ""),
+        reference=data_root / entry["ref_image"] if "reference" in need else None,
+        mask_name=entry["source"],
+    )
+
+
+def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
+    """List what is wrong with one parsed line, files not considered."""
+    if not isinstance(entry, dict):
+        return [f"a JSON {type(entry).__name__}. Expected an object with the keys source, target, prompt, ref_image."]
+    known = tuple(DISK_KEYS.values())
+    problems = []
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(f"unknown key {key!r}. Expected {', '.join(known)}.{hint}")
+    for word, key in DISK_KEYS.items():
+        is_needed = word == "mask" or word in need
+        if key not in entry:
+            if is_needed:
+                problems.append(f"missing key {key!r} (the {word}).")
+        elif not isinstance(entry[key], str):
+            problems.append(f"{key} is {entry[key]!r} ({type(entry[key]).__name__}). Expected a string.")
+        elif is_needed and not entry[key].strip():
+            problems.append(f"{key} is empty. Expected the {word}.")
+        elif key != "prompt" and is_needed and is_outside(entry[key]):
+            problems.append(f"{key} {entry[key]!r} is absolute or leaves the data root. Expected a path below it.")
+    return problems
+
+
+def is_outside(name: str) -> bool:
+    """True if a path of a manifest is absolute (on any system) or climbs out of the folder it is relative to."""
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        return True
+    return os.path.normpath(name).split(os.sep)[0] == ".."
+
+
+def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tuple[int, str]]) -> None:
+    """Report lines that repeat an earlier one in every field, those that this run does not use included."""
+    first: dict[tuple, int] = {}
+    for line, entry in entries:
+        key = tuple(sorted(entry.items()))
+        if key in first:
+            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one."))
+        first.setdefault(key, line)
+
+
+def check_rows(
+    rows: list[Row],
+    table: ClassTable | None,
+    check_files: bool,
+    size_factor: int | None,
+    problems: list[tuple[int, str]],
+) -> None:
+    """Check the files of all rows, each distinct file once, and add what is wrong to `problems`."""
+    if not check_files:
+        probe_mask: Callable = probe_existence
+        probe_picture: Callable = probe_existence
+    else:
+        def probe_mask(file: Path) -> tuple[int, int] | str:
+            return probe_mask_file(file, table)
+
+        probe_picture = probe_image_file
+    masks = probe_all({row.mask for row in rows}, probe_mask)
+    pictures = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_picture)
+    for row in rows:
+        found = {"mask": masks[row.mask]}
+        if row.image:
+            found["image"] = pictures[row.image]
+        if row.reference:
+            found["reference"] = pictures[row.reference]
+        problems += [(row.line, f"{word}: {result}") for word, result in found.items() if isinstance(result, str)]
+        if not isinstance(found["mask"], tuple):
+            continue
+        height, width = found["mask"]
+        if isinstance(found.get("image"), tuple) and found["image"] != found["mask"]:
+            problems.append((row.line, f"image {row.image} is {found['image'][0]}x{found['image'][1]}, its mask "
+                                       f"{height}x{width} (height x width). Expected equal sizes."))
+        if size_factor and (height % size_factor or width % size_factor):
+            problems.append((row.line, f"mask {row.mask} is {height}x{width} (height x width). Expected multiples of "
+                                       f"{size_factor}; cut it, or give --H and --W."))
+
+
+def probe_all(files: set[Path], probe: Callable[[Path], Any]) -> dict[Path, Any]:
+    """Run a probe on every file in threads (Pillow decodes outside the interpreter lock)."""
+    ordered = sorted(files)
+    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 2)) as pool:
+        return dict(zip(ordered, pool.map(probe, ordered), strict=True))
+
+
+def probe_existence(file: Path) -> str | None:
+    """Problem text if there is no such file, else None."""
+    return None if file.is_file() else f"file not found: {file}."
+
+
+def probe_mask_file(file: Path, table: ClassTable | None) -> tuple[int, int] | str:
+    """Size (height, width) of a mask whose content is sound, else the problem as text."""
+    if not file.is_file():
+        return f"file not found: {file}."
+    try:
+        mask = read_raw_mask(file) if table is None else read_mask(file, table)
+    except UserError as error:
+        return str(error)
+    return mask.shape[0], mask.shape[1]
+
+
+def probe_image_file(file: Path) -> tuple[int, int] | str:
+    """Size (height, width) of an image that decodes completely, else the problem as text."""
+    if not file.is_file():
+        return f"file not found: {file}."
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            if picture.mode not in ("RGB", "L", "P", "RGBA"):
+                return f"{file}: an image of mode {picture.mode}. Expected 8-bit RGB."
+            return picture.height, picture.width
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
+        return f"{file}: not readable as an image ({error}). Write the file again."
+
+
+def format_ranges(numbers: list[int]) -> str:
+    """Write ascending numbers as ranges: 1-3, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write a manifest; the file appears complete or not at all.
+
+    Args:
+        path: file to write (replaced if it exists).
+        rows: dicts with the on-disk keys source, target, prompt, ref_image (those that the row has).
+    Raises:
+        UserError: for an unknown key, before anything is written.
+    """
+    lines = []
+    for row in rows:
+        unknown = sorted(set(row) - set(DISK_KEYS.values()))
+        if unknown:
+            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}.")
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,171 @@
+"""Joint resizing, cropping and flipping of images and masks, and the encoding of batches for the networks."""
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.classes import ClassTable
+from ldm.util import UserError
+
+HINT_MODES = ("rgb_id", "palette", "one_hot")
+
+
+def hint_channels(mode: str, table: ClassTable) -> int:
+    """Number of channels of a hint in the given mode (see encode_mask); UserError for an unknown mode."""
+    check_hint_mode(mode)
+    return table.num_classes if mode == "one_hot" else 3
+
+
+def check_hint_mode(mode: str) -> None:
+    """Raise UserError unless the hint mode is known."""
+    if mode not in HINT_MODES:
+        raise UserError(f"hint mode: {mode!r} is unknown. Expected one of {', '.join(HINT_MODES)}.")
+
+
+def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
+    """Encode a mask as the hint of a control branch; the only place where hints are made.
+
+    Args:
+        mask: (B, H, W) int64, 0..K-1 or 255 = ignore.
+        mode: `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
+            `palette`: the table's colours / 255, ignore = the table's ignore colour (black, all zero, by default);
+            `one_hot`: K channels, ignore = all zero.
+        table: gives K and the colours.
+    Returns:
+        Hint, (B, hint_channels, H, W) float32 in [0, 1], on the mask's device.
+    Raises:
+        UserError: for an unknown mode.
+        ValueError: if the mask is not (B, H, W) int64.
+    """
+    check_hint_mode(mode)
+    if mask.ndim != 3 or mask.dtype != torch.int64:
+        raise ValueError(f"encode_mask: mask is {tuple(mask.shape)} {mask.dtype}. Expected (B, H, W) int64.")
+    if mode == "rgb_id":
+        return (mask.float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
+    if mode == "palette":
+        palette = torch.from_numpy(table.palette()).to(mask.device)  # (256, 3)
+        return palette[mask].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, 3, H, W)
+    ids = torch.arange(table.num_classes, device=mask.device)[None, :, None, None]
+    return (mask[:, None] == ids).float()  # (B, K, H, W)
+
+
+def normalize_batch(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Move a batch of the dataset to a device and give its tensors the types the methods expect.
+
+    Args:
+        batch: `image`, `reference` (B, 3, H, W) uint8 and `mask` (B, H, W) uint8, as far as present; other entries
+            (`prompt`, `name`, ...) are kept as they are.
+        device: where the tensors go; they travel as uint8.
+    Returns:
+        New dict; images float32 in [-1, 1], mask int64 0..K-1 or 255.
+    Raises:
+        ValueError: if an image or mask is not uint8, since its range would be unknown.
+    """
+    result = dict(batch)
+    for key in ("image", "reference", "mask"):
+        if key not in batch:
+            continue
+        if batch[key].dtype != torch.uint8:
+            raise ValueError(f"normalize_batch: {key} is {batch[key].dtype}. Expected uint8 as the dataset gives it.")
+        values = batch[key].to(device, non_blocking=True)
+        # channels_last: convolutions are up to eight times faster with it on a CPU, and need no transposes on a GPU.
+        result[key] = values.long() if key == "mask" else (
+            values.to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1)
+    return result
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Turn images in [-1, 1] into uint8 0..255, clamped and rounded to the nearest value; same shape."""
+    return ((image.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize an image (H, W, 3) uint8 to `size` = (height, width), bicubic; returned as it is if it has that size."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask (H, W) uint8 to `size` = (height, width), nearest, so that no new ids appear."""
+    if mask.shape == tuple(size):
+        return mask
+    return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def cover_size(shape: tuple[int, int], size: tuple[int, int], shrink: bool) -> tuple[int, int]:
+    """Size that an image takes to cover a window, aspect kept.
+
+    Args:
+        shape: (height, width) of the image.
+        size: (height, width) of the window.
+        shrink: also make images smaller that are larger than the window.
+    Returns:
+        (height, width), each at least the window's.
+    """
+    factor = max(size[0] / shape[0], size[1] / shape[1])
+    if factor <= 1 and not shrink:
+        return shape
+    return max(size[0], round(shape[0] * factor)), max(size[1], round(shape[1] * factor))
+
+
+def draw_window(
+    shape: tuple[int, int], size: tuple[int, int], random: np.random.Generator | None
+) -> tuple[slice, slice]:
+    """Choose where a window of `size` lies in an image of `shape` (both (height, width)).
+
+    Args:
+        shape: of the image, at least `size`.
+        size: of the window.
+        random: source of the position; None = the centre.
+    Returns:
+        Row and column slices.
+    """
+    free = shape[0] - size[0], shape[1] - size[1]
+    top, left = (space // 2 if random is None else int(random.integers(space + 1)) for space in free)
+    return slice(top, top + size[0]), slice(left, left + size[1])
+
+
+def fit_reference(
+    image: np.ndarray, size: tuple[int, int], crop: bool, random: np.random.Generator | None = None
+) -> np.ndarray:
+    """Bring a reference of any size to the size of the mask without distorting its texture.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: (height, width) wanted.
+        crop: cut a window at the reference's own scale (enlarged only when it is too small); otherwise scale the whole
+            picture until it covers the window.
+        random: source of the window's position; None = the centre.
+    Returns:
+        (height, width, 3) uint8.
+    """
+    image = resize_image(image, cover_size(image.shape[:2], size, shrink=not crop))
+    return image[draw_window(image.shape[:2], size, random)]
+
+
+def fit_pair(
+    image: np.ndarray | None,
+    mask: np.ndarray,
+    size: tuple[int, int],
+    crop: bool,
+    random: np.random.Generator | None = None,
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Bring an image and its mask to one size together.
+
+    Args:
+        image: (H, W, 3) uint8 of the mask's size, or None.
+        mask: (H, W) uint8.
+        size: (height, width) wanted.
+        crop: cut one window from both (both enlarged first when smaller); otherwise resize both whole.
+        random: source of the window's position; None = the centre.
+    Returns:
+        Image (height, width, 3) or None, and mask (height, width).
+    """
+    whole = cover_size(mask.shape, size, shrink=False) if crop else tuple(size)
+    window = draw_window(whole, size, random)
+    image = None if image is None else resize_image(image, whole)[window]
+    return image, resize_mask(mask, whole)[window]

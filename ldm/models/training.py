@@ -1,0 +1,130 @@
+"""The one LightningModule: trains any method that gives `training_loss(batch)` and `trainable_groups()`."""
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ldm.data.transforms import normalize_batch
+
+log = logging.getLogger(__name__)
+
+
+def freeze_all_but(method: nn.Module, groups: Mapping[str, list[nn.Parameter]]) -> str:
+    """Give gradients to the parameters of the named groups and to no other.
+
+    Args:
+        method: the whole network.
+        groups: parameters that train, by name of the group.
+    Returns:
+        A table for the log: tensors and parameters of each group, and of what stays frozen.
+    """
+    method.requires_grad_(False)
+    lines, trained = [], 0
+    for name, parameters in groups.items():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        count = sum(p.numel() for p in parameters)
+        trained += count
+        lines.append(f"  {name:<24}{len(parameters):>6} tensors {count:>14,} parameters")
+    total = sum(p.numel() for p in method.parameters())
+    return f"trains {trained:,} of {total:,} parameters\n" + "\n".join(lines)
+
+
+def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps: int) -> float:
+    """Factor on the learning rate at an optimizer step.
+
+    Args:
+        step: optimizer steps done.
+        warmup_steps: steps of linear rise from 0.
+        schedule: `constant` or `cosine` (falls to 1 % at max_steps).
+        max_steps: length of the training; only for `cosine`.
+    Returns:
+        Factor in [0, 1].
+    Raises:
+        ValueError: for another schedule, or cosine without a length.
+    """
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"training.schedule: {schedule!r} is unknown. Expected constant or cosine.")
+    if schedule == "cosine" and max_steps <= 0:
+        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0.")
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class TrainingModule(pl.LightningModule):
+    """Optimises a method.
+
+    All random draws of a step depend on (seed, micro-batch index, rank): a resumed run repeats the draws of an
+    uninterrupted one, and no two ranks draw the same noise.
+
+    Args:
+        method: network with `training_loss(batch) -> (loss, parts)` and `trainable_groups()`.
+        learning_rate: peak rate of AdamW.
+        seed: base seed.
+        weight_decay, betas: AdamW's.
+        warmup_steps, schedule: see learning_rate_factor.
+    """
+
+    def __init__(self, method: nn.Module, learning_rate: float, seed: int = 23, weight_decay: float = 0.01,
+                 betas: tuple[float, float] = (0.9, 0.999), warmup_steps: int = 0, schedule: str = "constant") -> None:
+        super().__init__()
+        self.method = method
+        self.learning_rate, self.seed, self.weight_decay, self.betas = learning_rate, seed, weight_decay, tuple(betas)
+        self.warmup_steps, self.schedule = warmup_steps, schedule
+        self.micro_batches = 0
+        log.info(freeze_all_but(method, method.trainable_groups()))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the trained parameters, its rate stepped by optimizer steps."""
+        parameters = [p for p in self.method.parameters() if p.requires_grad]
+        fused = all(p.device.type == "cuda" for p in parameters)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None)
+        max_steps = self.trainer.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.warmup_steps, self.schedule, max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """uint8 batches become what the methods expect, on the device."""
+        return normalize_batch(batch, self.device)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Seed the step (see the class)."""
+        torch.manual_seed(step_seed(self.seed, self.micro_batches, self.global_rank))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a batch; logs its parts."""
+        loss, parts = self.method.training_loss(batch)
+        self.micro_batches += 1
+        self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True, batch_size=len(batch["prompt"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss with draws that are the same at every validation, so that the curve is comparable."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(step_seed(self.seed, 10**9 + batch_idx, self.global_rank))
+            loss, parts = self.method.training_loss(batch)
+        logs = {f"val_{name}": value for name, value in {"loss": loss, **parts}.items()}
+        self.log_dict(logs, sync_dist=True, batch_size=len(batch["prompt"]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the position in the stream of draws."""
+        checkpoint["micro_batches"] = self.micro_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue the stream of draws."""
+        self.micro_batches = checkpoint["micro_batches"]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of one step on one rank, in [0, 2**63): distinct for all steps below 2**31 and ranks below 2**16."""
+    return ((seed * 1_000_003 % 2**16) << 47) + (rank << 31) + step

@@ -1,0 +1,112 @@
+"""Attention on flattened feature maps: self-, cross- and transformer block of Stable Diffusion."""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.blocks import group_norm, zero_module
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a query sequence to a source sequence (to itself when none is given).
+
+    Args:
+        query_dim: width of the queries and of the output.
+        context_dim: width of the source; None = query_dim.
+        heads, head_dim: number of heads and width of each.
+        zero_out: start with a zero output projection, so that the layer adds nothing at first.
+    """
+
+    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, head_dim: int = 64,
+                 zero_out: bool = False) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        # A Sequential of two because the published weights are called to_out.0.*
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Identity())
+        if zero_out:
+            zero_module(self.to_out)
+
+    def forward(self, query: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, N, query_dim) and (B, M, context_dim) -> (B, N, query_dim)."""
+        context = query if context is None else context
+        q, k, v = (self.split_heads(x) for x in (self.to_q(query), self.to_k(context), self.to_v(context)))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, heads * d) -> (B, heads, N, d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class GEGLU(nn.Module):
+    """Linear layer whose output is gated by the GELU of its second half (Shazeer 2020)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, dim_in) -> (B, N, dim_out)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward layer, four times as wide inside."""
+
+    def __init__(self, dim: int, factor: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * factor), nn.Identity(), nn.Linear(dim * factor, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; each behind a LayerNorm and added to its input."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, head_dim)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor, **_: Tensor | None) -> Tensor:
+        """(B, N, dim) features and (B, L, context_dim) text -> (B, N, dim)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block applied to the positions of a feature map, with 1x1 convolutions around it.
+
+    Args:
+        channels: feature width.
+        block: the transformer block; anything called as block(x, **conditions) on (B, N, channels).
+    """
+
+    takes_conditions = True
+
+    def __init__(self, channels: int, block: nn.Module) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, h: Tensor, **conditions: Tensor | None) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        height, width = h.shape[-2:]
+        x = self.proj_in(self.norm(h)).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        for block in self.transformer_blocks:
+            x = block(x, **conditions)
+        x = x.transpose(1, 2).unflatten(2, (height, width))  # (B, C, h, w)
+        return h + self.proj_out(x)

@@ -1,0 +1,203 @@
+"""KL-regularised autoencoder between images and latents (Rombach et al. 2022), with CompVis key names."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.blocks import Upsample, group_norm
+
+
+@dataclass
+class DiagonalGaussian:
+    """Posterior of the encoder: independent normals.
+
+    Attributes:
+        mean: (B, C, h, w).
+        logvar: natural log of the variance, same shape, clamped to [-30, 20].
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> "DiagonalGaussian":
+        """Split the (B, 2C, h, w) output of the encoder into mean and log-variance."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one latent a sample, (B, C, h, w)."""
+        noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """KL divergence to the standard normal, summed over C, h, w: (B,)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+class AutoencoderKL(nn.Module):
+    """Autoencoder whose latent is a factor 2**(len(ch_mult) - 1) smaller than the image.
+
+    Args:
+        ch: width of the first level.
+        ch_mult: width of each level as a multiple of `ch`; each further level halves the resolution.
+        num_res_blocks: residual blocks a level in the encoder (one more in the decoder).
+        in_channels: channels of the image.
+        z_channels: channels of the latent inside encoder and decoder.
+        embed_dim: channels of the latent handed out.
+    """
+
+    def __init__(self, ch: int = 128, ch_mult: Sequence[int] = (1, 2, 4, 4), num_res_blocks: int = 2,
+                 in_channels: int = 3, z_channels: int = 4, embed_dim: int = 4) -> None:
+        super().__init__()
+        self.downsampling = 2 ** (len(ch_mult) - 1)
+        self.latent_channels = embed_dim
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, in_channels, 2 * z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Posterior over latents of an image.
+
+        Args:
+            image: (B, 3, H, W) in [-1, 1]; H and W multiples of `downsampling`.
+        Returns:
+            DiagonalGaussian over (B, embed_dim, H / downsampling, W / downsampling), not yet scaled.
+        """
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(image)))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Image of an unscaled latent: (B, embed_dim, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latent))
+
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution (used to balance the losses)."""
+        return self.decoder.conv_out.weight
+
+
+class Encoder(nn.Module):
+    """Image -> (B, out_channels, h, w) moments."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        width = ch
+        self.down = nn.ModuleList()
+        for level, multiple in enumerate(ch_mult):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            for _ in range(num_res_blocks):
+                stage.block.append(PlainResBlock(width, ch * multiple))
+                width = ch * multiple
+            if level < len(ch_mult) - 1:
+                stage.downsample = PaddedDownsample(width)
+            self.down.append(stage)
+        self.mid = make_middle(width)
+        self.norm_out = group_norm(width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, out_channels, h, w)."""
+        h = self.conv_in(image)
+        for stage in self.down:
+            for block in stage.block:
+                h = block(h)
+            if hasattr(stage, "downsample"):
+                h = stage.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latent -> image."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, out_channels: int, z_channels: int) -> None:
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = make_middle(width)
+        stages = []
+        for level in reversed(range(len(ch_mult))):
+            stage = nn.Module()
+            stage.block = nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                stage.block.append(PlainResBlock(width, ch * ch_mult[level]))
+                width = ch * ch_mult[level]
+            if level > 0:
+                stage.upsample = Upsample(width)
+            stages.insert(0, stage)  # numbered by level: up.0 is the full resolution and runs last
+        self.up = nn.ModuleList(stages)
+        self.norm_out = group_norm(width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, z_channels, h, w) -> (B, 3, H, W)."""
+        h = self.conv_in(latent)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for stage in reversed(self.up):
+            for block in stage.block:
+                h = block(h)
+            if hasattr(stage, "upsample"):
+                h = stage.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def make_middle(width: int) -> nn.Module:
+    """Residual block, attention, residual block under the names of the published weights."""
+    middle = nn.Module()
+    middle.block_1 = PlainResBlock(width, width)
+    middle.attn_1 = ConvAttention(width)
+    middle.block_2 = PlainResBlock(width, width)
+    return middle
+
+
+class PlainResBlock(nn.Module):
+    """Residual block without a timestep."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, h, w)."""
+        residual = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(h))))))
+        return residual + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h)
+
+
+class ConvAttention(nn.Module):
+    """Single-head self-attention over positions, its projections kept as 1x1 convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        normed = self.norm(h)
+        q, k, v = (f(normed).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h*w, C)
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # (B, C, h*w)
+        return h + self.proj_out(out.unflatten(2, h.shape[-2:]))
+
+
+class PaddedDownsample(nn.Module):
+    """Stride-2 convolution padded on the right and bottom only, as the published weights were trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h/2, w/2)."""
+        return self.conv(F.pad(h, (0, 1, 0, 1)))

@@ -1,0 +1,107 @@
+"""Convolutional building blocks of the U-Net, the control branches and the autoencoder."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set all parameters of a module to zero, so that a fresh branch leaves its host unchanged at the start."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or fewer where that would leave less than four channels a group (small models)."""
+    groups = 32
+    while groups > 1 and (channels % groups or channels < 4 * groups):
+        groups //= 2
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of the timestep, cosines first.
+
+    Args:
+        timestep: (B,) int64 in [0, T).
+        dim: width of the embedding, even.
+        max_period: longest wavelength.
+    Returns:
+        (B, dim) float32.
+    Source: Vaswani et al. 2017, section 3.5; order of the halves as in Stable Diffusion.
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angle = timestep.float()[:, None] * frequency[None]  # (B, dim / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepSequential(nn.Sequential):
+    """Sequential whose members take what they need: ResBlock the embedding, transformers the conditions.
+
+    Upstream's checkpoints number the members of each block (`input_blocks.4.1`), hence a Sequential.
+    """
+
+    def forward(self, h: Tensor, embedding: Tensor, **conditions: Tensor | None) -> Tensor:
+        """Pass (B, C, h, w) features through all members."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, embedding)
+            elif getattr(layer, "takes_conditions", False):
+                h = layer(h, **conditions)
+            else:
+                h = layer(h)
+        return h
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour x2 and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h/2, w/2)."""
+        return self.op(h)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the timestep embedding added in between and a skip connection.
+
+    Args:
+        in_channels, out_channels: feature widths.
+        embedding_dim: width of the timestep embedding.
+        dropout: probability before the second convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            group_norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            group_norm(out_channels), nn.SiLU(), nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.skip_connection = (
+            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1))
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        """(B, C_in, h, w) and (B, E) -> (B, C_out, h, w)."""
+        residual = self.in_layers(h)
+        residual = residual + self.emb_layers(embedding)[:, :, None, None].to(residual.dtype)
+        return self.skip_connection(h) + self.out_layers(residual)

@@ -1,0 +1,368 @@
+"""Text encoders: CLIP's text transformer (SD1.5 and the mini model) and open_clip's (SD2)."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.modules.tokenizer import PromptTokenizer, load_tokenizer
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+NAME_PREFIXES = ("text_model.", "transformer.text_model.", "cond_stage_model.transformer.text_model.", "")
+
+
+class TextEncoder(nn.Module):
+    """Prompts to context. Frozen unless asked otherwise: no gradients, always in evaluation mode.
+
+    Args:
+        frozen: False keeps the parameters trainable and `encode` differentiable.
+    """
+
+    def __init__(self, frozen: bool = True):
+        super().__init__()
+        self.frozen = frozen
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer; it is loaded at the first use, so read it once to find missing files early."""
+
+    @abstractmethod
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Token ids, (B, L) int64, to context, (B, L, D)."""
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Encode prompts on the module's device.
+
+        Args:
+            prompts: B strings; longer ones are truncated, shorter ones padded.
+
+        Returns:
+            Context, (B, L, D), in the module's dtype.
+        """
+        token_ids = self.tokenizer(prompts).to(next(self.parameters()).device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self(token_ids)
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Switch the mode; a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
+
+    def _freeze(self) -> None:
+        if self.frozen:
+            self.requires_grad_(False)
+            self.eval()
+
+
+class ClipTextEncoder(TextEncoder):
+    """CLIP's text transformer; gives the last hidden state after the final layer norm.
+
+    The names of its parameters are those of Hugging Face's CLIPTextModel under `transformer.`, which is how SD1.x
+    checkpoints hold them under `cond_stage_model.`. The defaults are CLIP ViT-L/14.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        width: channels D of the context.
+        layers: number of transformer blocks.
+        heads: attention heads; must divide width.
+        max_length: tokens L of a prompt, start and end token included.
+        activation: `quick_gelu` (CLIP by OpenAI) or `gelu`.
+        tokenizer: `clip` or the path of a `tokenizers` json file, see `load_tokenizer`.
+        tokenizer_dir: folder of CLIP's tokenizer files; None takes weights_dir if it has them, else open_clip's file.
+        pad: `end` (SD1.5) or the id that pads (open_clip: 0).
+        weights_dir: local folder with model.safetensors or pytorch_model.bin of a CLIPTextModel or CLIPModel; None
+            starts from random values, for instance because a checkpoint is loaded later.
+        frozen: False trains the encoder.
+
+    Raises:
+        ValueError: if the sizes do not fit each other, or the weights do not fit the sizes.
+        FileNotFoundError: if weights_dir has no weights.
+
+    Source: Radford et al. 2021.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 49408,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        max_length: int = 77,
+        activation: str = "quick_gelu",
+        tokenizer: str = "clip",
+        tokenizer_dir: str | None = None,
+        pad: str | int = "end",
+        weights_dir: str | None = None,
+        frozen: bool = True,
+    ):
+        super().__init__(frozen)
+        if width % heads:
+            raise ValueError(f"text encoder: width {width} is not divisible by heads {heads}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"text encoder: activation is {activation!r}. Expected one of {sorted(ACTIVATIONS)}.")
+        self.width, self.heads, self.max_length, self.activation = width, heads, max_length, activation
+        self._tokenizer_settings = {"tokenizer": tokenizer, "tokenizer_dir": tokenizer_dir, "pad": pad}
+        self._weights_dir = weights_dir
+        self.transformer = _ClipTextModel(vocab_size, width, layers, heads, max_length, ACTIVATIONS[activation])
+        if weights_dir is not None:
+            self.load_weights(Path(weights_dir).expanduser())
+        self._freeze()
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """The tokenizer, loaded at the first use.
+
+        Raises:
+            ValueError: if its vocabulary is larger than the embedding.
+            FileNotFoundError: if its files are missing.
+        """
+        settings = dict(self._tokenizer_settings)
+        if settings["tokenizer"] == "clip" and settings["tokenizer_dir"] is None and self._weights_dir is not None:
+            folder = Path(self._weights_dir).expanduser()
+            if (folder / "merges.txt").is_file() or (folder / "tokenizer.json").is_file():
+                settings["tokenizer_dir"] = str(folder)
+        tokenizer = load_tokenizer(**settings, max_length=self.max_length)
+        vocab_size = self.transformer.text_model.embeddings.token_embedding.num_embeddings
+        if max(tokenizer.vocab_size, tokenizer.pad_id + 1) > vocab_size:
+            raise ValueError(
+                f"text encoder: the tokenizer {settings['tokenizer']} has {tokenizer.vocab_size} tokens (pad id "
+                f"{tokenizer.pad_id}), the embedding {vocab_size} rows. Set vocab_size to match."
+            )
+        return tokenizer
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Encode token ids.
+
+        Args:
+            token_ids: (B, L) int64 in [0, vocab_size), L at most max_length.
+
+        Returns:
+            Last hidden state after the final layer norm, (B, L, width).
+
+        Raises:
+            ValueError: if L exceeds max_length.
+        """
+        if token_ids.shape[1] > self.max_length:
+            raise ValueError(f"text encoder: {token_ids.shape[1]} tokens. Expected at most {self.max_length}.")
+        return self.transformer.text_model(token_ids)
+
+    def load_weights(self, folder: Path) -> None:
+        """Load a Hugging Face CLIP folder; every text tensor must be there and fit, image tensors are skipped.
+
+        Args:
+            folder: holds model.safetensors or pytorch_model.bin, and config.json to check heads and activation against.
+
+        Raises:
+            FileNotFoundError: if there are no weights.
+            ValueError: if tensors are missing, left over or of other shapes, or config.json disagrees.
+        """
+        _check_clip_config(folder, self.heads, self.activation)
+        path, stored = _read_weights(folder)
+        model = self.transformer.text_model
+        expected = model.state_dict()
+        if any(tensor.is_meta for tensor in expected.values()):
+            raise ValueError(f"text encoder: {path} cannot be loaded on the meta device. Build it on a real device.")
+        prefix = next((p for p in NAME_PREFIXES if f"{p}embeddings.token_embedding.weight" in stored), "")
+        found = {name: stored[prefix + name] for name in expected if prefix + name in stored}
+        missing = sorted(expected.keys() - found.keys())
+        wrong = [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in found
+            if found[name].shape != expected[name].shape
+        ]
+        surplus = sorted(
+            name
+            for name in (key.removeprefix(prefix) for key in stored if key.startswith(prefix))
+            if name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+            and name not in expected
+            and not name.endswith("position_ids")
+        )
+        if missing or wrong or surplus:
+            raise ValueError(
+                f"{path}: does not fit the text encoder. Missing ({len(missing)}): {missing[:4]}; other shape "
+                f"({len(wrong)}): {wrong[:4]}; left over ({len(surplus)}): {surplus[:4]}. Set width, layers, "
+                "vocab_size and max_length as in the folder's config.json."
+            )
+        model.load_state_dict(found)
+
+
+class OpenClipTextEncoder(TextEncoder):
+    """Text side of an open_clip model, for checkpoints of the SD2 kind; names as there, under `model.`.
+
+    Needs the open_clip package; nothing is downloaded. Prompts are cut with CLIP's tokenizer and padded with 0.
+
+    Args:
+        model_name: an architecture that open_clip knows and whose text side is its plain CLIP transformer.
+        weights_file: local weights of the whole model or of its text side (.safetensors, .bin, .pt); None starts from
+            random values, for instance because a checkpoint is loaded later.
+        layer: `penultimate` (SD2: the output of the last block but one) or `last`; the final layer norm follows.
+        max_length: tokens L of a prompt.
+        tokenizer_dir: as in `ClipTextEncoder`.
+        frozen: False trains the encoder.
+
+    Raises:
+        ValueError: if the architecture is unknown or of another kind, or the weights do not fit.
+        FileNotFoundError: if weights_file is missing.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "ViT-H-14",
+        weights_file: str | None = None,
+        layer: str = "penultimate",
+        max_length: int = 77,
+        tokenizer_dir: str | None = None,
+        frozen: bool = True,
+    ):
+        super().__init__(frozen)
+        if layer not in ("penultimate", "last"):
+            raise ValueError(f"text encoder: layer is {layer!r}. Expected 'penultimate' or 'last'.")
+        import open_clip  # seconds of import time, needed by this encoder only
+
+        if model_name not in open_clip.list_models():
+            raise ValueError(f"text encoder: open_clip has no model {model_name!r}. See open_clip.list_models().")
+        self.max_length, self.layer = max_length, layer
+        self._tokenizer_dir = tokenizer_dir
+        self.model = open_clip.create_model(model_name, pretrained=None, load_weights=False)
+        if not hasattr(self.model, "positional_embedding") or not hasattr(self.model.transformer, "resblocks"):
+            raise ValueError(f"text encoder: {model_name} has no plain CLIP text transformer. Choose e.g. ViT-H-14.")
+        del self.model.visual
+        if weights_file is not None:
+            self._load_weights(Path(weights_file).expanduser())
+        self._freeze()
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """CLIP's tokenizer with 0 as padding."""
+        return load_tokenizer("clip", tokenizer_dir=self._tokenizer_dir, max_length=self.max_length, pad=0)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Encode token ids.
+
+        Args:
+            token_ids: (B, L) int64, L at most the model's context length.
+
+        Returns:
+            Hidden state of the chosen layer after the final layer norm, (B, L, D).
+        """
+        length = token_ids.shape[1]
+        hidden = self.model.token_embedding(token_ids) + self.model.positional_embedding[:length]  # (B, L, D)
+        mask = self.model.attn_mask[:length, :length].to(hidden)
+        blocks = list(self.model.transformer.resblocks)
+        # Blocks of older releases put the batch second.
+        batch_first = getattr(self.model.transformer, "batch_first", False)
+        hidden = hidden if batch_first else hidden.transpose(0, 1)
+        for block in blocks[:-1] if self.layer == "penultimate" else blocks:
+            hidden = block(hidden, attn_mask=mask)
+        return self.model.ln_final(hidden if batch_first else hidden.transpose(0, 1))
+
+    def _load_weights(self, path: Path) -> None:
+        stored = _read_tensors(path)
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("visual.")}
+        try:
+            self.model.load_state_dict(stored)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: does not fit the text encoder. {error}") from error
+
+
+class _ClipTextModel(nn.Module):
+    """Holder that gives the names their `text_model.` level."""
+
+    def __init__(self, vocab_size: int, width: int, layers: int, heads: int, max_length: int, activation: Callable):
+        super().__init__()
+        self.text_model = _ClipTextTransformer(vocab_size, width, layers, heads, max_length, activation)
+
+
+class _ClipTextTransformer(nn.Module):
+    def __init__(self, vocab_size: int, width: int, layers: int, heads: int, max_length: int, activation: Callable):
+        super().__init__()
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": nn.Embedding(vocab_size, width),
+                "position_embedding": nn.Embedding(max_length, width),
+            }
+        )
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList([_ClipBlock(width, heads, activation, layers) for _ in range(layers)])}
+        )
+        self.final_layer_norm = nn.LayerNorm(width)
+        nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
+        nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+        hidden = self.embeddings["token_embedding"](token_ids)  # (B, L, D)
+        hidden = hidden + self.embeddings["position_embedding"](positions)
+        for block in self.encoder["layers"]:
+            hidden = block(hidden)
+        return self.final_layer_norm(hidden)
+
+
+class _ClipBlock(nn.Module):
+    """Pre-norm transformer block with causal attention."""
+
+    def __init__(self, width: int, heads: int, activation: Callable, layers: int):
+        super().__init__()
+        self.heads, self.activation = heads, activation
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("k", "v", "q", "out")})
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.layer_norm2 = nn.LayerNorm(width)
+        for layer in (self.self_attn["out_proj"], self.mlp["fc2"]):
+            # Keeps the variance of the residual stream independent of the depth.
+            nn.init.normal_(layer.weight, std=(2 * layers * layer.in_features) ** -0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.layer_norm1(hidden)  # (B, L, D)
+        query, key, value = (
+            self.self_attn[f"{name}_proj"](normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv"
+        )  # (B, heads, L, D / heads)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.self_attn["out_proj"](attended.transpose(1, 2).flatten(2))
+        return hidden + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(hidden))))
+
+
+def quick_gelu(hidden: Tensor) -> Tensor:
+    """Sigmoid approximation of GELU that CLIP was trained with (Hendrycks and Gimpel 2016)."""
+    return hidden * torch.sigmoid(1.702 * hidden)
+
+
+ACTIVATIONS: dict[str, Callable] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def _check_clip_config(folder: Path, heads: int, activation: str) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    # The shapes of the tensors tell neither of these.
+    for key, ours, name in (("num_attention_heads", heads, "heads"), ("hidden_act", activation, "activation")):
+        if config.get(key, ours) != ours:
+            raise ValueError(f"{path}: {key} is {config[key]!r}, the text encoder has {ours!r}. Set {name} to match.")
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name, _read_tensors(folder / name)
+    raise FileNotFoundError(
+        f"text encoder: no weights in {folder}. Expected {' or '.join(WEIGHT_FILES)}. Check weights_dir."
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"text encoder: weights not found: {path}. Expected a local file.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    return stored.get("state_dict", stored)

@@ -1,0 +1,153 @@
+"""The U-Net of latent diffusion under its CompVis key names: encoder half, and the whole network."""
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.blocks import (Downsample, ResBlock, TimestepSequential, Upsample, group_norm, timestep_embedding,
+                                zero_module)
+
+# make_block(channels, heads, head_dim, context_dim, skip_channels): the transformer block of a decoder level.
+# skip_channels is the width of the encoder features that arrive there.
+BlockFactory = Callable[[int, int, int, int, int], nn.Module]
+
+
+def plain_block(channels: int, heads: int, head_dim: int, context_dim: int, skip_channels: int) -> nn.Module:
+    """Stable Diffusion's transformer block, which does not look at the skip features."""
+    return BasicTransformerBlock(channels, heads, head_dim, context_dim)
+
+
+class UNetEncoder(nn.Module):
+    """Timestep embedding, input blocks and middle block.
+
+    Args:
+        in_channels: channels of the latent.
+        model_channels: width of the first level.
+        num_res_blocks: residual blocks a level.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) at which there are transformers.
+        channel_mult: width of each level as a multiple of model_channels; each further level halves the resolution.
+        num_heads: attention heads; their width is channels / num_heads.
+        context_dim: width of the text embedding.
+        use_checkpoint: recompute activations in the backward pass to save memory.
+        middle_factory: makes the middle transformer block.
+    """
+
+    def __init__(self, in_channels: int = 4, model_channels: int = 320, num_res_blocks: int = 2,
+                 attention_resolutions: Sequence[int] = (4, 2, 1), channel_mult: Sequence[int] = (1, 2, 4, 4),
+                 num_heads: int = 8, context_dim: int = 768, use_checkpoint: bool = False,
+                 middle_factory: BlockFactory = plain_block) -> None:
+        super().__init__()
+        widths = [model_channels * multiple for multiple in channel_mult]
+        odd = [w for w in widths if w % num_heads]
+        if odd:
+            raise ValueError(f"U-Net: num_heads={num_heads} does not divide the widths {odd}. Change num_heads.")
+        self.in_channels, self.model_channels, self.num_heads = in_channels, model_channels, num_heads
+        self.context_dim, self.use_checkpoint = context_dim, use_checkpoint
+        self.downsampling = 2 ** (len(channel_mult) - 1)
+        self.embedding_dim = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, self.embedding_dim), nn.SiLU(), nn.Linear(self.embedding_dim, self.embedding_dim))
+        self.input_blocks = nn.ModuleList([TimestepSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
+        self.feature_channels = [model_channels]  # of every input block, and of the middle block at the end
+        width = model_channels
+        for level, level_width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [ResBlock(width, level_width, self.embedding_dim)]
+                width = level_width
+                if 2**level in attention_resolutions:
+                    layers.append(self.make_transformer(width, plain_block, width))
+                self.add_input_block(layers, width)
+            if level < len(widths) - 1:
+                self.add_input_block([Downsample(width)], width)
+        self.middle_block = TimestepSequential(
+            ResBlock(width, width, self.embedding_dim), self.make_transformer(width, middle_factory, width),
+            ResBlock(width, width, self.embedding_dim))
+        self.feature_channels.append(width)
+
+    def make_transformer(self, channels: int, factory: BlockFactory, skip_channels: int) -> SpatialTransformer:
+        """A transformer at this width, its block made by the factory."""
+        block = factory(channels, self.num_heads, channels // self.num_heads, self.context_dim, skip_channels)
+        return SpatialTransformer(channels, block)
+
+    def add_input_block(self, layers: list[nn.Module], width: int) -> None:
+        """Append an input block and note the width of its features."""
+        self.input_blocks.append(TimestepSequential(*layers))
+        self.feature_channels.append(width)
+
+    def embed_timestep(self, timestep: Tensor) -> Tensor:
+        """(B,) int64 -> (B, 4 * model_channels)."""
+        return self.time_embed(timestep_embedding(timestep, self.model_channels).to(self.time_embed[0].weight.dtype))
+
+    def run(self, block: nn.Module, *args: Tensor, **conditions: Tensor | None) -> Tensor:
+        """Run a block, recomputing it in the backward pass when use_checkpoint is on."""
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, **conditions)
+        return block(*args, **conditions)
+
+    def encode(self, latent: Tensor, embedding: Tensor, context: Tensor, stem: Tensor | None = None) -> Iterator[Tensor]:
+        """Features of every input block in order.
+
+        Args:
+            latent: (B, in_channels, h, w).
+            embedding: (B, E) of the timestep.
+            context: (B, L, context_dim).
+            stem: (B, model_channels, h, w), added behind the first convolution.
+        Yields:
+            (B, feature_channels[i], h_i, w_i).
+        """
+        h = latent
+        for index, block in enumerate(self.input_blocks):
+            h = self.run(block, h, embedding, context=context)
+            if index == 0 and stem is not None:
+                h = h + stem
+            yield h
+
+
+class UNet(UNetEncoder):
+    """The noise-predicting network.
+
+    Args:
+        out_channels: channels of the prediction.
+        decoder_factory: makes the transformer blocks of middle and output blocks.
+        encoder: the other arguments, see UNetEncoder.
+    """
+
+    def __init__(self, out_channels: int = 4, decoder_factory: BlockFactory = plain_block, **encoder: object) -> None:
+        super().__init__(middle_factory=decoder_factory, **encoder)
+        num_res_blocks = encoder.get("num_res_blocks", 2)
+        channel_mult = encoder.get("channel_mult", (1, 2, 4, 4))
+        attention_resolutions = encoder.get("attention_resolutions", (4, 2, 1))
+        self.output_blocks = nn.ModuleList()
+        skips = self.feature_channels[:-1]
+        width = self.feature_channels[-1]
+        for level, multiple in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                skip = skips.pop()
+                layers: list[nn.Module] = [ResBlock(width + skip, self.model_channels * multiple, self.embedding_dim)]
+                width = self.model_channels * multiple
+                if 2**level in attention_resolutions:
+                    layers.append(self.make_transformer(width, decoder_factory, skip))
+                if level and i == num_res_blocks:
+                    layers.append(Upsample(width))
+                self.output_blocks.append(TimestepSequential(*layers))
+        self.out = nn.Sequential(
+            group_norm(width), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1)))
+
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """Prediction without any control.
+
+        Args:
+            latent: (B, in_channels, h, w), h and w multiples of `downsampling`.
+            timestep: (B,) int64.
+            context: (B, L, context_dim).
+        Returns:
+            (B, out_channels, h, w).
+        """
+        embedding = self.embed_timestep(timestep)
+        skips = list(self.encode(latent, embedding, context))
+        h = self.run(self.middle_block, skips[-1], embedding, context=context)
+        for block in self.output_blocks:
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context)
+        return self.out(h)

@@ -1,0 +1,133 @@
+"""Configuration, instantiation and error handling shared by every entry point."""
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """A mistake in the user's input; the text says where, what is wrong, what was expected and what to do."""
+
+
+def instantiate_from_config(config: Any, **extra: Any) -> Any:
+    """Build the object that a `target:`/`params:` node describes.
+
+    Args:
+        config: mapping with `target` (dotted path of a class or function) and optional `params` (its keyword arguments).
+        extra: further keyword arguments; they win over `params`.
+    Returns:
+        Whatever the target returns.
+    Raises:
+        UserError: if the node has no target, or the target does not exist, or does not take these arguments.
+    """
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True)
+    if "target" not in config:
+        raise UserError(f"config node: no `target` (keys: {', '.join(config)}). Expected target: package.module.Class.")
+    unknown = set(config) - {"target", "params"}
+    if unknown:
+        raise UserError(f"config node {config['target']}: unknown keys {sorted(unknown)}. Arguments belong under params.")
+    target = locate(config["target"])
+    params = {**(config.get("params") or {}), **extra}
+    try:
+        return target(**params)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise UserError(f"config node {config['target']}: {error}. See the docstring of the class.") from error
+        raise
+
+
+def locate(dotted: str) -> Any:
+    """Import the object at a dotted path such as `cldm.tisynth.TISynth`; UserError when it is not there."""
+    module_name, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"config target {dotted}: cannot be imported ({error}). Check the spelling and PYTHONPATH.") from error
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
+    """Merge yaml files left to right, then `key.sub=value` overrides, and lock the result.
+
+    Args:
+        files: yaml paths; later files win.
+        overrides: strings `key.sub=value`. A key that no file has is an error naming the nearest known one, except
+            below `params` and `lightning.trainer`, whose keys are checked by the class that receives them.
+    Returns:
+        The merged config, struct-locked.
+    Raises:
+        FileNotFoundError: for a missing file.
+        UserError: for unreadable yaml or a bad override.
+    """
+    config = OmegaConf.create()
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"config file not found: {file}. Give a yaml such as configs/model/tisynth_mini.yaml.")
+        try:
+            config = OmegaConf.merge(config, OmegaConf.load(file))
+        except (OmegaConfBaseException, ValueError, OSError) as error:
+            raise UserError(f"config file {file}: not valid yaml ({error}).") from error
+        except Exception as error:  # yaml's own exceptions share no public base below Exception in omegaconf's API
+            raise UserError(f"config file {file}: not valid yaml ({error}).") from error
+    for override in overrides:
+        apply_override(config, override)
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def apply_override(config: DictConfig, override: str) -> None:
+    """Apply one `key.sub=value` to a config in place (see load_config)."""
+    key, sign, _ = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, for example lightning.trainer.max_steps=1000.")
+    parent = key.rpartition(".")[0]
+    is_open = ".params." in key or parent == "lightning.trainer"
+    if not is_open and OmegaConf.select(config, key, default=None) is None and key not in flat_keys(config):
+        near = difflib.get_close_matches(key, flat_keys(config), n=1)
+        raise UserError(f"override {override!r}: the config has no key {key}. " + (f"Did you mean {near[0]}?" if near else ""))
+    config.merge_with(OmegaConf.from_dotlist([override]))
+
+
+def flat_keys(config: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a config, inner nodes included."""
+    keys = []
+    if OmegaConf.is_dict(config):
+        for key in config:
+            name = f"{prefix}{key}"
+            keys.append(name)
+            if not OmegaConf.is_missing(config, key):
+                keys += flat_keys(config._get_node(key), name + ".")
+    return keys
+
+
+def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
+    """Run an entry point: one line and exit code 2 for mistakes of the user, a traceback with `--debug`.
+
+    Args:
+        main: function of the argument list; its return value is the exit code (None = 0).
+        argv: arguments without the program name; None = sys.argv[1:].
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        code = main(argv) or 0
+    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
+        if "--debug" in argv or "-d" in argv:
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"error: {text}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def is_rank_zero() -> bool:
+    """True on the process that logs and writes (rank 0, or no distributed launch at all)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0) == 0

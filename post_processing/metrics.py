@@ -1,0 +1,159 @@
+"""How well synthesized images follow their masks and their references, as numbers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+MAX_PIXELS = 2**24  # mmseg counts in float32, which is exact up to here
+SRGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+WHITE_D65 = (0.95047, 1.0, 1.08883)
+
+
+class SegmentationScore:
+    """mmseg's IoUMetric over batches, kept in double precision.
+
+    Example: `score.add(prediction, mask)` for every batch, then `score.result()`.
+    """
+
+    def __init__(self, class_names: Sequence[str], ignore_index: int = 255) -> None:
+        """Start with nothing counted."""
+        self.class_names = list(class_names)
+        self.ignore_index = ignore_index
+        self.areas = [torch.zeros(len(self.class_names), dtype=torch.float64) for _ in range(4)]
+
+    def add(self, prediction: torch.Tensor, mask: torch.Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            prediction: class ids, (B, H, W) integer.
+            mask: true class ids, (B, H, W) integer; ignore_index where there is none.
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        from mmseg.evaluation.metrics import IoUMetric
+
+        if prediction.shape != mask.shape:
+            raise ValueError(
+                f"score: prediction {tuple(prediction.shape)}, mask {tuple(mask.shape)}. Expected equal shapes."
+            )
+        step = max(1, MAX_PIXELS // max(1, prediction[0].numel()))
+        for part, truth in zip(prediction.split(step), mask.to(prediction.device).split(step), strict=True):
+            areas = IoUMetric.intersect_and_union(part, truth, len(self.class_names), self.ignore_index)
+            self.areas = [total + area.double() for total, area in zip(self.areas, areas, strict=True)]
+
+    def result(self) -> dict[str, Any]:
+        """All numbers in percent.
+
+        Returns:
+            aAcc (share of right pixels), mIoU and mAcc (means over the classes, as mmseg takes them: a class that
+            neither the masks nor the predictions contain is left out), IoU and Acc (class name -> value or None),
+            pixels (counted ones).
+        Raises:
+            ValueError: if no pixel was counted.
+        """
+        from mmseg.evaluation.metrics import IoUMetric
+
+        if not self.areas[3].sum():
+            raise ValueError("score: no pixel has a class (all are ignored, or nothing was given). Check the masks.")
+        metrics = IoUMetric.total_area_to_metrics(*self.areas, metrics=["mIoU"])
+        per_class = {
+            key: {
+                name: None if np.isnan(value) else round(float(value) * 100, 2)
+                for name, value in zip(self.class_names, metrics[key], strict=True)
+            }
+            for key in ("IoU", "Acc")
+        }
+        return {
+            "aAcc": round(float(metrics["aAcc"]) * 100, 2),
+            "mIoU": round(float(np.nanmean(metrics["IoU"])) * 100, 2),
+            "mAcc": round(float(np.nanmean(metrics["Acc"])) * 100, 2),
+            **per_class,
+            "pixels": int(self.areas[3].sum()),
+        }
+
+
+def derange(groups: Sequence[Any], seed: int) -> list[int]:
+    """Permute so that nothing stays in place and everything moves within its group.
+
+    Args:
+        groups: one hashable value per item (the size of a mask); items swap only with items of the same value.
+        seed: seed of the permutation.
+    Returns:
+        For each item the index of the item that takes its place.
+    Raises:
+        ValueError: if a group has one item, which cannot move.
+    """
+    generator = np.random.default_rng(seed)
+    result = [0] * len(groups)
+    members: dict[Any, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    for group, indices in members.items():
+        if len(indices) < 2:
+            raise ValueError(
+                f"shuffled masks: only one mask of size {group}. Expected two or more different masks a size."
+            )
+        order = np.arange(len(indices))
+        for last in range(len(order) - 1, 0, -1):  # Sattolo: swapping only with earlier places gives one long cycle
+            other = int(generator.integers(0, last))
+            order[last], order[other] = order[other], order[last]
+        for place, taken in zip(indices, order, strict=True):
+            result[place] = indices[taken]
+    return result
+
+
+def position(value: float, floor: float, ceiling: float) -> float | None:
+    """Where a value lies between floor (0) and ceiling (100), in percent; None if the ceiling is not above it."""
+    return round(100 * (value - floor) / (ceiling - floor), 2) if ceiling > floor else None
+
+
+def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
+    """Convert sRGB to CIE L*a*b* (white D65), where distances are about as large as they look.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+    Returns:
+        (B, 3, H, W) float32: L* in [0, 100], a* and b* about [-110, 110].
+    Source: IEC 61966-2-1 (sRGB), CIE 15 (L*a*b*).
+    """
+    value = images.float() / 255
+    linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    matrix = torch.tensor(SRGB_TO_XYZ, device=images.device)
+    white = torch.tensor(WHITE_D65, device=images.device).view(1, 3, 1, 1)
+    ratio = torch.einsum("ij,bjhw->bihw", matrix, linear) / white
+    x, y, z = torch.where(
+        ratio > (6 / 29) ** 3, ratio.clamp(min=1e-9) ** (1 / 3), ratio * (29 / 6) ** 2 / 3 + 4 / 29
+    ).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def colour_statistics(images: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of L*, a* and b* over an image: (B, 3, H, W) uint8 RGB -> (B, 6) float32."""
+    lab = rgb_to_lab(images).flatten(2)
+    return torch.cat([lab.mean(dim=2), lab.std(dim=2, correction=0)], dim=1)
+
+
+def compare_references(result: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
+    """Is each result nearer in colour statistics to its own reference than to the other one?
+
+    Args:
+        result: statistics of synthesized images, (N, 6).
+        own: statistics of the references they were painted with, (N, 6).
+        other: statistics of references of the other set, (N, 6).
+    Returns:
+        pairs (N), nearer (count), share (percent; a tie is not nearer), distance_own, distance_other and
+        distance_references (means of the Euclidean distances; the last is between the two references).
+    """
+    to_own = (result - own).norm(dim=1)
+    to_other = (result - other).norm(dim=1)
+    nearer = int((to_own < to_other).sum())
+    return {
+        "pairs": len(result),
+        "nearer": nearer,
+        "share": round(100 * nearer / max(1, len(result)), 2),
+        "distance_own": round(float(to_own.mean()), 3),
+        "distance_other": round(float(to_other.mean()), 3),
+        "distance_references": round(float((own - other).norm(dim=1).mean()), 3),
+    }

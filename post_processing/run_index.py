@@ -1,0 +1,119 @@
+"""What inference.py wrote (index.jsonl, run.json) read back, with all paths made absolute and checked."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.classes import ClassTable, read_mask
+from ldm.util import UserError
+from post_processing.mmseg_dataset import read_image
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One synthesized image and what it was painted from.
+
+    Attributes:
+        image: the synthesized picture.
+        mask: the mask file it was painted for.
+        reference: the reference file, None if the run had none.
+        size: (height, width) of the picture.
+    """
+
+    image: Path
+    mask: Path
+    reference: Path | None
+    size: tuple[int, int]
+
+
+def read_run(folder: str | Path, data_root: str | Path | None = None) -> tuple[list[Sample], dict[str, Any]]:
+    """Read the output folder of inference.py.
+
+    Args:
+        folder: its --outdir.
+        data_root: where the paths of masks and references start; None = as inference.py noted it in run.json.
+    Returns:
+        The samples in file order and the contents of run.json.
+    Raises:
+        FileNotFoundError: if the index is missing, or pictures that it names (all are counted, the first are named).
+        UserError: for damaged lines (with their numbers) and an empty index.
+    """
+    folder = Path(folder)
+    index = folder / "index.jsonl"
+    if not index.is_file():
+        raise FileNotFoundError(f"index not found: {index}. Expected the --outdir of inference.py. Check the path.")
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
+    root = Path(data_root if data_root is not None else run.get("data_root", "."))
+    samples: list[Sample] = []
+    wrong: list[str] = []
+    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                samples.append(parse_record(json.loads(line), folder, root))
+            except (KeyError, TypeError, ValueError) as error:
+                wrong.append(f"line {number}: {type(error).__name__} {error}")
+    if wrong:
+        raise UserError(
+            f"{index}: {len(wrong)} damaged lines ({'; '.join(wrong[:5])}). Run inference.py again to mend it."
+        )
+    if not samples:
+        raise UserError(f"{index}: no samples. Expected the index of a finished run of inference.py.")
+    wanted = {path for sample in samples for path in (sample.image, sample.mask, sample.reference) if path}
+    missing = sorted(str(path) for path in wanted if not path.is_file())
+    if missing:
+        raise FileNotFoundError(
+            f"{index}: {len(missing)} files that it names are missing ({', '.join(missing[:3])}). "
+            f"Expected masks and references below {root}. Check --data_root."
+        )
+    return samples, run
+
+
+def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
+    """Turn one object of the index into a sample; KeyError, TypeError or ValueError if it is not one."""
+    reference = record.get("reference")
+    return Sample(
+        image=folder / record["image"],
+        mask=root / record["mask"],
+        reference=root / reference if reference else None,
+        size=(int(record["height"]), int(record["width"])),
+    )
+
+
+def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask at the size that was painted, (H, W) uint8; nearest pixel, as inference.py brings it to size."""
+    mask = read_mask(path, table)
+    if mask.shape != tuple(size):
+        mask = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    return mask
+
+
+def read_image_batch(paths: Sequence[Path], size: tuple[int, int], pool: ThreadPoolExecutor) -> torch.Tensor:
+    """Read pictures of one size as (B, 3, H, W) uint8 RGB; ValueError naming the first of another size."""
+    images = list(pool.map(read_image, paths))
+    for path, image in zip(paths, images, strict=True):
+        if image.shape[:2] != tuple(size):
+            raise ValueError(
+                f"image {path}: {image.shape[:2]} pixels. Expected {tuple(size)} (height, width). Paint it again."
+            )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def group_batches(
+    items: Sequence[Item], sizes: Sequence[tuple[int, int]], batch_size: int
+) -> Iterator[tuple[tuple[int, int], list[Item]]]:
+    """Yield (size, items) of at most batch_size items that all have that size."""
+    groups: dict[tuple[int, int], list[Item]] = {}
+    for item, size in zip(items, sizes, strict=True):
+        groups.setdefault(tuple(size), []).append(item)
+    for size, members in groups.items():
+        for start in range(0, len(members), batch_size):
+            yield size, members[start : start + batch_size]

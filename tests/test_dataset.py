@@ -1,0 +1,199 @@
+"""Dataset, transforms and data module."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.classes import ClassTable
+from ldm.data.dataset import PairDataset, collate_batch
+from ldm.data.manifest import read_manifest
+from ldm.data.transforms import encode_mask, hint_channels, normalize_batch, to_uint8
+from ldm.util import UserError
+
+COUNT = 7
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    """Images whose red channel is 40 times the mask's id, so that a wrong alignment shows."""
+    random = np.random.default_rng(0)
+    lines = []
+    for index in range(COUNT):
+        mask = random.integers(0, 5, (32, 48), np.uint8)
+        image = np.stack([mask * 40, random.integers(0, 255, (32, 48), np.uint8), np.full((32, 48), index)], -1)
+        Image.fromarray(mask).save(tmp_path / f"m{index}.png")
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"i{index}.png")
+        lines.append({"source": f"m{index}.png", "target": f"i{index}.png", "prompt": f"row {index}",
+                      "ref_image": f"i{(index + 1) % COUNT}.png"})
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(line) for line in lines))
+    return tmp_path
+
+
+def make_dataset(data_root, **options):
+    rows = read_manifest(data_root / "rows.json", data_root, need=("image", "reference", "prompt"))
+    return PairDataset(rows, ClassTable.load("dubai"), **options)
+
+
+def test_item_keys_shapes_and_types(data_root):
+    item = make_dataset(data_root)[2]
+    assert {key: (tuple(item[key].shape), item[key].dtype) for key in ("image", "reference", "mask")} == {
+        "image": ((3, 32, 48), torch.uint8), "reference": ((3, 32, 48), torch.uint8), "mask": ((32, 48), torch.uint8)}
+    assert (item["prompt"], item["name"], item["row"]) == ("row 2", "m2", 2)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"flip": 1.0}, {"size": (16, 24), "random_crop": True}, {"size": (16, 24), "random_crop": True, "flip": 0.5},
+    {"size": (20, 20), "centre_crop": True},
+])
+def test_image_mask_and_target_reference_stay_aligned(data_root, options):
+    dataset = make_dataset(data_root, **options)
+    for index in range(COUNT):
+        item = dataset[index]
+        assert torch.equal(item["image"][0], item["mask"] * 40)
+        assert torch.equal(item["reference"], item["image"])
+
+
+def test_flip_mirrors_columns(data_root):
+    plain, flipped = make_dataset(data_root)[0], make_dataset(data_root, flip=1.0)[0]
+    assert torch.equal(flipped["mask"], plain["mask"].flip(1)) and not torch.equal(flipped["mask"], plain["mask"])
+
+
+def test_draws_depend_on_seed_epoch_and_row_alone(data_root):
+    dataset = make_dataset(data_root, size=(16, 16), random_crop=True, seed=1)
+    first = [dataset[(index, 3)]["mask"] for index in range(COUNT)]
+    again = [dataset[(index, 3)]["mask"] for index in reversed(range(COUNT))][::-1]
+    later = [dataset[(index, 4)]["mask"] for index in range(COUNT)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
+
+
+def test_resizing_keeps_the_ids(data_root):
+    item = make_dataset(data_root, size=(64, 32))[0]
+    assert item["image"].shape == (3, 64, 32) and item["mask"].shape == (64, 32)
+    assert set(item["mask"].unique().tolist()) <= set(range(5))
+
+
+@pytest.mark.parametrize("options", [{"size": (64, 64)}, {"size": (16, 16), "random_crop": True}, {}])
+def test_manifest_reference_is_another_image_of_the_right_size(data_root, options):
+    item = make_dataset(data_root, reference="manifest", **options)[2]
+    assert item["reference"].shape == item["image"].shape
+    assert (item["image"][2] == 2).all() and (item["reference"][2] == 3).all()
+
+
+def test_without_image_and_reference(data_root):
+    rows = read_manifest(data_root / "rows.json", data_root, need=())
+    item = PairDataset(rows, ClassTable.load("dubai"), reference="none")[0]
+    assert "image" not in item and "reference" not in item
+    with pytest.raises(UserError, match="needs an image"):
+        PairDataset(rows, ClassTable.load("dubai"), reference="target")
+    with pytest.raises(UserError, match="reference"):
+        PairDataset(rows, ClassTable.load("dubai"), reference="other")
+
+
+def test_batches_stack_and_mixed_sizes_are_named(data_root):
+    dataset = make_dataset(data_root)
+    batch = collate_batch([dataset[0], dataset[1]])
+    assert batch["image"].shape == (2, 3, 32, 48) and batch["prompt"] == ["row 0", "row 1"]
+    with pytest.raises(UserError, match="mask m0 is 32x48, mask m1 is 16x16"):
+        collate_batch([dataset[0], make_dataset(data_root, size=(16, 16))[1]])
+
+
+def test_normalize_batch_and_back(data_root):
+    batch = collate_batch([make_dataset(data_root)[0]])
+    ready = normalize_batch(batch, "cpu")
+    assert ready["image"].dtype == torch.float32 and ready["mask"].dtype == torch.int64
+    assert ready["image"].min() >= -1 and ready["image"].max() <= 1
+    assert torch.equal(to_uint8(ready["image"]), batch["image"])
+    with pytest.raises(ValueError, match="Expected uint8"):
+        normalize_batch({"image": ready["image"]}, "cpu")
+
+
+def test_to_uint8_rounds_and_clamps():
+    values = torch.tensor([-2.0, -1.0, 0.0, 0.003, 1.0, 7.0])
+    assert to_uint8(values).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_hints():
+    table = ClassTable.load("dubai")
+    mask = torch.tensor([[[0, 2], [4, 255]]])
+    rgb_id, palette, one_hot = (encode_mask(mask, mode, table) for mode in ("rgb_id", "palette", "one_hot"))
+    assert [hint_channels(mode, table) for mode in ("rgb_id", "palette", "one_hot")] == [3, 3, 5]
+    assert rgb_id.shape == (1, 3, 2, 2) and torch.allclose(rgb_id[0, 1], torch.tensor([[0, 2 / 255], [4 / 255, 1.0]]))
+    assert torch.allclose(palette[0, :, 0, 1] * 255, torch.tensor([110.0, 193.0, 228.0]))
+    assert palette[0, :, 1, 1].sum() == 0
+    assert one_hot[0, :, 1, 1].sum() == 0 and one_hot[0].sum() == 3 and one_hot[0, 4, 1, 0] == 1
+    for hint in (rgb_id, palette, one_hot):
+        assert hint.dtype == torch.float32 and hint.min() >= 0 and hint.max() <= 1
+    with pytest.raises(UserError, match="onehot"):
+        encode_mask(mask, "onehot", table)
+
+
+def make_module(data_root, **options):
+    from ldm.data.datamodule import DataModule
+
+    manifest = str(data_root / "rows.json")
+    settings = {"batch_size": 2, "num_workers": 0, "size": (16, 16), "random_crop": True, "val_manifest": manifest}
+    return DataModule(str(data_root), manifest, "dubai", **{**settings, **options})
+
+
+def test_loaders_of_the_data_module(data_root):
+    data = make_module(data_root)
+    data.setup()
+    assert len(data.train_dataloader()) == 3 and len(data.val_dataloader()) == 4
+    names = [name for batch in data.val_dataloader() for name in batch["name"]]
+    assert names == [f"m{index}" for index in range(COUNT)]
+    with pytest.raises(UserError, match="do not fill a batch of 8"):
+        make_module(data_root, batch_size=8).setup()
+
+
+def test_ranks_share_the_rows_and_a_resumed_sampler_goes_on():
+    from ldm.data.datamodule import RowSampler
+
+    ranks = [list(RowSampler(8, 2, num_replicas=2, rank=rank, seed=5)) for rank in (0, 1)]
+    assert sorted(index for rank in ranks for index, _ in rank) == list(range(8))
+    done = [0]
+    sampler = RowSampler(8, 2, num_replicas=2, rank=1, seed=5, batches_done=lambda: done[0])
+    first = list(sampler)
+    done[0] = 2
+    second = list(sampler)
+    assert first == ranks[1] and [epoch for _, epoch in second] == [1] * 4
+    done[0] = 1
+    assert list(sampler) == first[2:] + second[:2]
+
+
+@pytest.mark.parametrize(("num_workers", "when"), [(0, "after fit"), (1, "after fit"), (1, "at the step")])
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resumed_training_sees_the_batches_of_an_uninterrupted_one(data_root, stop, num_workers, when):
+    """Three batches an epoch: stop in the middle of the first epoch, at its end, and in the second."""
+    import pytorch_lightning as pl
+
+    class Recorder(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = torch.nn.Linear(1, 1), []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append((batch["row"].tolist(), batch["mask"].long().sum().item()))
+            return self.layer(torch.ones(1, 1)).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train(steps, checkpoint=None):
+        module = Recorder()
+        saver = pl.callbacks.ModelCheckpoint(data_root, "last", every_n_train_steps=steps)
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False,
+                             enable_model_summary=False, callbacks=[saver] if when == "at the step" else [],
+                             enable_checkpointing=when == "at the step")
+        data = make_module(data_root, val_manifest=None, num_workers=num_workers)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        if when == "after fit":
+            trainer.save_checkpoint(data_root / "last.ckpt")
+        return module.seen
+
+    straight = train(7)
+    assert len(straight) == 7
+    (data_root / "last.ckpt").unlink()
+    assert train(stop) + train(7, data_root / "last.ckpt") == straight

@@ -1,0 +1,193 @@
+"""Train a method: parse flags, merge yaml, build module, data and Trainer, fit.
+
+    python train.py --config_model configs/model/tisynth_mini.yaml -b configs/train/mini.yaml --data_root DATA
+    python train.py -r logs/2026-11-21T10-00-00_mini          # resume, exactly
+"""
+import argparse
+import logging
+import time
+from pathlib import Path
+
+from ldm.util import UserError, run_entry_point
+
+log = logging.getLogger("train")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of train.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-b", "--base", nargs="*", default=[], metavar="YAML", help="data, optimizer and trainer; merged left to right")
+    add("--config_model", metavar="YAML", help="network, for example configs/model/tisynth_sd15.yaml")
+    add("-n", "--name", default="", help="ending of the run folder's name")
+    add("-f", "--postfix", default="", help="further ending of the run folder's name")
+    add("-p", "--project", help="run folder to use instead of logdir/time_name")
+    add("-l", "--logdir", default="logs", help="where run folders go (default: %(default)s)")
+    add("--gpus", help="'0,1' = these GPUs, '4' = four GPUs, '' = CPU; default: all there are, else CPU")
+    add("--num_nodes", type=int, default=1, help="machines of a distributed run (default: %(default)s)")
+    add("--precision", help="Lightning precision, for example bf16-mixed or 32-true; default: as in the yaml")
+    add("--data_root", help="folder that the manifests' paths start from")
+    add("--train_txt_file", help="training manifest (JSON lines)")
+    add("--val_txt_file", help="validation manifest")
+    add("--pretrain_path", help="weights to start from; keys that the file does not have keep their initial values")
+    add("--actual_resume", help="weights to start from that must fit completely")
+    add("-r", "--resume", help="run folder or its .ckpt: continue with optimizer, step and random state")
+    add("-s", "--seed", type=int, default=23, help="base seed; every rank draws its own numbers (default: %(default)s)")
+    add("--scale_lr", action="store_true", help="multiply the learning rate by accumulation x GPUs x batch size")
+    add("-t", "--train", default="true", choices=["true", "false"], nargs="?", const="true",
+        help="false: build and validate everything, do not fit (default: %(default)s)")
+    add("--no-test", action="store_true", dest="no_test", help="skip the validation pass at the end of the training")
+    add("--dry_run", action="store_true", help="print the merged config and stop")
+    add("-d", "--debug", action="store_true", help="show tracebacks")
+    add("overrides", nargs="*", metavar="key.sub=value", help="changes to the config, e.g. lightning.trainer.max_steps=10")
+    return parser
+
+
+def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaconf is imported late)
+    """Config from the files (or from the run that is resumed), the flags and the overrides, in this order."""
+    from omegaconf import OmegaConf
+
+    from ldm.data.classes import ClassTable
+    from ldm.util import load_config
+    files = [*([args.config_model] if args.config_model else []), *args.base]
+    if args.resume:
+        if files:
+            raise UserError("-r: takes its config from the run folder. Drop --config_model and --base.")
+        files = [find_run(args.resume)[0] / "config.yaml"]
+    if not files:
+        raise UserError("train.py: no config. Give --config_model YAML and -b YAML, or -r RUN_DIR.")
+    flags = {"data.params.data_root": args.data_root, "data.params.train_manifest": args.train_txt_file,
+             "data.params.val_manifest": args.val_txt_file, "lightning.trainer.precision": args.precision}
+    config = load_config(files, [f"{k}={v}" for k, v in flags.items() if v is not None] + args.overrides)
+    for node in ("model", "data", "training", "lightning"):
+        if node not in config:
+            raise UserError(f"config: node `{node}` is missing. Expected model (--config_model), data, training and "
+                            "lightning (--base).")
+    OmegaConf.set_struct(config, False)
+    if "class_table" in config.model.params:  # the table goes into the config, so that checkpoints are complete
+        config.model.params.class_table = ClassTable.load(
+            OmegaConf.to_container(config.model.params, resolve=True)["class_table"]).to_dict()
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def find_run(path: str) -> tuple[Path, Path]:
+    """Run folder and checkpoint of a `-r` argument."""
+    checkpoint = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"-r {path}: no checkpoint at {checkpoint}. Give a run folder or a .ckpt inside one.")
+    return checkpoint.parent.parent, checkpoint
+
+
+def pick_devices(gpus: str | None) -> dict:
+    """Lightning's accelerator and devices for a --gpus argument."""
+    import torch
+    if gpus is None:
+        return {"accelerator": "auto", "devices": "auto"} if torch.cuda.is_available() else {
+            "accelerator": "cpu", "devices": 1}
+    if gpus == "":
+        return {"accelerator": "cpu", "devices": 1}
+    if not gpus.replace(",", "").isdigit():
+        raise UserError(f"--gpus {gpus!r}: expected numbers such as 0,1 or a count such as 4, or '' for the CPU.")
+    return {"accelerator": "gpu", "devices": [int(g) for g in gpus.split(",") if g] if "," in gpus else int(gpus)}
+
+
+def build_method(config, args: argparse.Namespace):  # noqa: ANN001, ANN201
+    """The network, with the weights the flags name."""
+    from ldm.checkpoint import load_checkpoint, load_weights
+    from ldm.util import instantiate_from_config
+    method = instantiate_from_config(config.model)
+    for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
+        weights, _ = load_checkpoint(file)
+        picked = {k: v for k, v in weights.items() if k.startswith(part + ".")}
+        others = {k.split(".")[0] for k in method.state_dict()} - {part}
+        log.info(load_weights(method, picked, str(file), may_miss=tuple(others)))
+    for path, is_strict in ((args.pretrain_path, False), (args.actual_resume, True)):
+        if path:
+            weights, _ = load_checkpoint(path)
+            log.info(load_weights(method, weights, path, may_miss=() if is_strict else ("",)))
+    return method
+
+
+def cache_latents(method, data, trainer, folder: str) -> None:  # noqa: ANN001
+    """Let the training set hand out latents of the frozen autoencoder instead of images."""
+    from ldm.data.latents import build_latent_cache
+    if getattr(method, "reference_augment", None) is not None:
+        raise UserError("cache_latents: references are augmented anew in every step and cannot be cached. Set "
+                        "model.params.reference_augment=null or training.cache_latents=null.")
+    paths = data.train_set.cacheable_paths()
+    data.train_set.latents = build_latent_cache(
+        paths, data.train_set.size, method.first_stage_model, Path(folder), trainer.strategy.root_device,
+        autocast=trainer.precision_plugin.forward_context)
+
+
+def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noqa: ANN001, ANN201
+    """The Trainer with its callbacks and loggers."""
+    import importlib.util
+
+    import pytorch_lightning as pl
+    from omegaconf import OmegaConf
+    from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+    from cldm.callbacks import ImageGrid, RunRecord, WeightExport
+    settings = OmegaConf.to_container(config.lightning, resolve=True)
+    training = config.training
+    loggers = [CSVLogger(run_dir, name="", version="csv")]
+    if importlib.util.find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    callbacks = [RunRecord(run_dir, config), LearningRateMonitor("step"),
+                 ModelCheckpoint(run_dir / "checkpoints", filename="step-{step:07d}", auto_insert_metric_name=False,
+                                 save_last=True, **settings.get("checkpoint", {}))]
+    if training.get("ema_decay"):
+        callbacks.append(EMAWeightAveraging(decay=training.ema_decay))
+    callbacks.append(WeightExport(run_dir, config))  # behind EMA, whose weights it exports
+    if training.get("preview_every") and data.val_set is not None:
+        callbacks.append(ImageGrid(run_dir, data.val_set, training.preview_every))
+    trainer = {"log_every_n_steps": 20, "enable_model_summary": False, "use_distributed_sampler": False,
+               "num_sanity_val_steps": 0, "num_nodes": args.num_nodes, **pick_devices(args.gpus),
+               **settings.get("trainer", {})}
+    return pl.Trainer(logger=loggers, callbacks=callbacks, default_root_dir=run_dir, **trainer)
+
+
+def main(argv: list[str]) -> None:
+    """Train."""
+    args = build_parser().parse_args(argv)
+    config = merge_config(args)
+    from omegaconf import OmegaConf
+    print(OmegaConf.to_yaml(config, resolve=True))
+    if args.dry_run:
+        return
+    checkpoint = find_run(args.resume)[1] if args.resume else None
+    run_dir = checkpoint.parent.parent if checkpoint else Path(args.project or Path(args.logdir) / "_".join(
+        part for part in (time.strftime("%Y-%m-%dT%H-%M-%S"), args.name, args.postfix) if part))
+
+    import torch
+
+    from ldm.models.training import TrainingModule
+    from ldm.util import instantiate_from_config
+    torch.manual_seed(args.seed)
+    data = instantiate_from_config(config.data, seed=args.seed)
+    data.setup("fit")  # reads and checks all input before the network is built
+    method = build_method(config, args)
+    settings = OmegaConf.to_container(config.training, resolve=True)
+    options = {k: v for k, v in settings.items()
+               if k not in ("ema_decay", "preview_every", "channels_last", "cache_latents")}
+    trainer = build_trainer(config, args, run_dir, data)
+    if args.scale_lr:
+        options["learning_rate"] *= trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
+        log.info("learning rate scaled to %g", options["learning_rate"])
+    if settings.get("channels_last", True):
+        method = method.to(memory_format=torch.channels_last)
+    if settings.get("cache_latents"):
+        cache_latents(method, data, trainer, settings["cache_latents"])
+    module = TrainingModule(method, seed=args.seed, **options)
+    if args.train == "false":
+        return
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if data.val_set is not None and not args.no_test:
+        trainer.validate(module, datamodule=data, verbose=False)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
