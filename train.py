@@ -6,16 +6,18 @@
 import argparse
 import logging
 import time
+import warnings
 from pathlib import Path
 
-from ldm.util import UserError, run_entry_point
+from ldm.util import UserError, check_keys, is_rank_zero, nearest, run_entry_point
 
 log = logging.getLogger("train")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of train.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     add("-b", "--base", nargs="*", default=[], metavar="YAML", help="data, optimizer and trainer; merged left to right")
     add("--config_model", metavar="YAML", help="network, for example configs/model/tisynth_sd15.yaml")
@@ -23,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-f", "--postfix", default="", help="further ending of the run folder's name")
     add("-p", "--project", help="run folder to use instead of logdir/time_name")
     add("-l", "--logdir", default="logs", help="where run folders go (default: %(default)s)")
-    add("--gpus", help="'0,1' = these GPUs, '4' = four GPUs, '' = CPU; default: all there are, else CPU")
+    add("--gpus", help="numbers of the GPUs: '0' = the first one, '0,1,2,3' = four of them (a lone number is a GPU, "
+        "not a count, as upstream); '' = CPU; default: all there are, else CPU")
     add("--num_nodes", type=int, default=1, help="machines of a distributed run (default: %(default)s)")
     add("--precision", help="Lightning precision, for example bf16-mixed or 32-true; default: as in the yaml")
     add("--data_root", help="folder that the manifests' paths start from")
@@ -32,15 +35,32 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pretrain_path", help="weights to start from; keys that the file does not have keep their initial values")
     add("--actual_resume", help="weights to start from that must fit completely")
     add("-r", "--resume", help="run folder or its .ckpt: continue with optimizer, step and random state")
-    add("-s", "--seed", type=int, default=23, help="base seed; every rank draws its own numbers (default: %(default)s)")
+    add("-s", "--seed", type=int, help="base seed; each rank draws its own numbers (default: 23, or the run's with -r)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by accumulation x GPUs x batch size")
     add("-t", "--train", default="true", choices=["true", "false"], nargs="?", const="true",
         help="false: build and validate everything, do not fit (default: %(default)s)")
     add("--no-test", action="store_true", dest="no_test", help="skip the validation pass at the end of the training")
     add("--dry_run", action="store_true", help="print the merged config and stop")
     add("-d", "--debug", action="store_true", help="show tracebacks")
-    add("overrides", nargs="*", metavar="key.sub=value", help="changes to the config, e.g. lightning.trainer.max_steps=10")
+    add("overrides", nargs="*", metavar="key.sub=value",
+        help="changes to the config, e.g. lightning.trainer.max_steps=10")
     return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Read the flags; overrides may stand anywhere between them, also behind the files of -b."""
+    parser = build_parser()
+    try:
+        args, unknown = parser.parse_known_intermixed_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"train.py: {error}. See train.py --help.") from error
+    if unknown:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"train.py: {flag} is an unknown flag.{nearest(flag, flags)} See train.py --help.")
+    args.overrides = [file for file in args.base if "=" in file and not Path(file).exists()] + args.overrides
+    args.base = [file for file in args.base if file not in args.overrides]
+    return args
 
 
 def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaconf is imported late)
@@ -51,8 +71,9 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
     from ldm.util import load_config
     files = [*([args.config_model] if args.config_model else []), *args.base]
     if args.resume:
-        if files:
-            raise UserError("-r: takes its config from the run folder. Drop --config_model and --base.")
+        if files or args.pretrain_path or args.actual_resume:
+            raise UserError("-r: takes config and weights from the run folder. Drop --config_model, --base, "
+                            "--pretrain_path and --actual_resume, or start a new run without -r.")
         files = [find_run(args.resume)[0] / "config.yaml"]
     if not files:
         raise UserError("train.py: no config. Give --config_model YAML and -b YAML, or -r RUN_DIR.")
@@ -63,7 +84,12 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
         if node not in config:
             raise UserError(f"config: node `{node}` is missing. Expected model (--config_model), data, training and "
                             "lightning (--base).")
+    unset = sorted(OmegaConf.missing_keys(config))
+    if unset:
+        raise UserError(f"config: {', '.join(unset)} must be given. Add {unset[0]}=VALUE"
+                        + (" or --data_root." if "data.params.data_root" in unset else "."))
     OmegaConf.set_struct(config, False)
+    config.seed = config.get("seed", 23) if args.seed is None else args.seed
     if "class_table" in config.model.params:  # the table goes into the config, so that checkpoints are complete
         config.model.params.class_table = ClassTable.load(
             OmegaConf.to_container(config.model.params, resolve=True)["class_table"]).to_dict()
@@ -82,21 +108,27 @@ def find_run(path: str) -> tuple[Path, Path]:
 def pick_devices(gpus: str | None) -> dict:
     """Lightning's accelerator and devices for a --gpus argument."""
     import torch
-    if gpus is None:
-        return {"accelerator": "auto", "devices": "auto"} if torch.cuda.is_available() else {
-            "accelerator": "cpu", "devices": 1}
-    if gpus == "":
+    if gpus is None and torch.cuda.is_available():
+        return {"accelerator": "auto", "devices": "auto"}
+    if not gpus:
         return {"accelerator": "cpu", "devices": 1}
-    if not gpus.replace(",", "").isdigit():
-        raise UserError(f"--gpus {gpus!r}: expected numbers such as 0,1 or a count such as 4, or '' for the CPU.")
-    return {"accelerator": "gpu", "devices": [int(g) for g in gpus.split(",") if g] if "," in gpus else int(gpus)}
+    if not gpus.replace(",", "").isdecimal():
+        raise UserError(f"--gpus {gpus!r}: expected numbers of GPUs such as 0 or 0,1,2,3, or '' for the CPU.")
+    indices, count = [int(index) for index in gpus.split(",") if index], torch.cuda.device_count()
+    if max(indices) >= count:
+        raise UserError(f"--gpus {gpus}: this machine has {count} GPUs, numbered from 0. Four GPUs are 0,1,2,3; "
+                        "--gpus '' trains on the CPU.")
+    return {"accelerator": "gpu", "devices": indices}
 
 
-def build_method(config, args: argparse.Namespace):  # noqa: ANN001, ANN201
-    """The network, with the weights the flags name."""
+def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # noqa: ANN001, ANN201
+    """The network, with the weights that the flags name, or those of the run that is resumed."""
     from ldm.checkpoint import load_checkpoint, load_weights
     from ldm.util import instantiate_from_config
     method = instantiate_from_config(config.model)
+    if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
+        log.info(load_weights(method, load_checkpoint(checkpoint)[0], str(checkpoint)))
+        return method
     for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
         weights, _ = load_checkpoint(file)
         picked = {k: v for k, v in weights.items() if k.startswith(part + ".")}
@@ -105,6 +137,9 @@ def build_method(config, args: argparse.Namespace):  # noqa: ANN001, ANN201
     for path, is_strict in ((args.pretrain_path, False), (args.actual_resume, True)):
         if path:
             weights, _ = load_checkpoint(path)
+            if not set(weights) & set(method.state_dict()):
+                raise UserError(f"--pretrain_path {path}: none of its {len(weights)} tensors is one of the model's "
+                                f"(the first is {min(weights, default='-')}). Convert it, or take another file.")
             log.info(load_weights(method, weights, path, may_miss=() if is_strict else ("",)))
     return method
 
@@ -127,20 +162,26 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
 
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
-    from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-    from cldm.callbacks import ImageGrid, RunRecord, WeightExport
+    from cldm.callbacks import AveragedWeights, ImageGrid, RunCheckpoint, RunRecord, WeightExport
+    from ldm.util import arguments_of
     settings = OmegaConf.to_container(config.lightning, resolve=True)
+    check_keys("lightning", settings, ("trainer", "checkpoint"))
+    check_keys("lightning.trainer", settings.get("trainer", {}), arguments_of(pl.Trainer))
+    check_keys("lightning.checkpoint", settings.get("checkpoint", {}), arguments_of(ModelCheckpoint))
     training = config.training
-    loggers = [CSVLogger(run_dir, name="", version="csv")]
+    parts = len(list(run_dir.glob("csv*")))  # a resumed run continues in csv_2: CSVLogger deletes what a folder has
+    loggers = [CSVLogger(run_dir, name="", version=f"csv_{parts + 1}" if parts else "csv")]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     callbacks = [RunRecord(run_dir, config), LearningRateMonitor("step"),
-                 ModelCheckpoint(run_dir / "checkpoints", filename="step-{step:07d}", auto_insert_metric_name=False,
-                                 save_last=True, **settings.get("checkpoint", {}))]
+                 RunCheckpoint(run_dir / "checkpoints", **{
+                     "filename": "step-{step:07d}", "auto_insert_metric_name": False, "save_last": True,
+                     "enable_version_counter": False, **settings.get("checkpoint", {})})]
     if training.get("ema_decay"):
-        callbacks.append(EMAWeightAveraging(decay=training.ema_decay))
+        callbacks.append(AveragedWeights(training.ema_decay))
     callbacks.append(WeightExport(run_dir, config))  # behind EMA, whose weights it exports
     if training.get("preview_every") and data.val_set is not None:
         callbacks.append(ImageGrid(run_dir, data.val_set, training.preview_every))
@@ -152,28 +193,33 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
 
 def main(argv: list[str]) -> None:
     """Train."""
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(argv)
     config = merge_config(args)
     from omegaconf import OmegaConf
-    print(OmegaConf.to_yaml(config, resolve=True))
+    if is_rank_zero():
+        print(OmegaConf.to_yaml(config, resolve=True))
     if args.dry_run:
         return
     checkpoint = find_run(args.resume)[1] if args.resume else None
     run_dir = checkpoint.parent.parent if checkpoint else Path(args.project or Path(args.logdir) / "_".join(
         part for part in (time.strftime("%Y-%m-%dT%H-%M-%S"), args.name, args.postfix) if part))
-
+    if not checkpoint and is_rank_zero() and (run_dir / "checkpoints" / "last.ckpt").exists():
+        raise FileExistsError(f"--project {run_dir}: holds a run. Go on with it by -r {run_dir}, or name a new folder.")
     import torch
 
+    from ldm.models.loading import build_skeleton
     from ldm.models.training import TrainingModule
-    from ldm.util import instantiate_from_config
-    torch.manual_seed(args.seed)
-    data = instantiate_from_config(config.data, seed=args.seed)
-    data.setup("fit")  # reads and checks all input before the network is built
-    method = build_method(config, args)
+    from ldm.util import arguments_of, instantiate_from_config
     settings = OmegaConf.to_container(config.training, resolve=True)
-    options = {k: v for k, v in settings.items()
-               if k not in ("ema_decay", "preview_every", "channels_last", "cache_latents")}
+    others = ("ema_decay", "preview_every", "channels_last", "cache_latents")  # those that are not of TrainingModule
+    check_keys("training", settings, [*others, *(set(arguments_of(TrainingModule)) - {"method", "seed"})])
+    options = {k: v for k, v in settings.items() if k not in others}
+    size_factor = build_skeleton(OmegaConf.to_container(config, resolve=True)).size_factor
+    data = instantiate_from_config(config.data, seed=config.seed, size_factor=size_factor)
+    data.setup("fit")  # reads and checks all input before the network is built
     trainer = build_trainer(config, args, run_dir, data)
+    torch.manual_seed(config.seed)
+    method = build_method(config, args, checkpoint)
     if args.scale_lr:
         options["learning_rate"] *= trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
         log.info("learning rate scaled to %g", options["learning_rate"])
@@ -181,9 +227,11 @@ def main(argv: list[str]) -> None:
         method = method.to(memory_format=torch.channels_last)
     if settings.get("cache_latents"):
         cache_latents(method, data, trainer, settings["cache_latents"])
-    module = TrainingModule(method, seed=args.seed, **options)
+    module = TrainingModule(method, seed=config.seed, **options)
     if args.train == "false":
         return
+    # It means well, but RowSampler does go on in the middle of an epoch, and no state_dict of a loader could.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     if data.val_set is not None and not args.no_test:
         trainer.validate(module, datamodule=data, verbose=False)

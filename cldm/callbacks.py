@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 
 from ldm.checkpoint import save_safetensors
 from ldm.data.transforms import normalize_batch, to_uint8
@@ -39,6 +40,41 @@ class RunRecord(pl.Callback):
             file.write(json.dumps(record) + "\n")
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that also saves the last step of a training.
+
+    Lightning's saves last.ckpt at the end only when it never saved one before. And it would save a resumed run at the
+    step it was resumed at, in the middle of an accumulation, whose gradients are in no checkpoint.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the step that a run starts at as saved."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save last.ckpt unless it is there."""
+        if trainer.global_step != self._last_global_step_saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average of the weights, which validation and the exported weights use.
+
+    Unlike Lightning's, it leaves frozen weights exactly as they are (decay * w + (1 - decay) * w is not w in floating
+    point), and the module keeps the trained weights at the end, so that the last checkpoint can be resumed, too.
+
+    Args:
+        decay: share of the old average that each optimizer step keeps.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(avg_fn=lambda average, current, _: torch.lerp(average, current, 1.0 - decay))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep both sets of weights."""
+
+
 class WeightExport(pl.Callback):
     """Exports the weights (averaged ones when EMA is on) with the config inside: run_dir/checkpoints/last.safetensors.
 
@@ -50,7 +86,8 @@ class WeightExport(pl.Callback):
     def __init__(self, run_dir: Path, config: DictConfig) -> None:
         self.path, self.config = run_dir / "checkpoints" / "last.safetensors", config
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
+                           checkpoint: dict[str, Any]) -> None:
         """Export whenever Lightning saves a checkpoint."""
         if trainer.is_global_zero:
             weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
@@ -65,14 +102,15 @@ class ImageGrid(pl.Callback):
 
     Args:
         run_dir: folder of the run.
-        dataset: rows to show, the first `rows` of it.
+        dataset: what to show.
         every: optimizer steps between two grids.
-        rows: lines of the grid.
+        rows: lines of the grid, evenly spaced over the dataset.
     """
 
     def __init__(self, run_dir: Path, dataset: torch.utils.data.Dataset, every: int, rows: int = 6) -> None:
         self.folder, self.every = run_dir / "images", every
-        self.items = [dataset[i] for i in range(min(rows, len(dataset)))]
+        count = min(rows, len(dataset))
+        self.items = [dataset[i * len(dataset) // count] for i in range(count)]
         self.last_step = -1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -57,6 +57,9 @@ class TISynth(DiffusionMethod):
         self.guidance_drops, self.sample_reference = tuple(guidance_drops), sample_reference
         self.first_stage_model = instantiate_from_config(autoencoder)
         self.cond_stage_model = instantiate_from_config(text_encoder)
+        if "text" in train and self.cond_stage_model.frozen:
+            raise ValueError("train: has `text`, but the text encoder is frozen. Set text_encoder.params.frozen=false, "
+                             "or drop `text`.")
         channels = self.first_stage_model.latent_channels
         unet = {"in_channels": channels, **unet}
         self.model = nn.Module()
@@ -102,7 +105,8 @@ class TISynth(DiffusionMethod):
         unet = self.model.diffusion_model
         attended = unet.attended()
         dropped = set() if unet.is_residual else {
-            id(p) for conv, used in zip(branch.zero_convs, attended, strict=False) if not used for p in conv.parameters()}
+            id(p) for conv, used in zip(branch.zero_convs, attended, strict=False) if not used
+            for p in conv.parameters()}
         return [p for p in branch.parameters() if id(p) not in dropped]
 
     def encode_image(self, image: Tensor) -> Tensor:

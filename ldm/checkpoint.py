@@ -108,7 +108,8 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], source:
         text = [f"checkpoint {source}: does not fit the model."]
         text += [f"  wrong shape ({len(wrong)}): " + "; ".join(wrong[:5])] if wrong else []
         text += [f"  missing ({len(fatal)}): " + ", ".join(fatal[:8])] if fatal else []
-        raise UserError("\n".join([*text, "Use the config that the file was trained with, or --allow_partial."]))
+        text.append("Use the config that the file was trained with, or --pretrain_path of train.py.")
+        raise UserError("\n".join(text))
     module.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
     groups = sorted({k.split(".")[0] for k in own if "." in k})
     lines = [f"{source}: loaded {len(own) - len(missing)} of {len(own)} tensors, "

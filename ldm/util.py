@@ -1,10 +1,12 @@
 """Configuration, instantiation and error handling shared by every entry point."""
 import difflib
 import importlib
+import inspect
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     """Build the object that a `target:`/`params:` node describes.
 
     Args:
-        config: mapping with `target` (dotted path of a class or function) and optional `params` (its keyword arguments).
+        config: mapping with `target` (dotted path of a class or function) and optional `params` (keyword arguments).
         extra: further keyword arguments; they win over `params`.
     Returns:
         Whatever the target returns.
@@ -33,15 +35,40 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
         raise UserError(f"config node: no `target` (keys: {', '.join(config)}). Expected target: package.module.Class.")
     unknown = set(config) - {"target", "params"}
     if unknown:
-        raise UserError(f"config node {config['target']}: unknown keys {sorted(unknown)}. Arguments belong under params.")
+        raise UserError(f"config node {config['target']}: unknown keys {sorted(unknown)}. Arguments go under params.")
     target = locate(config["target"])
     params = {**(config.get("params") or {}), **extra}
     try:
         return target(**params)
     except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise UserError(f"config node {config['target']}: {error}. See the docstring of the class.") from error
+        name = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if name:
+            raise UserError(f"config node {config['target']}: {error}.{nearest(name[1], arguments_of(target))} "
+                            "See the docstring of the class.") from error
         raise
+
+
+def arguments_of(target: Callable) -> list[str]:
+    """Names of the arguments that a function or a class (with its base classes) takes."""
+    functions = [c.__init__ for c in inspect.getmro(target)[:-1] if "__init__" in vars(c)] if isinstance(
+        target, type) else [target]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = {p.name: None for f in functions for p in inspect.signature(f).parameters.values()
+             if p.kind not in variable and p.name != "self"}
+    return list(names)
+
+
+def check_keys(node: str, keys: Iterable[str], known: Sequence[str]) -> None:
+    """UserError naming the nearest known key when a node of the config has a key that nothing reads."""
+    for key in keys:
+        if key not in known:
+            raise UserError(f"config: {node}.{key} is unknown.{nearest(key, known)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` Did you mean X?` for the known name that is most like a wrong one; empty when none is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def locate(dotted: str) -> Any:
@@ -50,7 +77,8 @@ def locate(dotted: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"config target {dotted}: cannot be imported ({error}). Check the spelling and PYTHONPATH.") from error
+        raise UserError(
+            f"config target {dotted}: cannot be imported ({error}). Check the spelling and PYTHONPATH.") from error
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
@@ -59,7 +87,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     Args:
         files: yaml paths; later files win.
         overrides: strings `key.sub=value`. A key that no file has is an error naming the nearest known one, except
-            below `params` and `lightning.trainer`, whose keys are checked by the class that receives them.
+            below `params` and the parts of `lightning`, whose keys are checked by the class that receives them.
     Returns:
         The merged config, struct-locked.
     Raises:
@@ -69,7 +97,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     config = OmegaConf.create()
     for file in files:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"config file not found: {file}. Give a yaml such as configs/model/tisynth_mini.yaml.")
+            raise FileNotFoundError(
+                f"config file not found: {file}. Give a yaml such as configs/model/tisynth_mini.yaml.")
         try:
             config = OmegaConf.merge(config, OmegaConf.load(file))
         except (OmegaConfBaseException, ValueError, OSError) as error:
@@ -88,11 +117,15 @@ def apply_override(config: DictConfig, override: str) -> None:
     if not sign or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example lightning.trainer.max_steps=1000.")
     parent = key.rpartition(".")[0]
-    is_open = ".params." in key or parent == "lightning.trainer"
-    if not is_open and OmegaConf.select(config, key, default=None) is None and key not in flat_keys(config):
-        near = difflib.get_close_matches(key, flat_keys(config), n=1)
-        raise UserError(f"override {override!r}: the config has no key {key}. " + (f"Did you mean {near[0]}?" if near else ""))
-    config.merge_with(OmegaConf.from_dotlist([override]))
+    is_open = ".params." in key or parent in ("lightning.trainer", "lightning.checkpoint")
+    known = flat_keys(config)
+    if not is_open and key not in known:
+        raise UserError(f"override {override!r}: the config has no key {key}.{nearest(key, known)}")
+    try:
+        config.merge_with(OmegaConf.from_dotlist([override]))
+    except Exception as error:  # yaml's and omegaconf's grammar errors share no base below Exception
+        raise UserError(f"override {override!r}: {str(error).splitlines()[0]}. Expected key.sub=value with a yaml "
+                        "value. Quote it for the shell.") from error
 
 
 def flat_keys(config: Any, prefix: str = "") -> list[str]:
@@ -129,5 +162,9 @@ def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[s
 
 
 def is_rank_zero() -> bool:
-    """True on the process that logs and writes (rank 0, or no distributed launch at all)."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0) == 0
+    """True on the process that logs and writes (rank 0, or no distributed launch at all).
+
+    Torchrun sets RANK, srun SLURM_PROCID, Lightning's own launcher LOCAL_RANK and NODE_RANK; all are 0 only there.
+    """
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return all(int(os.environ.get(name) or 0) == 0 for name in names)

@@ -45,7 +45,8 @@ def convert(sdist: Path) -> dict[str, torch.Tensor]:
         tensors[f"convs.{i}.weight"] = torch.tensor(conv["kernel"]).permute(3, 2, 0, 1).contiguous()
         tensors[f"convs.{i}.bias"] = torch.tensor(conv["bias"])
     for i in range(5):
-        tensors[f"heads.{i}"] = torch.tensor(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]).permute(3, 2, 0, 1).contiguous()
+        kernel = torch.tensor(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])
+        tensors[f"heads.{i}"] = kernel.permute(3, 2, 0, 1).contiguous()
     return tensors
 
 

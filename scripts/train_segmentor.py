@@ -91,17 +91,37 @@ def make_config(args: argparse.Namespace, table: ClassTable) -> Any:
     )
     weights = class_weights(pixels, config.get("class_balance", 0.0))
     fill_classes(config.model, table.num_classes, weights if config.get("class_balance", 0.0) else None)
-    steps = config.max_steps
-    config.optimizer["lr"] = config.learning_rate
     config.train_dataloader = make_loader(
         dataset_config(table, config.train_pipeline, **source), config.batch_size, args.num_workers, is_training=True
     )
-    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=steps, val_interval=args.val_interval)
+    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
     if args.val_txt_file:
         dataset = dataset_config(table, config.test_pipeline, manifest=args.val_txt_file, data_root=args.data_root)
         config.val_dataloader = make_loader(dataset, config.batch_size, args.num_workers, is_training=False)
         config.val_cfg = dict(type="ValLoop")
         config.val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+    set_schedule(config)
+    config.env_cfg = dict(
+        cudnn_benchmark=True,
+        mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+        dist_cfg=dict(backend="nccl" if torch.cuda.is_available() else "gloo"),
+    )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not torch.cuda.is_available():
+        raise UserError(
+            f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use GPUS=1."
+        )
+    config.launcher = "pytorch" if processes > 1 else "none"
+    config.randomness = dict(seed=args.seed)
+    config.work_dir, config.resume, config.log_level = args.work_dir, args.resume, "INFO"
+    config.log_processor = dict(by_epoch=False)
+    return config
+
+
+def set_schedule(config: Any) -> None:
+    """Set optimizer, learning rate over the steps, logging and checkpoints of a config in place."""
+    steps = config.max_steps
+    config.optimizer["lr"] = config.learning_rate
     config.optim_wrapper = dict(
         type="OptimWrapper",
         optimizer=config.optimizer,
@@ -117,16 +137,6 @@ def make_config(args: argparse.Namespace, table: ClassTable) -> Any:
         logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
         checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(1, min(500, steps)), max_keep_ckpts=1),
     )
-    config.env_cfg = dict(
-        cudnn_benchmark=True,
-        mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-        dist_cfg=dict(backend="nccl" if torch.cuda.is_available() else "gloo"),
-    )
-    config.launcher = "pytorch" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "none"
-    config.randomness = dict(seed=args.seed)
-    config.work_dir, config.resume, config.log_level = args.work_dir, args.resume, "INFO"
-    config.log_processor = dict(by_epoch=False)
-    return config
 
 
 def fill_classes(model: dict[str, Any], num_classes: int, weights: list[float] | None) -> None:
@@ -208,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     use_safe_reader()
     config = make_config(args, table)
     runner = build_runner(config)
+    if is_rank_zero():
+        (work_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str))
     started = time.time()
     model = runner.train()
     minutes = (time.time() - started) / 60
@@ -215,7 +227,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     model = getattr(model, "module", model)
     save_checkpoint(work_dir / "segmentor.pth", model, table, steps=config.max_steps, seed=args.seed)
-    (work_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str))
     read_checkpoint(work_dir / "segmentor.pth")  # what was written must pass the reader that others use
     LOG.info(
         "%d steps in %.1f minutes; wrote %s and config.json", config.max_steps, minutes, work_dir / "segmentor.pth"

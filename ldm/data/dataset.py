@@ -100,8 +100,9 @@ class PairDataset(Dataset):
             UserError: if the items are not the same whole images in every epoch.
         """
         if self.crop or self.size is None or self.reference == "target":
-            raise UserError("cache_latents needs whole images of one size (size set, no random_crop) and references that "
-                            "are other images (reference: manifest or none). Turn cache_latents off, or change these.")
+            raise UserError("cache_latents needs whole images of one size (size set, no random_crop) and references "
+                            "that are other images (reference: manifest or none). Turn cache_latents off, or change "
+                            "these.")
         used = {row.image for row in self.rows}
         return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
 

@@ -5,7 +5,8 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule, velocity
 
 
-def training_target(latent: Tensor, noise: Tensor, timestep: Tensor, schedule: Schedule, prediction_type: str) -> Tensor:
+def training_target(latent: Tensor, noise: Tensor, timestep: Tensor, schedule: Schedule,
+                    prediction_type: str) -> Tensor:
     """Target of the squared error.
 
     Args:

@@ -31,6 +31,8 @@ class AutoencoderMethod(nn.Module):
         # In a tuple, so that 15 M frozen weights of the loss stay out of the checkpoints.
         self._perceptual = (PerceptualLoss(perceptual_weights),) if perceptual_weight else ()
         self.size_factor = self.first_stage_model.downsampling
+        if crop is not None and (crop < 1 or crop % self.size_factor):
+            raise ValueError(f"autoencoder: crop {crop}. Expected a multiple of {self.size_factor}, or null.")
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of the parameters that train."""
@@ -57,7 +59,10 @@ class AutoencoderMethod(nn.Module):
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def random_window(self, image: Tensor) -> Tensor:
-        """The same random window of crop x crop pixels of all images."""
+        """The same random window of crop x crop pixels of all images; ValueError if they are smaller."""
+        if min(image.shape[-2:]) < self.crop:
+            raise ValueError(f"autoencoder: images {tuple(image.shape[-2:])} are smaller than crop {self.crop}. "
+                             "Lower crop, or set data.params.size.")
         top = int(torch.randint(image.shape[-2] - self.crop + 1, ()))
         left = int(torch.randint(image.shape[-1] - self.crop + 1, ()))
         return image[..., top:top + self.crop, left:left + self.crop]

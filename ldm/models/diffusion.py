@@ -123,7 +123,8 @@ class DiffusionMethod(nn.Module):
     def preview(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Pictures for the grid of a training run: mask, reference, real image, sample with fixed noise."""
         mask, image = batch["mask"], batch["image"]
-        noise = torch.randn((len(mask), *self.noise_shape(*mask.shape[-2:])), generator=torch.Generator().manual_seed(0))
+        shape = (len(mask), *self.noise_shape(*mask.shape[-2:]))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         colours = torch.tensor([*self.class_table.colours, (0, 0, 0)], device=mask.device) / 127.5 - 1.0
         drawn = colours[mask.clamp(max=self.class_table.num_classes)].permute(0, 3, 1, 2)
         sample = self.sample(batch, noise.to(mask.device), num_steps=20, guidance_scale=self.preview_guidance)

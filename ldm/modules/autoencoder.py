@@ -81,7 +81,8 @@ class AutoencoderKL(nn.Module):
 class Encoder(nn.Module):
     """Image -> (B, out_channels, h, w) moments."""
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, out_channels: int) -> None:
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int,
+                 out_channels: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         width = ch
@@ -114,7 +115,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent -> image."""
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, out_channels: int, z_channels: int) -> None:
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, out_channels: int,
+                 z_channels: int) -> None:
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)

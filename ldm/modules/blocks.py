@@ -33,7 +33,8 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
     Source: Vaswani et al. 2017, section 3.5; order of the halves as in Stable Diffusion.
     """
     half = dim // 2
-    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequency = torch.exp(-math.log(max_period) * index / half)
     angle = timestep.float()[:, None] * frequency[None]  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

@@ -6,8 +6,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
-from ldm.modules.blocks import (Downsample, ResBlock, TimestepSequential, Upsample, group_norm, timestep_embedding,
-                                zero_module)
+from ldm.modules.blocks import (
+    Downsample,
+    ResBlock,
+    TimestepSequential,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+    zero_module,
+)
 
 # make_block(channels, heads, head_dim, context_dim, skip_channels): the transformer block of a decoder level.
 # skip_channels is the width of the encoder features that arrive there.
@@ -86,7 +93,8 @@ class UNetEncoder(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, **conditions)
         return block(*args, **conditions)
 
-    def encode(self, latent: Tensor, embedding: Tensor, context: Tensor, stem: Tensor | None = None) -> Iterator[Tensor]:
+    def encode(self, latent: Tensor, embedding: Tensor, context: Tensor,
+               stem: Tensor | None = None) -> Iterator[Tensor]:
         """Features of every input block in order.
 
         Args:
