@@ -34,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", required=True, help="weights: .safetensors or .ckpt")
     model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
+    model.add_argument(
+        "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
+    )
     model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--precision", choices=["auto", "full", "autocast"], default="auto",
@@ -57,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--ddim_steps", type=positive_int, default=50, help="network evaluations per image")
     sampling.add_argument("--ddim_eta", type=fraction, default=0.0, help="fresh noise per step, 0 to 1")
-    sampling.add_argument("--scale", type=positive, default=9.0, help="classifier-free guidance scale; 1 = off")
+    sampling.add_argument(
+        "--scale", type=positive, help="classifier-free guidance scale; 1 = off; default: the model's own, 9 if it has none"
+    )
     sampling.add_argument("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
     sampling.add_argument("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")
     sampling.add_argument("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
@@ -127,8 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.sampling.writer import ImageWriter, RecordFile, check_run, open_run
 
     config = read_model_config(args.ckpt, args.config)
+    if args.tokenizer_dir:
+        use_tokenizer(config, args.tokenizer_dir)
     device, use_autocast = choose_device(args)
     skeleton = build_skeleton(config)
+    args.scale = args.scale or skeleton.guidance_scale
     check_settings(args, skeleton)
     table = choose_table(args, skeleton.class_table)
     rows = read_rows(args, table, skeleton.size_factor)
@@ -136,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     fingerprint = make_fingerprint(args, config, rows, use_autocast)
     outdir = Path(args.outdir)
     check_run(outdir, fingerprint)
+    for job in jobs:
+        job.record["checkpoint_sha256"] = fingerprint["checkpoint_sha256"]
 
     method = load_method(args.ckpt, config, device)
     details = {"arguments": vars(args), "data_root": os.path.abspath(args.data_root), "config": config}
@@ -146,6 +156,14 @@ def main(argv: list[str] | None = None) -> int:
     with ImageWriter(outdir, index) as writer:
         failures = paint_jobs(args, method, table, todo, device, use_autocast, writer) if todo else []
     return settle_records(outdir, index, jobs, failures)
+
+
+def use_tokenizer(config: dict[str, Any], folder: str) -> None:
+    """Put the folder of --tokenizer_dir into the config of the model."""
+    text = config["model"].get("params", {}).get("text_encoder")
+    if text is None:
+        raise UserError(f"--tokenizer_dir: {folder} is of no use, the model has no text encoder. Leave the flag out.")
+    text.setdefault("params", {})["tokenizer_dir"] = folder
 
 
 def settle_records(outdir: Path, index: "RecordFile", jobs: list["Job"], failures: list[dict[str, Any]]) -> int:

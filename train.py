@@ -32,7 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_root", help="folder that the manifests' paths start from")
     add("--train_txt_file", help="training manifest (JSON lines)")
     add("--val_txt_file", help="validation manifest")
-    add("--pretrain_path", help="weights to start from; keys that the file does not have keep their initial values")
+    add("--pretrain_path", action="append", metavar="FILE", help="weights to start from: a file or a diffusers folder; "
+        "may be given several times, later ones fill or override. Parts that train may be missing")
+    add("--allow_partial", action="store_true", help="go on where weights are missing, unused or of another shape")
+    add("--clip_dir", help="local folder of CLIP ViT-L/14, weights and tokenizer, for the text encoder")
     add("--actual_resume", help="weights to start from that must fit completely")
     add("-r", "--resume", help="run folder or its .ckpt: continue with optimizer, step and random state")
     add("-s", "--seed", type=int, help="base seed; each rank draws its own numbers (default: 23, or the run's with -r)")
@@ -78,13 +81,16 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
     if not files:
         raise UserError("train.py: no config. Give --config_model YAML and -b YAML, or -r RUN_DIR.")
     flags = {"data.params.data_root": args.data_root, "data.params.train_manifest": args.train_txt_file,
-             "data.params.val_manifest": args.val_txt_file, "lightning.trainer.precision": args.precision}
+             "data.params.val_manifest": args.val_txt_file, "lightning.trainer.precision": args.precision,
+             "model.params.text_encoder.params.weights_dir": args.clip_dir}
     config = load_config(files, [f"{k}={v}" for k, v in flags.items() if v is not None] + args.overrides)
     for node in ("model", "data", "training", "lightning"):
         if node not in config:
             raise UserError(f"config: node `{node}` is missing. Expected model (--config_model), data, training and "
                             "lightning (--base).")
-    unset = sorted(OmegaConf.missing_keys(config))
+    missing = [key.rpartition(".") for key in sorted(OmegaConf.missing_keys(config))]  # and what refers to them
+    unset = [parent + dot + leaf for parent, dot, leaf in missing
+             if not OmegaConf.is_interpolation(OmegaConf.select(config, parent), leaf)]
     if unset:
         raise UserError(f"config: {', '.join(unset)} must be given. Add {unset[0]}=VALUE"
                         + (" or --data_root." if "data.params.data_root" in unset else "."))
@@ -123,25 +129,38 @@ def pick_devices(gpus: str | None) -> dict:
 
 def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # noqa: ANN001, ANN201
     """The network, with the weights that the flags name, or those of the run that is resumed."""
-    from ldm.checkpoint import load_checkpoint, load_weights
+    from ldm.account import fill, required_while_training
+    from ldm.checkpoint import open_checkpoint
     from ldm.util import instantiate_from_config
     method = instantiate_from_config(config.model)
     if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
-        log.info(load_weights(method, load_checkpoint(checkpoint)[0], str(checkpoint)))
+        log.info(fill(method, [open_checkpoint(checkpoint)]))
         return method
+    own = method.state_dict()
+    filled = {name for name in own if has_local_weights(config.model.params, name)}
     for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
-        weights, _ = load_checkpoint(file)
-        picked = {k: v for k, v in weights.items() if k.startswith(part + ".")}
-        others = {k.split(".")[0] for k in method.state_dict()} - {part}
-        log.info(load_weights(method, picked, str(file), may_miss=tuple(others)))
-    for path, is_strict in ((args.pretrain_path, False), (args.actual_resume, True)):
-        if path:
-            weights, _ = load_checkpoint(path)
-            if not set(weights) & set(method.state_dict()):
-                raise UserError(f"--pretrain_path {path}: none of its {len(weights)} tensors is one of the model's "
-                                f"(the first is {min(weights, default='-')}). Convert it, or take another file.")
-            log.info(load_weights(method, weights, path, may_miss=() if is_strict else ("",)))
+        inside = {name for name in own if name.startswith(part + ".")}
+        account = fill(method, [open_checkpoint(file, own).only(part + ".")], inside.__contains__)
+        account.fresh.clear()  # the other parts are none of this file's business
+        log.info(account)
+        filled |= inside
+    trained = [p for group in method.trainable_groups().values() for p in group]
+    is_required = required_while_training(method, trained, filled)
+    if args.pretrain_path:
+        files = [open_checkpoint(path, own) for path in args.pretrain_path]
+        log.info(fill(method, files, is_required, args.allow_partial, initialise_branches=True))
+    if args.actual_resume:
+        log.info(fill(method, [open_checkpoint(args.actual_resume, own)], allow_partial=args.allow_partial))
+    if not args.pretrain_path and not args.actual_resume and any(map(is_required, dict(method.named_parameters()))):
+        log.warning("warning: parts that do not train keep random weights. Give --pretrain_path, or train them "
+                    "(model.params.train).")
     return method
+
+
+def has_local_weights(params, name: str) -> bool:  # noqa: ANN001
+    """Whether the text encoder's config names a local folder or file that this tensor was filled from."""
+    text = (params.get("text_encoder") or {}).get("params") or {}
+    return name.startswith("cond_stage_model.") and bool(text.get("weights_dir") or text.get("weights_file"))
 
 
 def cache_latents(method, data, trainer, folder: str) -> None:  # noqa: ANN001
@@ -153,7 +172,7 @@ def cache_latents(method, data, trainer, folder: str) -> None:  # noqa: ANN001
     paths = data.train_set.cacheable_paths()
     data.train_set.latents = build_latent_cache(
         paths, data.train_set.size, method.first_stage_model, Path(folder), trainer.strategy.root_device,
-        autocast=trainer.precision_plugin.forward_context)
+        num_workers=data.num_workers, autocast=trainer.precision_plugin.forward_context)
 
 
 def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noqa: ANN001, ANN201

@@ -2,6 +2,7 @@
 # Train a method. Settings are environment variables; flags and key.sub=value overrides of train.py may follow.
 #   DATA_ROOT=data/mini sh train.sh                            all GPUs of this machine, or the CPU when there is none
 #   GPUS=0,1 NAME=gid CONFIG=configs/model/tisynth_sd15.yaml BASE=configs/train/gid.yaml DATA_ROOT=data/gid sh train.sh
+#                                                              GPUS has numbers of GPUs, as --gpus: 0 is the first one
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=host0 sh train.sh          several machines by torchrun: start it on each of them
 #   sbatch --nodes 2 --ntasks-per-node 4 --gres gpu:4 train.sh      SLURM: one task for each GPU
 #   RESUME=logs/RUN sh train.sh                                go on with a run, exactly
@@ -21,11 +22,12 @@ else
 fi
 
 if [ -n "${SLURM_JOB_ID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
-    exec srun "$PYTHON" train.py --num_nodes "$SLURM_NNODES" --gpus "${GPUS:-${SLURM_NTASKS_PER_NODE:-1}}" "$@"
+    if [ -n "${GPUS:-}" ]; then set -- --gpus "$GPUS" "$@"; fi # default: all that the job was given
+    exec srun "$PYTHON" train.py --num_nodes "$SLURM_NNODES" "$@"
 fi
 if [ "${NODES:-1}" -gt 1 ]; then
-    gpus=${GPUS:-$(nvidia-smi -L | grep -c GPU)}
-    case $gpus in *,*) count=$(echo "$gpus" | tr ',' '\n' | grep -c .) ;; *) count=$gpus ;; esac
+    gpus=${GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd, -)}
+    count=$(echo "$gpus" | tr ',' '\n' | grep -c .)
     exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc_per_node "$count" --node_rank "${NODE_RANK:?}" \
         --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}" \
         train.py --num_nodes "$NODES" --gpus "$gpus" "$@"

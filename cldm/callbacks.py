@@ -20,7 +20,7 @@ from ldm.data.transforms import normalize_batch, to_uint8
 
 
 class RunRecord(pl.Callback):
-    """Writes run_dir/config.yaml and run_dir/run.json (command, revision, versions) when a fit starts."""
+    """Writes run_dir/config.yaml and a line of run_dir/run.jsonl (command, revision, versions) when a fit starts."""
 
     def __init__(self, run_dir: Path, config: DictConfig) -> None:
         self.run_dir, self.config = run_dir, config

@@ -39,6 +39,8 @@ class TISynth(DiffusionMethod):
         stem_widths: widths of the stems of both branches.
         sample_reference: draw reference latents from the autoencoder's posterior (upstream; not reproducible between
             batch sizes) instead of taking its mean.
+        norm_groups: groups of the group norms of U-Net, branches and autoencoder whose channels it divides (Stable
+            Diffusion: 32, at any width). Elsewhere, and with None: 32, or fewer where channels are less than 128.
         diffusion: see DiffusionMethod.
     """
 
@@ -47,7 +49,8 @@ class TISynth(DiffusionMethod):
                  train: Sequence[str] = ("all_in_attention", "control", "reference"), scale_factor: float = 0.18215,
                  prompt_dropout: float = 0.0, mask_dropout: float = 0.0, reference_dropout: float = 0.0,
                  guidance_drops: Sequence[str] = ("prompt",), reference_augment: Mapping[str, Any] | None = None,
-                 stem_widths: Sequence[int] = STEM_WIDTHS, sample_reference: bool = False, **diffusion: Any) -> None:
+                 stem_widths: Sequence[int] = STEM_WIDTHS, sample_reference: bool = False,
+                 norm_groups: int | None = None, **diffusion: Any) -> None:
         super().__init__(**diffusion)
         check_names("train", train, GROUPS)
         check_names("guidance_drops", guidance_drops, ("prompt", "mask", "reference"))
@@ -68,6 +71,8 @@ class TISynth(DiffusionMethod):
             hint_channels(hint_mode, self.class_table), self.stem_strides(), stem_widths, **unet)
         self.ssl_stage_model = ControlBranch(channels, (1, 1, 1), stem_widths, **unet)
         self.register_buffer("logvar", torch.zeros(self.schedule.num_timesteps))  # published files carry it
+        if norm_groups is not None:
+            set_norm_groups(self, norm_groups)
         self.reference_augment = None if reference_augment is None else instantiate_from_config(reference_augment)
         self.size_factor = self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
 
@@ -187,6 +192,13 @@ class TISynth(DiffusionMethod):
         from_mask = self.control_model(latent, timestep, context, hint)
         from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent)
         return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference)
+
+
+def set_norm_groups(module: nn.Module, groups: int) -> None:
+    """Give all group norms whose channels it divides this number of groups; weights do not depend on it."""
+    for layer in module.modules():
+        if isinstance(layer, nn.GroupNorm) and layer.num_channels % groups == 0:
+            layer.num_groups = groups
 
 
 def check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Measure the factor that brings an autoencoder's latents to unit variance: 1 / (standard deviation over a manifest).
 
-python scripts/measure_scale.py RUN_DIR/checkpoints/last.safetensors --data_root DATA --txt_file DATA/train_set_items.json
+python scripts/measure_scale.py RUN/checkpoints/last.safetensors --data_root DATA --txt_file DATA/train_set_items.json
 """
 import argparse
 import sys

@@ -237,7 +237,9 @@ def write_dataset(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     summary = {"made_by": MADE_BY, "classes": table.name, "class_names": list(table.names), "seed": args.seed,
                "tile": args.tile, "splits": summarise(tiles, pictures)}
     summary["manifests"], summary["tiles_without_reference"] = write_manifests(args, root, tiles)
-    (root / "classes.yaml").write_text(yaml.safe_dump(table.to_dict(), sort_keys=False), encoding="utf-8")
+    # The masks written hold 0..K-1 already; a table that maps raw ids would map them a second time.
+    written = yaml.safe_dump(table.without_source_ids().to_dict(), sort_keys=False)
+    (root / "classes.yaml").write_text(written, encoding="utf-8")
     return summary
 
 

@@ -1,11 +1,10 @@
 """The networks at tiny size: names, shapes, closed forms, couplings."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from tiny import ROOT, model_params, randomize
 from torch import Tensor, nn
 
 from cldm.all_in_attention import AllInAttentionBlock, AllInAttentionUNet
@@ -16,32 +15,10 @@ from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.modules.unet import UNet
 
-ROOT = Path(__file__).resolve().parents[1]
 # The lower level has no transformer, like the 8 x 8 level of SD1.5.
 UNET = {"in_channels": 4, "model_channels": 8, "num_res_blocks": 1, "attention_resolutions": [1],
         "channel_mult": [1, 2], "num_heads": 2, "context_dim": 6}  # fmt: skip
 COUPLINGS = ("upstream", "residual")
-
-
-def randomize(module: nn.Module, std: float = 0.2) -> nn.Module:
-    """Random values for all parameters: zero-initialised layers would hide what comes before them."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return module
-
-
-def model_params(name: str, **changes: object) -> dict:
-    """Arguments of TISynth from a config in configs/model, at the size of tisynth_tiny.yaml."""
-
-    def load(file: str) -> dict:
-        return OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/model/{file}.yaml"))["model"]["params"]
-
-    tiny = load("tisynth_tiny")
-    sizes = {key: tiny[key] for key in ("unet", "autoencoder", "text_encoder", "stem_widths", "class_table")}
-    sizes["text_encoder"]["params"]["tokenizer"] = str(ROOT / "configs/model/mini_tokenizer.json")
-    return {**load(name), **sizes, **changes}
 
 
 def inputs(height: int = 8, width: int = 12, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +147,8 @@ def test_residual_coupling_starts_as_the_unet_without_control():
 def test_control_branch_strides_and_zero_start():
     branch = ControlBranch(3, (2, 2, 2), (8,) * 7, **UNET)
     features = branch(*inputs(), torch.randn(2, 3, 64, 96))
-    assert [tuple(m.shape[1:]) for m in features.projected] == [(8, 8, 12), (8, 8, 12), (8, 4, 6), (16, 4, 6), (16, 4, 6)]
+    shapes = [(8, 8, 12), (8, 8, 12), (8, 4, 6), (16, 4, 6), (16, 4, 6)]
+    assert [tuple(m.shape[1:]) for m in features.projected] == shapes
     assert [m.shape for m in features.raw] == [m.shape for m in features.projected]
     assert all(not m.any() for m in features.projected) and all(m.any() for m in features.raw)
     assert [m.stride for m in branch.input_hint_block if isinstance(m, nn.Conv2d)] == [

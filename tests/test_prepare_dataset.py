@@ -180,6 +180,7 @@ def test_loveda_layout(tmp_path: Path) -> None:
     table = ClassTable.load("loveda")
     rows = read_manifest(out / "train_set_items.json", out, table=ClassTable.load(out / "classes.yaml"))
     assert [row.prompt for row in rows] == [table.prompt(np.array([[1]]))] * 2  # 2 on disk is id 1, building
+    assert (read_mask(rows[0].mask, ClassTable.load(out / "classes.yaml")) == 1).all()  # and is not shifted again
     assert (np.asarray(Image.open(out / "label_val/ValRural0.png")) == 255).all()  # 0 on disk is no data
     assert {row["ref_image"] for row in read_rows(out / "inference_items.json")} <= {
         "ref_img/TrainUrban0.png", "ref_img/TrainUrban1.png"}

@@ -3,7 +3,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.perceptual import PerceptualLoss
@@ -11,7 +10,7 @@ from ldm.util import instantiate_from_config
 
 
 class AutoencoderMethod(nn.Module):
-    """Trains an AutoencoderKL on single images: L1 + LPIPS + a little KL.
+    """Trains an AutoencoderKL on single images: L1 in opponent colours + LPIPS + a little KL.
 
     Its state_dict has the keys of the autoencoder under `first_stage_model.`, as the latent methods load it.
 
@@ -49,7 +48,7 @@ class AutoencoderMethod(nn.Module):
         image = batch["image"] if self.crop is None else self.random_window(batch["image"])
         posterior = self.first_stage_model.encode(image)
         restored = self.first_stage_model.decode(posterior.sample())
-        l1 = F.l1_loss(restored.float(), image)
+        l1 = opponent_l1(restored.float(), image)
         kl = posterior.kl().mean()
         parts = {"l1": l1, "kl": kl / posterior.mean[0].numel()}
         loss = l1 + self.kl_weight * kl
@@ -72,3 +71,19 @@ class AutoencoderMethod(nn.Module):
         """Pictures for the grid: the image and its reconstruction, (B, 3, H, W) in [-1, 1]."""
         posterior = self.first_stage_model.encode(batch["image"])
         return {"image": batch["image"], "restored": self.first_stage_model.decode(posterior.mean).float()}
+
+
+def opponent_l1(image: Tensor, other: Tensor) -> Tensor:
+    """Mean absolute difference along grey, red-green and yellow-blue instead of red, green and blue.
+
+    In RGB all three signs follow the error of the brightness as long as that is larger than the error of the colour,
+    so the colour gets no gradient: on land, whose colours are weak, a network trained that way paints in grey.
+
+    Args:
+        image, other: (B, 3, H, W).
+    Returns:
+        Scalar. The three axes are orthonormal, so an error of one size costs about the same in any direction.
+    """
+    r, g, b = (image - other).unbind(1)
+    axes = ((r + g + b) / 3**0.5, (r - g) / 2**0.5, (r + g - 2 * b) / 6**0.5)
+    return sum(axis.abs().mean() for axis in axes) / 3

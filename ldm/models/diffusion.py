@@ -21,15 +21,18 @@ class DiffusionMethod(nn.Module):
         schedule: arguments of make_schedule.
         prediction_type: what the network predicts: `epsilon`, `v` or `x0`.
         min_snr_gamma: clamp of the signal-to-noise weight (Hang et al. 2023); None = every timestep counts the same.
+        guidance_scale: what inference.py and the previews use unless told otherwise; how strong a model wants it
+            depends on what its unconditional half does without.
     """
 
     size_factor: int
 
     def __init__(self, schedule: Mapping[str, Any] | None = None, prediction_type: str = "epsilon",
-                 min_snr_gamma: float | None = None) -> None:
+                 min_snr_gamma: float | None = None, guidance_scale: float = 9.0) -> None:
         super().__init__()
         self.schedule = make_schedule(**(schedule or {}))
         self.prediction_type, self.min_snr_gamma = prediction_type, min_snr_gamma
+        self.guidance_scale = guidance_scale
         for name, values in self.schedule.buffers().items():
             self.register_buffer(name, values)
 
@@ -98,7 +101,7 @@ class DiffusionMethod(nn.Module):
         return (weight * error).mean(), {"mse": error.mean().detach()}
 
     @torch.no_grad()
-    def sample(self, batch: Mapping[str, Any], noise: Tensor, num_steps: int = 50, guidance_scale: float = 9.0,
+    def sample(self, batch: Mapping[str, Any], noise: Tensor, num_steps: int = 50, guidance_scale: float | None = None,
                eta: float = 0.0, draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
         """Paint images with DDIM.
 
@@ -106,11 +109,12 @@ class DiffusionMethod(nn.Module):
             batch: what `conditions` needs, after normalize_batch.
             noise: (B, *noise_shape) standard normal; decides the result together with the conditions.
             num_steps: DDIM steps.
-            guidance_scale: 1 = no guidance.
+            guidance_scale: 1 = no guidance; None = the model's own.
             eta, draw: see ddim_sample.
         Returns:
             Images (B, 3, H, W) float32 in [-1, 1].
         """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         conditions = self.conditions(batch)
         denoise = with_guidance(self.predict_noise, conditions, self.null_conditions(conditions), guidance_scale)
         steps = ddim_timesteps(num_steps, self.schedule.num_timesteps)
@@ -127,7 +131,5 @@ class DiffusionMethod(nn.Module):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         colours = torch.tensor([*self.class_table.colours, (0, 0, 0)], device=mask.device) / 127.5 - 1.0
         drawn = colours[mask.clamp(max=self.class_table.num_classes)].permute(0, 3, 1, 2)
-        sample = self.sample(batch, noise.to(mask.device), num_steps=20, guidance_scale=self.preview_guidance)
+        sample = self.sample(batch, noise.to(mask.device), num_steps=20)
         return {"mask": drawn, "reference": batch["reference"], "real": image, "sample": sample}
-
-    preview_guidance: float = 3.0

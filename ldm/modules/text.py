@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint import read_tensors
 from ldm.modules.tokenizer import PromptTokenizer, load_tokenizer
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -360,9 +361,4 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"text encoder: weights not found: {path}. Expected a local file.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    return stored.get("state_dict", stored)
+    return read_tensors(path)

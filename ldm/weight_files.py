@@ -1,0 +1,311 @@
+"""Reads weight files of any origin without running anything in them: safetensors, and torch pickles of tensors."""
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.util import UserError
+
+MAX_TENSORS = 20_000  # SD1.5 with both branches and averaged weights has about 2,700
+MAX_HEADER = 32 << 20
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+# What old Lightning files hold beside the weights. None of it is imported or called: stand-ins take its place.
+HARMLESS_PREFIXES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.dtypes.",
+                     "datetime.")
+HARMLESS = {
+    "argparse.Namespace", "builtins.complex", "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.int",
+    "builtins.list", "builtins.set", "builtins.slice", "builtins.str", "collections.defaultdict", "collections.deque",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.ndarray", "pathlib.Path", "pathlib.PosixPath",
+    "pathlib.PurePosixPath", "pathlib.WindowsPath", "typing.Any",
+}  # fmt: skip
+DICT_CLASSES = ("AttributeDict", "defaultdict")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file that is read when it is asked for.
+
+    Attributes:
+        shape, dtype: as stored.
+        read: returns it on the CPU.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """Contents of one weight file.
+
+    Attributes:
+        tensors: by the names in the file.
+        metadata: strings of a safetensors header; `config` may hold a yaml.
+        config: configuration as plain values, of a pickle that carries one.
+    """
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    config: Mapping[str, Any] | None = None
+
+
+class StandIn:
+    """Takes the place of an object in a pickle: swallows its arguments and its state, keeps and runs nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
+        """Swallow any arguments: a pickle may rebuild the object in several ways."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Swallow any arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop the state."""
+
+
+class StandInDict:
+    """Takes the place of a subclass of dict: becomes a plain dictionary."""
+
+    def __new__(cls, *args: Any) -> dict[Any, Any]:
+        """An empty dictionary, which the pickle then fills."""
+        return {}
+
+
+def pick_attribute(*_: Any) -> type[StandIn]:
+    """Takes the place of getattr."""
+    return StandIn
+
+
+def stand_in(name: str) -> Callable[..., Any]:
+    """What takes the place of the object of this dotted name."""
+    if name == "builtins.getattr":
+        return pick_attribute
+    return StandInDict if name.endswith(DICT_CLASSES) else StandIn
+
+
+def read_file(path: str | Path, drop_objects: bool = False) -> RawFile:
+    """Open a weight file; what it is follows from its contents, not from its name.
+
+    Args:
+        path: safetensors, or a torch file of tensors, flat or under `state_dict`.
+        drop_objects: put stand-ins in the place of all objects of a torch file instead of those known as harmless.
+    Returns:
+        Its tensors, not yet read, and what it says about them.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: if it is no weight file, is damaged or too large, or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint not found: {path}. Expected a weight file. Check the path.")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return read_pickle(path, start[:2] == b"PK", drop_objects)
+    if start[8:9] == b"{":
+        return read_safetensors(path)
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        what = "is a web page, not weights. The download returned an error or login page. Fetch it again"
+    elif text.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer, not weights. Run git lfs pull"
+    elif not start:
+        what = "is empty. Fetch it again"
+    else:
+        what = f"begins with {start[:12]!r}: neither safetensors nor a torch file. Fetch it again"
+    raise UserError(f"checkpoint {path}: {what}.")
+
+
+def read_safetensors(path: Path) -> RawFile:
+    """Open a safetensors file after checking that its header and its size belong together (see read_file)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise UserError(f"checkpoint {path}: truncated: its header has {length} bytes, the file {size}. "
+                            "Fetch it again.")
+        if length > MAX_HEADER:
+            raise UserError(f"checkpoint {path}: its header has {length} bytes. Expected at most {MAX_HEADER}. "
+                            "This is no weight file of a network of this kind.")
+        try:
+            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"checkpoint {path}: its header is damaged ({error}). Fetch it again.") from error
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"checkpoint {path}: its metadata is not a table of strings. Fetch it again.")
+    check_count(path, len(header))
+    problem = find_layout_problem(header, size - 8 - length)
+    if problem:
+        raise UserError(f"checkpoint {path}: {problem}. Fetch it again or write it anew.")
+
+    def reader(entry: dict[str, Any]) -> StoredTensor:
+        shape, dtype, (begin, end) = tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["data_offsets"]
+        start = 8 + length + begin
+        return StoredTensor(shape, dtype, lambda: read_bytes(path, start, end - begin).view(dtype).reshape(shape))
+
+    return RawFile({name: reader(entry) for name, entry in header.items()}, metadata)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Dictionary of JSON pairs; ValueError where a key comes twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name comes twice")
+    return result
+
+
+def find_layout_problem(header: Mapping[str, Any], size: int) -> str | None:
+    """What is wrong with the entries of a safetensors header for `size` bytes of data; None if nothing."""
+    spans = []
+    for name, entry in header.items():
+        try:
+            shape, kind, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+            numbers = [*shape, begin, end]
+            is_valid = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in numbers)
+        except (TypeError, KeyError, ValueError):
+            is_valid = False
+        if not is_valid:
+            return f"the entry of {name[:80]!r} is not understood"
+        if kind not in DTYPES:
+            return f"{name[:80]!r} is of type {kind!r}, expected one of {', '.join(DTYPES)}"
+        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+            return f"wrong shape: {name[:80]!r} is {kind} {shape} but has {end - begin} bytes"
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin < position:
+            return f"{name[:80]!r} overlaps another tensor"
+        if begin > position:
+            return f"{begin - position} bytes before {name[:80]!r} belong to no tensor"
+        position = end
+    if position > size:
+        return f"truncated: tensors need {position} bytes, there are {size}"
+    return f"{size - position} bytes at the end belong to no tensor" if position < size else None
+
+
+def read_bytes(path: Path, start: int, count: int) -> Tensor:
+    """Bytes of a file as a uint8 vector that owns its memory (a map of the file would count as ours while in use)."""
+    buffer = torch.empty(count, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while done < count:
+            got = file.readinto(view[done:])
+            if not got:
+                raise UserError(f"checkpoint {path}: ended while it was read. Was it changed meanwhile? Try again.")
+            done += got
+    return buffer
+
+
+def read_pickle(path: Path, is_zip: bool, drop_objects: bool) -> RawFile:
+    """Open a torch file through torch's restricted reader, with stand-ins for what Lightning files hold beside weights.
+
+    Args:
+        path: the file.
+        is_zip: whether it is of the format of torch 1.6 or later, which can be mapped instead of read.
+        drop_objects: see read_file.
+    """
+    allowed: list[Any] = []
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
+        refused = sorted(name for name in found if not (drop_objects or is_harmless(name)))
+        if refused:
+            raise UserError(
+                f"checkpoint {path}: holds more than tensors: {', '.join(refused[:8])}. Nothing of it was run. "
+                "Expected tensors and plain values. If you need its weights: python scripts/convert_checkpoint.py "
+                f"{path} OUT.safetensors --drop_objects (keeps tensors only, in a process of its own).")
+        allowed = [(stand_in(name), name) for name in found]
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            OSError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Torch's own text goes on to recommend an unsafe way.
+        text = str(error).partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0] or str(error)
+        reason = " ".join(text.split())[:300] or type(error).__name__
+        raise UserError(f"checkpoint {path}: cannot be read as tensors ({reason}). Nothing of it was run. "
+                        "Expected safetensors or a complete torch file of tensors. Fetch it again.") from error
+    return unwrap(path, content)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a dotted name in a pickle is one that Lightning files are known to hold."""
+    return name in HARMLESS or name.startswith(HARMLESS_PREFIXES)
+
+
+def unwrap(path: Path, content: Any) -> RawFile:
+    """The state_dict in the contents of a torch file."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of tensors.")
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, Mapping):
+        raise UserError(f"checkpoint {path}: its state_dict is a {type(weights).__name__}. Expected a dictionary.")
+    check_count(path, len(weights))
+    bad = [key for key, value in weights.items() if not isinstance(key, str) or not isinstance(value, Tensor)
+           or value.layout != torch.strided or value.dtype not in DTYPES.values()]
+    if bad or not weights:
+        raise UserError(f"checkpoint {path}: {len(bad)} of {len(weights)} entries are no plain tensors "
+                        f"({', '.join(str(key)[:60] for key in bad[:3])}). Expected a state_dict.")
+    tensors = {key: StoredTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())
+               for key, value in weights.items()}
+    config = content.get("config") if weights is not content else None
+    return RawFile(tensors, {}, config if isinstance(config, Mapping) else None)
+
+
+def check_count(path: Path, count: int) -> None:
+    """UserError for more tensors than a network of this kind can have."""
+    if count > MAX_TENSORS:
+        raise UserError(f"checkpoint {path}: has {count:,} tensors. Expected at most {MAX_TENSORS:,}. "
+                        "This is no weight file of a network of this kind.")
+
+
+def read_folder(folder: Path) -> RawFile | None:
+    """Open the weights that lie directly in a folder of diffusers or transformers, in one file or in several.
+
+    Args:
+        folder: holds diffusion_pytorch_model.* or model.* or pytorch_model.bin.
+    Returns:
+        Its tensors, or None if there are no weights.
+    Raises:
+        UserError: if an index names files that are missing or do not hold what it says.
+    """
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+        for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin"):
+            path = folder / f"{stem}.{ending}"
+            if path.is_file():
+                return read_shards(path) if ending.endswith("json") else read_file(path)
+    return None
+
+
+def read_shards(index: Path) -> RawFile:
+    """Open weights that an index spreads over several files (see read_folder)."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+        is_valid = all(isinstance(name, str) and name == os.path.basename(name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {index}: not an index of weight files ({error}). Fetch it again.") from error
+    if not is_valid or len(names) > 1000:
+        raise UserError(f"checkpoint {index}: names files outside its folder, or too many. Fetch it again.")
+    files = {name: read_file(index.parent / name).tensors for name in names}
+    absent = [key for key, name in places.items() if key not in files[name]]
+    if absent:
+        raise UserError(f"checkpoint {index}: {len(absent)} tensors are not in the files it names ({absent[0]}). "
+                        "Fetch all of them again.")
+    check_count(index, len(places))
+    return RawFile({key: files[name][key] for key, name in places.items()}, {})

@@ -1,0 +1,199 @@
+"""The same weights in diffusers and transformers give the same numbers; all names of SD1.5 size have counterparts."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT, randomize
+from torch import Tensor, nn
+
+from cldm.tisynth import TISynth
+from ldm.checkpoint import open_checkpoint
+from ldm.key_maps import PARTS, from_diffusers, to_diffusers
+from ldm.modules.unet import UNet
+from scripts import convert_checkpoint
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+WIDTH = {"model_channels": 32, "channel_mult": [1, 2, 2], "num_res_blocks": 1, "attention_resolutions": [1, 2],
+         "num_heads": 4, "context_dim": 24}  # fmt: skip
+SIZES = [(8, 8), (8, 16), (12, 4)]
+CONFIG = {"target": "cldm.tisynth.TISynth", "params": {
+    "unet": WIDTH, "norm_groups": 32, "class_table": "mini", "hint_mode": "one_hot", "coupling": "upstream",
+    "autoencoder": {"target": "ldm.modules.autoencoder.AutoencoderKL",
+                    "params": {"ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1}},
+    "text_encoder": {"target": "ldm.modules.text.ClipTextEncoder",
+                     "params": {"vocab_size": 1024, "width": 24, "layers": 2, "heads": 2, "max_length": 16,
+                                "tokenizer": str(ROOT / "configs/model/mini_tokenizer.json")}}}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def method() -> TISynth:
+    return randomize(TISynth(**CONFIG["params"]), 0.15).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(method: TISynth, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The method, converted to a diffusers folder by our own script."""
+    from omegaconf import OmegaConf
+
+    from ldm.checkpoint import save_safetensors
+
+    root = tmp_path_factory.mktemp("diffusers")
+    save_safetensors(root / "ours.safetensors", method.state_dict(), OmegaConf.create({"model": CONFIG}))
+    convert_checkpoint.main([str(root / "ours.safetensors"), str(root / "folder")])
+    return root / "folder"
+
+
+def load(kind: type[nn.Module], path: Path) -> nn.Module:
+    module, report = kind.from_pretrained(path, output_loading_info=True)
+    problems = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
+    assert not problems
+    return module.eval()
+
+
+def inputs(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(2, 4, height, width, generator=generator), torch.tensor([3, 981]),
+            torch.randn(2, 7, 24, generator=generator))  # fmt: skip
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape and ours.std() > 1e-3
+    return float((ours - theirs).abs().max())
+
+
+@torch.no_grad()
+def test_unet(method: TISynth, folder: Path, record_property) -> None:
+    ours = UNet(in_channels=4, out_channels=4, **WIDTH).eval()
+    from cldm.tisynth import set_norm_groups
+
+    set_norm_groups(ours, 32)
+    weights = method.model.diffusion_model.state_dict()
+    ours.load_state_dict({name: weights[name] for name in ours.state_dict()})
+    theirs = load(diffusers.UNet2DConditionModel, folder / "unet")
+    for size in SIZES:
+        latent, timestep, context = inputs(*size)
+        found = difference(ours(latent, timestep, context), theirs(latent, timestep, context).sample)
+        record_property(f"unet {size}", found)
+        assert found <= 1e-4
+
+
+@torch.no_grad()
+def test_controlnet(method: TISynth, folder: Path, record_property) -> None:
+    theirs = load(diffusers.ControlNetModel, folder / "controlnet")
+    for height, width in SIZES:
+        latent, timestep, context = inputs(height, width)
+        hint = torch.rand(2, 6, 8 * height, 8 * width)[:, : method.control_model.input_hint_block[0].in_channels]
+        down, middle = theirs(latent, timestep, context, hint, return_dict=False)
+        ours = method.control_model(latent, timestep, context, hint).projected
+        assert len(ours) == len(down) + 1
+        found = max(difference(a, b) for a, b in zip(ours, [*down, middle], strict=True))
+        record_property(f"controlnet {height, width}", found)
+        assert found <= 1e-4
+
+
+@torch.no_grad()
+def test_autoencoder(method: TISynth, folder: Path, record_property) -> None:
+    theirs, ours = load(diffusers.AutoencoderKL, folder / "vae"), method.first_stage_model
+    for height, width in [(32, 32), (32, 64), (24, 16)]:
+        image = torch.rand(2, 3, height, width) * 2 - 1
+        latent = ours.encode(image)
+        posterior = theirs.encode(image).latent_dist
+        found = max(difference(latent.mean, posterior.mean), difference(latent.logvar, posterior.logvar),
+                    difference(ours.decode(latent.mean), theirs.decode(latent.mean).sample))  # fmt: skip
+        record_property(f"autoencoder {height, width}", found)
+        assert found <= 1e-4
+
+
+@torch.no_grad()
+def test_text_encoder(method: TISynth, folder: Path, record_property) -> None:
+    theirs = load(transformers.CLIPTextModel, folder / "text_encoder")
+    ids = torch.randint(0, 1000, (3, 16), generator=torch.Generator().manual_seed(0))
+    found = difference(method.text_encoder(ids), theirs(ids).last_hidden_state)
+    record_property("text", found)
+    assert found <= 1e-4
+
+
+def test_the_way_back_gives_every_bit(method: TISynth, folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint.main([str(folder), str(tmp_path / "back.safetensors")])
+    back = open_checkpoint(tmp_path / "back.safetensors")
+    own = method.state_dict()
+    assert set(back.tensors) == set(own) and back.config["model"]["target"] == CONFIG["target"]
+    assert all(torch.equal(back.tensors[name].read(), own[name]) for name in own)
+
+
+def test_sharded_and_single_parts(method: TISynth, folder: Path, tmp_path: Path) -> None:
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet.save_pretrained(tmp_path / "unet", max_shard_size="1MB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    own = method.state_dict()
+    sharded = open_checkpoint(tmp_path).tensors
+    assert len(sharded) == sum(name.startswith(PARTS["unet"]) and "trainable" not in name for name in own)
+    for path in (tmp_path / "unet", folder / "controlnet", folder / "vae" / "diffusion_pytorch_model.safetensors",
+                 folder / "text_encoder"):  # fmt: skip
+        tensors = open_checkpoint(path).tensors
+        assert tensors and all(torch.equal(t.read(), own[name]) for name, t in tensors.items())
+    index = next((tmp_path / "unet").glob("*.json.*")) if list((tmp_path / "unet").glob("*.json.*")) else \
+        tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"  # fmt: skip
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: "../elsewhere.safetensors" for name in content["weight_map"]}
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="outside its folder"):
+        open_checkpoint(tmp_path)
+
+
+# diffusers' own configurations of SD1.5; the shapes of its modules are the reference, not our mapper.
+SD15 = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
+
+
+def test_sd15_names_and_shapes_are_bijective() -> None:
+    rows = [line.split("\t") for line in (ROOT / "tests/data/tisynth_sd15_keys.tsv").read_text().splitlines()
+            if not line.startswith("#")]  # fmt: skip
+    ours = {name: tuple(int(n) for n in shape.split("x")) for name, shape in rows}
+    with torch.device("meta"):
+        theirs = {
+            "unet": diffusers.UNet2DConditionModel(**SD15),
+            "controlnet": diffusers.ControlNetModel(**SD15),
+            "vae": diffusers.AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+            "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(
+                hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)),
+        }  # fmt: skip
+    for part, count in {"unet": 686, "controlnet": 340, "vae": 248, "text_encoder": 196}.items():
+        prefix = PARTS[part]
+        expected = {name: tuple(t.shape) for name, t in theirs[part].state_dict().items() if "position_ids" not in name}
+        if part == "text_encoder":  # transformers 5 leaves the level out that its older releases and its files have
+            expected = {f"text_model.{name.removeprefix('text_model.')}": s for name, s in expected.items()}
+        names = to_diffusers(part, [name[len(prefix):] for name in ours if name.startswith(prefix)])
+        assert len(names) == len(set(names.values())) == len(expected) == count
+        assert set(names.values()) == set(expected)
+        for mine, other in names.items():
+            shape = ours[prefix + mine]
+            assert expected[other] in (shape, shape[:2] if shape[2:] == (1, 1) and part == "vae" else shape)
+        back = from_diffusers(part, names.values())
+        assert all(back[other] == prefix + mine for mine, other in names.items())
+
+
+def test_tokens_of_200_prompts_equal_open_clip() -> None:
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("open_clip is not installed")
+    # Its tokenizer alone: the whole package needs torchvision.
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", Path(spec.origin).parent / "tokenizer.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    from ldm.modules.tokenizer import load_tokenizer
+
+    words = (ROOT / "configs/model/mini_tokenizer_words.txt").read_text(encoding="utf-8").split()
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["", "a satellite image of industrial land paddy field", "Café, naïve: 12,345 m² — «rivière»!", "x" * 500]
+    while len(prompts) < 200:
+        picks = torch.randint(len(words), (int(torch.randint(1, 60, (), generator=generator)),), generator=generator)
+        prompts.append(" ".join(words[i].upper() if i % 7 == 0 else words[i] for i in picks.tolist()))
+    ours = load_tokenizer("clip", pad=0)(prompts)
+    assert torch.equal(ours, theirs.SimpleTokenizer()(prompts))
