@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--ddim_steps", type=positive_int, default=50, help="network evaluations per image")
     sampling.add_argument("--ddim_eta", type=fraction, default=0.0, help="fresh noise per step, 0 to 1")
     sampling.add_argument(
-        "--scale", type=positive, help="classifier-free guidance scale; 1 = off; default: the model's own, 9 if it has none"
+        "--scale", type=positive, help="classifier-free guidance scale; 1 = off; default: the model's own (mostly 9)"
     )
     sampling.add_argument("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
     sampling.add_argument("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")

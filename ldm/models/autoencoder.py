@@ -18,14 +18,18 @@ class AutoencoderMethod(nn.Module):
         autoencoder: config of the network.
         perceptual_weights: file for PerceptualLoss; needed when perceptual_weight > 0.
         perceptual_weight, kl_weight: factors beside the L1 term.
+        chroma_gain: factor on the first convolution's initial response to colour (not brightness). Colours of land
+            vary some seven times less than its brightness and are learned as much later without it.
         crop: edge of a random window that is trained on (pixels); None = the whole image. The network is
             convolutional, and small windows give more variety for the same time.
     """
 
     def __init__(self, autoencoder: Mapping[str, Any], perceptual_weights: str | None = None,
-                 perceptual_weight: float = 1.0, kl_weight: float = 1e-6, crop: int | None = None) -> None:
+                 perceptual_weight: float = 1.0, kl_weight: float = 1e-6, chroma_gain: float = 1.0,
+                 crop: int | None = None) -> None:
         super().__init__()
         self.first_stage_model = instantiate_from_config(autoencoder)
+        amplify_chroma(self.first_stage_model.encoder.conv_in.weight, chroma_gain)
         self.perceptual_weight, self.kl_weight, self.crop = perceptual_weight, kl_weight, crop
         # In a tuple, so that 15 M frozen weights of the loss stay out of the checkpoints.
         self._perceptual = (PerceptualLoss(perceptual_weights),) if perceptual_weight else ()
@@ -73,7 +77,19 @@ class AutoencoderMethod(nn.Module):
         return {"image": batch["image"], "restored": self.first_stage_model.decode(posterior.mean).float()}
 
 
-def opponent_l1(image: Tensor, other: Tensor) -> Tensor:
+def amplify_chroma(weight: Tensor, gain: float) -> None:
+    """Multiply a convolution's response to differences between red, green and blue by `gain`, in place.
+
+    Args:
+        weight: (C, 3, k, k).
+        gain: 1 changes nothing; the response to grey never changes.
+    """
+    with torch.no_grad():
+        grey = weight.mean(1, keepdim=True)
+        weight.copy_(grey + gain * (weight - grey))
+
+
+def opponent_l1(image: Tensor, other: Tensor, chroma_weight: float = 2.0) -> Tensor:
     """Mean absolute difference along grey, red-green and yellow-blue instead of red, green and blue.
 
     In RGB all three signs follow the error of the brightness as long as that is larger than the error of the colour,
@@ -81,9 +97,10 @@ def opponent_l1(image: Tensor, other: Tensor) -> Tensor:
 
     Args:
         image, other: (B, 3, H, W).
+        chroma_weight: factor on the two colour axes.
     Returns:
-        Scalar. The three axes are orthonormal, so an error of one size costs about the same in any direction.
+        Scalar. The three axes are orthonormal.
     """
     r, g, b = (image - other).unbind(1)
-    axes = ((r + g + b) / 3**0.5, (r - g) / 2**0.5, (r + g - 2 * b) / 6**0.5)
-    return sum(axis.abs().mean() for axis in axes) / 3
+    grey, red_green, yellow_blue = (r + g + b) / 3**0.5, (r - g) / 2**0.5, (r + g - 2 * b) / 6**0.5
+    return (grey.abs().mean() + chroma_weight * (red_green.abs().mean() + yellow_blue.abs().mean())) / 3
