@@ -76,11 +76,13 @@ class AveragedWeights(WeightAveraging):
 
 
 class WeightExport(pl.Callback):
-    """Exports the weights (averaged ones when EMA is on) with the config inside: run_dir/checkpoints/last.safetensors.
+    """Puts the config into every checkpoint, and exports the weights for inference.
+
+    They go to run_dir/checkpoints/last.safetensors; the averaged ones when EMA is on.
 
     Args:
         run_dir: folder of the run.
-        config: resolved config; its `model` node goes into the file.
+        config: resolved config.
     """
 
     def __init__(self, run_dir: Path, config: DictConfig) -> None:
@@ -88,7 +90,8 @@ class WeightExport(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
                            checkpoint: dict[str, Any]) -> None:
-        """Export whenever Lightning saves a checkpoint."""
+        """Add the config; export whenever Lightning saves a checkpoint."""
+        checkpoint["config"] = OmegaConf.to_container(self.config, resolve=True)
         if trainer.is_global_zero:
             weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
             save_safetensors(self.path, weights, self.config, {"step": str(trainer.global_step)})

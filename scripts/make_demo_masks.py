@@ -150,9 +150,13 @@ def draw_harbour(size: int, rng: random.Random) -> Image.Image:
     return board.mask
 
 
-PLACES: dict[str, Callable[[int, random.Random], Image.Image]] = {
-    "town": draw_town, "coast": draw_coast, "river": draw_river, "harbour": draw_harbour,
+# What is drawn, and the left and top edge of the window that the demo shows, as shares of the drawing. A whole drawing
+# on 128 pixels has houses half as large as in the tiles that the small model was trained on.
+PLACES: dict[str, tuple[Callable[[int, random.Random], Image.Image], float, float]] = {
+    "town": (draw_town, 0.40, 0.12), "coast": (draw_coast, 0.30, 0.30), "river": (draw_river, 0.42, 0.28),
+    "harbour": (draw_harbour, 0.10, 0.22),
 }
+ZOOM = 1.8
 
 
 def main() -> None:
@@ -170,8 +174,10 @@ def main() -> None:
     table = ClassTable.load("mini")
     (args.out / "label").mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, draw in PLACES.items():
-        mask = draw(args.size, random.Random(f"{name} {args.seed}"))
+    for name, (draw, left, top) in PLACES.items():
+        whole = draw(round(args.size * ZOOM), random.Random(f"{name} {args.seed}"))
+        x, y = round(left * whole.width), round(top * whole.height)
+        mask = whole.crop((x, y, x + args.size, y + args.size))
         mask.save(args.out / "label" / f"{name}.png", optimize=True)
         prompt = table.prompt(np.asarray(mask))
         rows += [{"source": f"label/{name}.png", "prompt": prompt, "ref_image": f"ref/{ref}"} for ref in references]

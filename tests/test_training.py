@@ -216,6 +216,7 @@ def test_ema_is_the_average_and_leaves_frozen_weights_alone(fit: Callable, tmp_p
         else:
             torch.testing.assert_close(value, 0.75 * one[key] + 0.25 * two[key])
     weights = tmp_path / "ema/checkpoints/last.safetensors"
+    assert read_model_config(weights) == read_model_config(tmp_path / "ema/checkpoints/last.ckpt")
     method = load_method(weights, read_model_config(weights), "cpu")  # the export holds the averaged weights
     for key, value in method.state_dict().items():
         assert torch.equal(value, averaged["state_dict"]["method." + key]), key
