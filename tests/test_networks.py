@@ -237,7 +237,7 @@ def test_bad_settings_are_refused():
 def test_training_the_decoder_leaves_the_latents_as_they_are():
     torch.manual_seed(0)
     network = {"target": "ldm.modules.autoencoder.AutoencoderKL",
-               "params": {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 2, "embed_dim": 3}}  # fmt: skip
+               "params": {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 2, "embed_dim": 3}}
     method = AutoencoderMethod(network, perceptual_weight=0.0, trained="decoder")
     freeze_all_but(method, method.trainable_groups())
     image = torch.rand(2, 3, 16, 16) * 2 - 1
