@@ -6,11 +6,11 @@ Everything is checked before the model is loaded. An interrupted run, started ag
 import argparse
 import hashlib
 import logging
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.sampling.modes import Sampling, add_sampling_flags, choose_sampling
 from ldm.util import UserError, run_entry_point
 
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--num_workers", type=natural, default=0, help="processes that read images; 0 = the main one")
 
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--ddim_steps", type=positive_int, default=50, help="network evaluations per image")
-    sampling.add_argument("--ddim_eta", type=fraction, default=0.0, help="fresh noise per step, 0 to 1")
-    sampling.add_argument(
-        "--scale", type=positive, help="classifier-free guidance scale; 1 = off; default: the model's own (mostly 9)"
-    )
+    add_sampling_flags(sampling)
     sampling.add_argument("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
     sampling.add_argument("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")
     sampling.add_argument("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
@@ -85,16 +81,6 @@ def positive_int(text: str) -> int:
 def natural(text: str) -> int:
     """Argument type: whole number of at least 0."""
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def positive(text: str) -> float:
-    """Argument type: finite number above 0."""
-    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a number above 0")
-
-
-def fraction(text: str) -> float:
-    """Argument type: number from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -136,12 +122,12 @@ def main(argv: list[str] | None = None) -> int:
         use_tokenizer(config, args.tokenizer_dir)
     device, use_autocast = choose_device(args)
     skeleton = build_skeleton(config)
-    args.scale = args.scale or skeleton.guidance_scale
-    check_settings(args, skeleton)
+    sampling = choose_sampling(args, skeleton.guidance_scale)
+    check_settings(args, skeleton, sampling)
     table = choose_table(args, skeleton.class_table)
     rows = read_rows(args, table, skeleton.size_factor)
     jobs = plan_jobs(args, rows)
-    fingerprint = make_fingerprint(args, config, rows, use_autocast)
+    fingerprint = make_fingerprint(args, config, rows, use_autocast, sampling)
     outdir = Path(args.outdir)
     check_run(outdir, fingerprint)
     for job in jobs:
@@ -154,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("%d images to paint, %d finished already", len(todo), len(jobs) - len(todo))
     index = RecordFile(outdir / "index.jsonl")
     with ImageWriter(outdir, index) as writer:
-        failures = paint_jobs(args, method, table, todo, device, use_autocast, writer) if todo else []
+        failures = paint_jobs(args, method, table, todo, device, use_autocast, sampling, writer) if todo else []
     return settle_records(outdir, index, jobs, failures)
 
 
@@ -209,6 +195,7 @@ def paint_jobs(
     jobs: list["Job"],
     device: "torch.device",
     use_autocast: bool,
+    sampling: Sampling,
     writer: "ImageWriter",
 ) -> list[dict[str, Any]]:
     """Paint with the settings of the command line; returns the records of failed samples."""
@@ -225,7 +212,7 @@ def paint_jobs(
         num_workers=args.num_workers,
         pin_memory=device.type == "cuda",
     )
-    settings = SamplerSettings(args.ddim_steps, args.scale, args.ddim_eta, use_autocast)
+    settings = SamplerSettings(sampling, use_autocast)
     try:
         return paint(method, jobs, loader, settings, device, writer.submit)
     except torch.cuda.OutOfMemoryError as error:
@@ -235,9 +222,9 @@ def paint_jobs(
         ) from error
 
 
-def check_settings(args: argparse.Namespace, method: Any) -> None:
+def check_settings(args: argparse.Namespace, method: Any, sampling: Sampling) -> None:
     """Raise UserError where flags do not fit the model or each other."""
-    from ldm.sampling.ddim import ddim_timesteps
+    from ldm.sampling.multistep import spaced_timesteps
 
     if (args.H is None) != (args.W is None):
         raise UserError(f"--H {args.H} --W {args.W}: only one is given. Expected both or none. Add the other.")
@@ -250,7 +237,7 @@ def check_settings(args: argparse.Namespace, method: Any) -> None:
     for flag, given, actual in (("--C", args.C, channels), ("--f", args.f, factor // height)):
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
-    ddim_timesteps(args.ddim_steps, method.schedule.num_timesteps)
+    spaced_timesteps(sampling.num_steps, method.schedule, sampling.spacing)
     # The tokenizer is loaded at its first use; missing files should show now.
     method.text_encoder.tokenizer([""])
 
@@ -312,7 +299,7 @@ def _below(path: Path | None, root: str) -> str | None:
 
 
 def make_fingerprint(
-    args: argparse.Namespace, config: dict[str, Any], rows: list["Row"], use_autocast: bool
+    args: argparse.Namespace, config: dict[str, Any], rows: list["Row"], use_autocast: bool, sampling: Sampling
 ) -> dict[str, Any]:
     """What decides the pictures; two runs may share an output folder only if they agree in it."""
     from ldm.checkpoint import file_sha256
@@ -325,8 +312,7 @@ def make_fingerprint(
         "config_sha256": hashlib.sha256(repr(config).encode()).hexdigest(),
         "inputs_sha256": inputs.hexdigest(),
         "dataset": args.dataset, "H": args.H, "W": args.W, "precision": "autocast" if use_autocast else "full",
-        "ddim_steps": args.ddim_steps, "ddim_eta": args.ddim_eta, "scale": args.scale, "seed": args.seed,
-        "fixed_code": args.fixed_code, "ext": args.ext,
+        "seed": args.seed, "fixed_code": args.fixed_code, "ext": args.ext, **sampling.to_dict(),
     }  # fmt: skip
 
 

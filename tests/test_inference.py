@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 import inference
 from ldm.checkpoint import save_safetensors
+from ldm.sampling.modes import Sampling
 from ldm.util import instantiate_from_config, run_entry_point
 from scripts import preview
 
@@ -264,6 +266,7 @@ def test_every_flag_is_read_has_help_and_a_default():
         for node in ast.walk(ast.parse((REPOSITORY / "inference.py").read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
+    read |= {field.name for field in fields(Sampling)} | {"mode"}  # by choose_sampling
     actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.dest for action in actions} == read - {"error"}
     assert all(action.help for action in actions)
