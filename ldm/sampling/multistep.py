@@ -43,11 +43,12 @@ def spaced_timesteps(num_steps: int, schedule: Schedule, spacing: str = "leading
     if spacing == "leading":
         return leading
     if spacing == "trailing":
-        return [max(round(total - index * total / num_steps) - 1, 1) for index in reversed(range(num_steps))]
-    rates = [_Level.at(schedule, timestep).rate for timestep in range(1, total)]  # falling
-    wanted = np.linspace(rates[0], rates[-1], num_steps) if num_steps > 1 else [rates[-1]]
-    chosen = [1 + int(np.abs(np.array(rates) - rate).argmin()) for rate in wanted]
-    # Near the clean end neighbours can round to the same timestep: move them apart, upwards, then back below T.
+        chosen = [max(round(total - index * total / num_steps) - 1, 1) for index in reversed(range(num_steps))]
+    else:
+        rates = np.array([_Level.at(schedule, timestep).rate for timestep in range(1, total)])  # falling
+        wanted = np.linspace(rates[0], rates[-1], num_steps) if num_steps > 1 else rates[-1:]
+        chosen = [1 + int(np.abs(rates - rate).argmin()) for rate in wanted]
+    # Neighbours can round to the same timestep: move them apart, upwards, then back below T.
     for index in range(1, num_steps):
         chosen[index] = max(chosen[index], chosen[index - 1] + 1)
     for index in range(num_steps):
