@@ -35,6 +35,7 @@ class TISynth(DiffusionMethod):
         scale_factor: multiplies autoencoder latents to about unit variance.
         prompt_dropout, mask_dropout, reference_dropout: share of training samples that lose the condition. A sample
             that loses its mask loses its prompt too, since the prompt names the classes.
+        joint_dropout: share of training samples that lose all three, on top.
         guidance_drops: conditions that the unconditional half of guidance does without: `prompt`, `mask`, `reference`.
         reference_augment: config of the augmentation of training references; None = none.
         stem_widths: widths of the stems of both branches.
@@ -49,6 +50,7 @@ class TISynth(DiffusionMethod):
                  class_table: str | Mapping[str, Any], hint_mode: str = "one_hot", coupling: str = "residual",
                  train: Sequence[str] = ("all_in_attention", "control", "reference"), scale_factor: float = 0.18215,
                  prompt_dropout: float = 0.0, mask_dropout: float = 0.0, reference_dropout: float = 0.0,
+                 joint_dropout: float = 0.0,
                  guidance_drops: Sequence[str] = ("prompt",), reference_augment: Mapping[str, Any] | None = None,
                  stem_widths: Sequence[int] = STEM_WIDTHS, sample_reference: bool = False,
                  norm_groups: int | None = None, **diffusion: Any) -> None:
@@ -57,7 +59,7 @@ class TISynth(DiffusionMethod):
         check_names("guidance_drops", guidance_drops, ("prompt", "mask", "reference"))
         self.class_table = ClassTable.load(class_table)
         self.hint_mode, self.train_groups, self.scale_factor = hint_mode, tuple(train), scale_factor
-        self.prompt_dropout, self.mask_dropout, self.reference_dropout = prompt_dropout, mask_dropout, reference_dropout
+        self.dropout = (prompt_dropout, mask_dropout, reference_dropout, joint_dropout)
         self.guidance_drops, self.sample_reference = tuple(guidance_drops), sample_reference
         self.first_stage_model = instantiate_from_config(autoencoder)
         self.cond_stage_model = instantiate_from_config(text_encoder)
@@ -155,8 +157,8 @@ class TISynth(DiffusionMethod):
             else:
                 reference_latent = self.encode_reference(batch["reference"], batch.get("reference_key"))
         if self.training:
-            drop = torch.rand(3, len(mask)) < torch.tensor(
-                [[self.prompt_dropout], [self.mask_dropout], [self.reference_dropout]])
+            drop = torch.rand(4, len(mask)) < torch.tensor(self.dropout)[:, None]
+            drop = drop[:3] | drop[3]  # prompt, mask, reference
             prompts = ["" if lost else prompt for prompt, lost in zip(prompts, drop[0] | drop[1], strict=True)]
             keep = (~drop).to(hint.device, hint.dtype)[:, :, None, None, None]
             hint, reference_latent = hint * keep[1], reference_latent * keep[2]

@@ -8,8 +8,15 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset, collate_batch
-from ldm.data.manifest import read_manifest
-from ldm.data.transforms import encode_mask, hint_channels, normalize_batch, to_uint8
+from ldm.data.manifest import Row, read_manifest
+from ldm.data.transforms import (
+    change_colours,
+    draw_colour_change,
+    encode_mask,
+    hint_channels,
+    normalize_batch,
+    to_uint8,
+)
 from ldm.util import UserError
 
 COUNT = 7
@@ -197,3 +204,31 @@ def test_a_resumed_training_sees_the_batches_of_an_uninterrupted_one(data_root, 
     assert len(straight) == 7
     (data_root / "last.ckpt").unlink()
     assert train(stop) + train(7, data_root / "last.ckpt") == straight
+
+
+def test_colour_change_is_shared_by_image_and_reference_and_only_in_half_of_the_draws(tmp_path):
+    random = np.random.default_rng(0)
+    table = ClassTable.load("mini")
+    rows = []
+    for index in range(40):  # the reference is the image itself, so equal changes keep them equal
+        Image.fromarray(random.integers(60, 200, (8, 8, 3), np.uint8)).save(tmp_path / f"{index}.png")
+        Image.fromarray(random.integers(0, 5, (8, 8), np.uint8)).save(tmp_path / f"m{index}.png")
+        rows.append(Row(index, index + 1, tmp_path / f"m{index}.png", tmp_path / f"{index}.png", "water",
+                        tmp_path / f"{index}.png", f"m{index}.png"))
+    plain = PairDataset(rows, table, reference="manifest")
+    changed = PairDataset(rows, table, reference="manifest", colour_jitter=0.3)
+    differs = 0
+    for index in range(40):
+        item = changed[index]
+        assert torch.equal(item["image"], item["reference"]) and torch.equal(item["mask"], plain[index]["mask"])
+        differs += not torch.equal(item["image"], plain[index]["image"])
+    assert 10 <= differs <= 30
+    assert not torch.equal(changed[0, 1]["image"], changed[0, 2]["image"]) or not torch.equal(
+        changed[1, 1]["image"], changed[1, 2]["image"])
+
+
+def test_colour_change_keeps_greys_apart_from_gains_and_clips():
+    image = np.array([[[0, 128, 255], [100, 100, 100]]], np.uint8)
+    matrix, offset = draw_colour_change(np.random.default_rng(1), 0.0)
+    assert np.array_equal(change_colours(image, (matrix, offset)), image)  # strength 0 changes nothing
+    assert change_colours(image, (10 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32))).max() == 255

@@ -58,7 +58,7 @@ class DataModule(LightningDataModule):
         num_workers: loader processes per rank; 0 = load in the training process.
         val_manifest: JSON-lines file of the validation rows; None = no validation.
         size: (height, width) of all items; None = the masks' own size.
-        flip, random_crop, reference: see PairDataset. Validation is neither flipped nor cropped at random.
+        flip, random_crop, colour_jitter, reference: see PairDataset. Validation images are not changed at random.
         size_factor: heights and widths must be multiples of it (the method's `size_factor`).
         check_files: decode every file before training starts.
         seed: seed of order, flips and crops.
@@ -66,7 +66,7 @@ class DataModule(LightningDataModule):
 
     def __init__(self, data_root: str, train_manifest: str, class_table: str | Mapping, batch_size: int,
                  num_workers: int = 2, val_manifest: str | None = None, size: tuple[int, int] | None = None,
-                 flip: float = 0.5, random_crop: bool = False, reference: str = "target",
+                 flip: float = 0.5, random_crop: bool = False, colour_jitter: float = 0.0, reference: str = "target",
                  size_factor: int | None = None, check_files: bool = True, seed: int = 23) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -76,7 +76,7 @@ class DataModule(LightningDataModule):
         self.table = ClassTable.load(class_table)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
-        self.flip, self.random_crop, self.reference = flip, random_crop, reference
+        self.flip, self.random_crop, self.colour_jitter, self.reference = flip, random_crop, colour_jitter, reference
         self.size_factor, self.check_files = size_factor, check_files
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
@@ -104,6 +104,7 @@ class DataModule(LightningDataModule):
                              size=self.size, check_files=self.check_files and is_rank_zero())
         return PairDataset(rows, self.table, size=self.size, reference=self.reference, seed=self.seed,
                            flip=self.flip if is_training else 0.0, random_crop=self.random_crop and is_training,
+                           colour_jitter=self.colour_jitter if is_training else 0.0,
                            centre_crop=self.random_crop and not is_training)
 
     def train_dataloader(self) -> DataLoader:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.manifest import Row
-from ldm.data.transforms import fit_pair, fit_reference, resize_mask
+from ldm.data.transforms import change_colours, draw_colour_change, fit_pair, fit_reference, resize_mask
 from ldm.util import UserError
 
 REFERENCE_MODES = ("target", "manifest", "none")
@@ -31,6 +31,9 @@ class PairDataset(Dataset):
         random_crop: cut a random window at the images' own scale, the same for image and mask (a reference from the
             manifest gets its own). False = resize image and mask whole; a reference is scaled to cover the size.
         centre_crop: like random_crop with the window in the centre (for validation).
+        colour_jitter: strength of a random change of colours that image and reference share (see draw_colour_change),
+            made for half of the draws. Masks of one data set look alike, so without it a network learns a set's colours
+            by its masks and need not look at the reference.
         reference: `target` = the image itself, `manifest` = the row's ref_image, `none`.
         seed: base seed of the draws.
     Raises:
@@ -38,12 +41,14 @@ class PairDataset(Dataset):
     """
 
     def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None = None, flip: float = 0.0,
-                 random_crop: bool = False, centre_crop: bool = False, reference: str = "target",
-                 seed: int = 0) -> None:
+                 random_crop: bool = False, centre_crop: bool = False, colour_jitter: float = 0.0,
+                 reference: str = "target", seed: int = 0) -> None:
         if reference not in REFERENCE_MODES:
             raise UserError(f"reference: {reference!r} is unknown. Expected one of {', '.join(REFERENCE_MODES)}.")
         if not 0 <= flip <= 1:
             raise UserError(f"flip: {flip}. Expected a probability, 0..1.")
+        if colour_jitter < 0:
+            raise UserError(f"colour_jitter: {colour_jitter}. Expected 0 (off) or a small number such as 0.3.")
         if (random_crop or centre_crop) and (size is None or random_crop == centre_crop):
             raise UserError(f"random_crop={random_crop}, centre_crop={centre_crop}, size={size}. Expected a size and "
                             "only one of the two crops.")
@@ -55,6 +60,7 @@ class PairDataset(Dataset):
         self.rows, self.table, self.flip, self.reference, self.seed = list(rows), table, flip, reference, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.crop, self.random_crop = random_crop or centre_crop, random_crop
+        self.colour_jitter = colour_jitter
         self.latents = None
 
     def __len__(self) -> int:
@@ -75,12 +81,15 @@ class PairDataset(Dataset):
         if self.flip and random.random() < self.flip:
             image, mask = None if image is None else image[:, ::-1], mask[:, ::-1]
         item = {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
-        if image is not None:
-            item["image"] = to_tensor(image)
+        pictures = {} if image is None else {"image": image}
+        if self.reference == "manifest":
+            pictures["reference"] = fit_reference(read_image(row.reference), size, self.crop, position)
+        if self.colour_jitter and random.random() < 0.5:
+            change = draw_colour_change(random, self.colour_jitter)
+            pictures = {key: change_colours(picture, change) for key, picture in pictures.items()}
+        item |= {key: to_tensor(picture) for key, picture in pictures.items()}
         if self.reference == "target":
             item["reference"] = item["image"].clone()
-        elif self.reference == "manifest":
-            item["reference"] = to_tensor(fit_reference(read_image(row.reference), size, self.crop, position))
         return item
 
     def cached_item(self, row: Row, random: np.random.Generator) -> dict[str, Any]:

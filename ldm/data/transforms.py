@@ -169,3 +169,28 @@ def fit_pair(
     window = draw_window(whole, size, random)
     image = None if image is None else resize_image(image, whole)[window]
     return image, resize_mask(mask, whole)[window]
+
+
+def draw_colour_change(random: np.random.Generator, strength: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a change of colours as other sensors, seasons and lights make it.
+
+    Args:
+        random: source of the draw.
+        strength: standard deviation of the logarithms of saturation, contrast and the three channels' gains (the last
+            at half the strength), and of the brightness (at half the strength, in units of the full range).
+    Returns:
+        matrix (3, 3) and offset (3,) float32; the changed colour of rgb in 0..255 is `matrix @ rgb + offset`.
+    """
+    saturation, contrast = np.exp(strength * random.standard_normal(2))
+    gains = np.exp(0.5 * strength * random.standard_normal(3))
+    brightness = 0.5 * strength * random.standard_normal()
+    mix = saturation * np.eye(3) + (1 - saturation) / 3  # away from or towards grey
+    matrix = contrast * gains[:, None] * mix
+    offset = 127.5 * (1 - contrast * gains + brightness)  # contrast and gains turn about the middle grey
+    return matrix.astype(np.float32), offset.astype(np.float32)
+
+
+def change_colours(image: np.ndarray, change: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Apply draw_colour_change's result to an image (H, W, 3) uint8; same shape and type, clipped."""
+    matrix, offset = change
+    return (image.astype(np.float32) @ matrix.T + offset).clip(0, 255).round().astype(np.uint8)
