@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, shared by several processes: the files at the end are always the same.
 
-Faults 1 to 4 of the table in test_faults.py.
+Faults 1 to 5 of the table in test_faults.py.
 """
 
 import errno
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 import pytest
 from painting import REPOSITORY, arguments, contents, finished_shards, make_workspace, run
@@ -117,17 +117,24 @@ def test_fault_2_what_is_finished_stays(workspace, zygote, finished, tmp_path):
     assert before and all(path.stat().st_mtime_ns == moment for path, moment in before.items())
 
 
+def test_fault_5_a_full_disk(workspace, zygote, tmp_path):
+    flags = ["--H", "48", "--W", "48"]
+    zygote.start(arguments(workspace, tmp_path / "out", *flags), tmp_path / "log", file_limit=6_000)
+    assert zygote.wait() == 4
+    text = (tmp_path / "log").read_text()
+    assert "error: " in text and "_seed_4" in text and "the disk is full" in text and "bytes were needed" in text
+    assert not list((tmp_path / "out").rglob("*tmp*")) and finished_shards(tmp_path / "out") == []
+    assert run(workspace, tmp_path / "out", *flags) == 0
+    assert len(list((tmp_path / "out/images").iterdir())) == 7
+
+
 def test_several_processes_share_one_folder_and_one_of_them_dies(workspace, zygote, finished, tmp_path):
-    with ExitStack() as stack:
-        others = [stack.enter_context(Zygote()) for _ in range(2)]
-        workers = [zygote, *others]
-        argv = arguments(workspace, tmp_path / "out", *FLAGS)
-        pids = [worker.start(argv, tmp_path / f"log{number}") for number, worker in enumerate(workers)]
-        wait_until(lambda: list((tmp_path / "out").glob("images/*.png")))
-        os.kill(pids[0], signal.SIGKILL)
-        codes = [worker.wait() for worker in workers]
-    assert codes[1:] == [0, 0]
-    if len(finished_shards(tmp_path / "out")) != 3 or "000000.lock" in finished_shards(tmp_path / "out"):
+    argv = arguments(workspace, tmp_path / "out", *FLAGS)
+    pids = [zygote.start(argv, tmp_path / f"log{number}") for number in range(3)]
+    wait_until(lambda: list((tmp_path / "out").glob("images/*.png")))
+    os.kill(pids[0], signal.SIGKILL)
+    assert [zygote.wait(pid) for pid in pids] == [-signal.SIGKILL, 0, 0]
+    if finished_shards(tmp_path / "out") != finished_shards(finished[0]):
         assert run(workspace, tmp_path / "out", *FLAGS) == 0  # the others had left before it died
     assert contents(tmp_path / "out") == contents(finished[0])
     assert finished_shards(tmp_path / "out") == finished_shards(finished[0])
