@@ -4,26 +4,20 @@ Everything is checked before the model is loaded. An interrupted run, started ag
 """
 
 import argparse
-import hashlib
 import logging
-import math
-import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.util import UserError, run_entry_point
+from ldm.sampling.modes import add_sampling_flags, choose_sampling
+from ldm.util import run_entry_point
 
 if TYPE_CHECKING:
-    import torch
-
-    from ldm.data.classes import ClassTable
-    from ldm.data.manifest import Row
-    from ldm.models.synthesis import Job
-    from ldm.sampling.writer import ImageWriter, RecordFile
+    from ldm.models.planning import RunSettings
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED_SAMPLES = 3
+EXIT_DAMAGED, EXIT_OUTPUT = 3, 4
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--ckpt", required=True, help="weights: .safetensors or .ckpt")
+    model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to paint")
     model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
     model.add_argument(
         "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
@@ -42,38 +36,55 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=["auto", "full", "autocast"], default="auto",
         help="full = float32, autocast = bfloat16 where it is safe; auto = autocast on CUDA, full elsewhere",
     )  # fmt: skip
+    model.add_argument("--compile", action="store_true", help="compile the blocks of the network; for long runs")
     model.add_argument("--C", type=positive_int, default=None, help="latent channels; checked against the model")
     model.add_argument("--f", type=positive_int, default=None, help="pixels per latent; checked against the model")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
     data.add_argument(
-        "--txt_file", "--train_txt_file", required=True, help="manifest: JSON lines with source, prompt, ref_image"
+        "--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to paint"
     )
     data.add_argument(
         "--dataset", default=None, help="class table (name or file) of masks with other ids on disk than the model's"
     )
     data.add_argument("--H", type=positive_int, default=None, help="height to paint; default: the mask's")
     data.add_argument("--W", type=positive_int, default=None, help="width to paint; default: the mask's")
-    data.add_argument("--num_workers", type=natural, default=0, help="processes that read images; 0 = the main one")
+    data.add_argument(
+        "--bad_rows", choices=["stop", "skip"], default="stop",
+        help="stop: one error lists all bad rows before the model is loaded; skip: they go to failures.jsonl",
+    )  # fmt: skip
+    data.add_argument("--follow_links", action="store_true", help="files may be links that lead out of --data_root")
+    data.add_argument(
+        "--num_workers", type=natural, default=None, help="processes that read images, 0 = the main one; 4 on CUDA"
+    )
 
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--ddim_steps", type=positive_int, default=50, help="network evaluations per image")
-    sampling.add_argument("--ddim_eta", type=fraction, default=0.0, help="fresh noise per step, 0 to 1")
-    sampling.add_argument(
-        "--scale", type=positive, help="classifier-free guidance scale; 1 = off; default: the model's own (mostly 9)"
-    )
+    add_sampling_flags(sampling)
     sampling.add_argument("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
     sampling.add_argument("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")
     sampling.add_argument("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
-    sampling.add_argument("--batch_size", type=positive_int, default=8, help="images painted at once")
+    sampling.add_argument("--batch_size", type=positive_int, default=8, help="images at once; halved if memory ends")
 
     output = parser.add_argument_group("output")
     output.add_argument("--outdir", default="outputs", help="folder for images/, index.jsonl and run.json")
     output.add_argument("--ext", choices=["png", "jpg"], default="png", help="png is lossless, jpg is q95 4:4:4")
-    output.add_argument("--shard", type=shard, default="0/1", help="i/n: paint rows i, i+n, i+2n, ... (i from 0)")
+    output.add_argument("--format", choices=["folder", "tar"], default="folder", help="tar: a WebDataset tar per shard")
     output.add_argument("--overwrite", action="store_true", help="paint finished images again instead of skipping them")
+    output.add_argument("--status", action="store_true", help="say how far the run in --outdir is, and stop")
+    output.add_argument(
+        "--verify", action="store_true", help="check sizes and hashes in --outdir, requeue what is damaged, and stop"
+    )
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    scale = parser.add_argument_group("several processes")
+    scale.add_argument(
+        "--shard", type=shard, default=None,
+        help="i/n: paint shards i, i+n, ... (i from 0); default: from torchrun, srun or the SLURM array, else all",
+    )  # fmt: skip
+    scale.add_argument("--shard_size", type=positive_int, default=None, help="rows a shard; default: 512, at most")
+    scale.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
+    scale.add_argument("--ray_workers", type=positive_int, default=None, help="actors; default: one a GPU, else 1")
     return parser
 
 
@@ -85,16 +96,6 @@ def positive_int(text: str) -> int:
 def natural(text: str) -> int:
     """Argument type: whole number of at least 0."""
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def positive(text: str) -> float:
-    """Argument type: finite number above 0."""
-    return _number(text, float, lambda value: value > 0 and math.isfinite(value), "a number above 0")
-
-
-def fraction(text: str) -> float:
-    """Argument type: number from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -122,212 +123,68 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program name; None = sys.argv[1:].
 
     Returns:
-        0 if all images are there, 3 if the model gave values that are no picture for some (see failures.jsonl).
+        0 if this process is done with its shards; 3 if samples failed (see failures.jsonl; --status says 3 then, too)
+        or --verify found damage; 4 if the output cannot be written; 130 or 143 after a signal. The same command goes on
+        where this one ended.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.debug:
         logging.getLogger().setLevel(logging.DEBUG)
+    if args.status or args.verify:
+        return report(Path(args.outdir), args.verify)
+    missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     # torch takes seconds to import: only after the command line is known to be right.
-    from ldm.models.loading import build_skeleton, load_method, read_model_config
-    from ldm.sampling.writer import ImageWriter, RecordFile, check_run, open_run
+    from ldm.models.machine import Stopped, stop_on_signals
+    from ldm.models.planning import make_plan
+    from ldm.models.worker import run
+    from ldm.sampling.writer import OutputError
 
-    config = read_model_config(args.ckpt, args.config)
-    if args.tokenizer_dir:
-        use_tokenizer(config, args.tokenizer_dir)
-    device, use_autocast = choose_device(args)
-    skeleton = build_skeleton(config)
-    args.scale = args.scale or skeleton.guidance_scale
-    check_settings(args, skeleton)
-    table = choose_table(args, skeleton.class_table)
-    rows = read_rows(args, table, skeleton.size_factor)
-    jobs = plan_jobs(args, rows)
-    fingerprint = make_fingerprint(args, config, rows, use_autocast)
-    outdir = Path(args.outdir)
-    check_run(outdir, fingerprint)
-    for job in jobs:
-        job.record["checkpoint_sha256"] = fingerprint["checkpoint_sha256"]
-
-    method = load_method(args.ckpt, config, device)
-    details = {"arguments": vars(args), "data_root": os.path.abspath(args.data_root), "config": config}
-    open_run(outdir, fingerprint, details | {"class_table": table.to_dict()})
-    todo = [job for job in jobs if args.overwrite or not (outdir / job.record["image"]).is_file()]
-    logger.info("%d images to paint, %d finished already", len(todo), len(jobs) - len(todo))
-    index = RecordFile(outdir / "index.jsonl")
-    with ImageWriter(outdir, index) as writer:
-        failures = paint_jobs(args, method, table, todo, device, use_autocast, writer) if todo else []
-    return settle_records(outdir, index, jobs, failures)
-
-
-def use_tokenizer(config: dict[str, Any], folder: str) -> None:
-    """Put the folder of --tokenizer_dir into the config of the model."""
-    text = config["model"].get("params", {}).get("text_encoder")
-    if text is None:
-        raise UserError(f"--tokenizer_dir: {folder} is of no use, the model has no text encoder. Leave the flag out.")
-    text.setdefault("params", {})["tokenizer_dir"] = folder
-
-
-def settle_records(outdir: Path, index: "RecordFile", jobs: list["Job"], failures: list[dict[str, Any]]) -> int:
-    """Leave index.jsonl and failures.jsonl complete and in order; returns the exit code."""
-    from ldm.sampling.writer import RecordFile
-
-    def key(record: dict[str, Any]) -> tuple[int, int]:
-        return record["row"], record["copy"]
-
-    failed, tried = {key(record) for record in failures}, {key(job.record) for job in jobs}
-    finished = [job.record for job in jobs if key(job.record) not in failed]
-    index.settle(finished, keep=lambda record: key(record) not in failed and (outdir / record["image"]).is_file())
-    failure_file = RecordFile(outdir / "failures.jsonl")
-    if failures or failure_file.path.exists():
-        failure_file.settle(failures, keep=lambda record: key(record) not in tried)
-    logger.info("%d images in %s", len(finished), outdir / "images")
-    if not failures:
-        return 0
-    logger.error("error: %d samples are not finite and were not written, see %s", len(failures), failure_file.path)
-    return EXIT_FAILED_SAMPLES
-
-
-def choose_device(args: argparse.Namespace) -> tuple["torch.device", bool]:
-    """The device to paint on, and whether to use autocast there."""
-    import torch
-
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    settings = make_settings(args)
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
-        ) from error
-    return device, args.precision == "autocast" or (args.precision == "auto" and device.type == "cuda")
+        with stop_on_signals():
+            if settings.engine == "ray":
+                from ldm.models.ray_engine import run_on_ray
+
+                return run_on_ray(settings, lambda own: choose_sampling(args, own), args.ray_workers)
+            return run(make_plan(settings, lambda own: choose_sampling(args, own)))
+    except OutputError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_OUTPUT
+    except Stopped as stop:
+        print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
+        return stop.code
 
 
-def paint_jobs(
-    args: argparse.Namespace,
-    method: Any,
-    table: "ClassTable",
-    jobs: list["Job"],
-    device: "torch.device",
-    use_autocast: bool,
-    writer: "ImageWriter",
-) -> list[dict[str, Any]]:
-    """Paint with the settings of the command line; returns the records of failed samples."""
-    import torch
-    from torch.utils.data import DataLoader
+def make_settings(args: argparse.Namespace) -> "RunSettings":
+    """Settings of the run, with the share of the shards that this process paints."""
+    from ldm.models.machine import find_share
+    from ldm.models.planning import RunSettings
 
-    from ldm.models.synthesis import JobDataset, SamplerSettings, paint, plan_batches
-
-    # Full precision means it: convolutions on CUDA would otherwise round their inputs to TF32.
-    torch.backends.cudnn.allow_tf32 = args.precision != "full"
-    loader = DataLoader(
-        JobDataset(jobs, table, (args.H, args.W) if args.H else None),
-        batch_sampler=plan_batches(jobs, args.batch_size),
-        num_workers=args.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    settings = SamplerSettings(args.ddim_steps, args.scale, args.ddim_eta, use_autocast)
-    try:
-        return paint(method, jobs, loader, settings, device, writer.submit)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"--batch_size: {args.batch_size} images at once do not fit into the memory of {device}. Expected fewer."
-            " Run the same command with a smaller --batch_size; finished images stay."
-        ) from error
+    if args.shard is None:
+        args.shard = find_share() if args.engine == "local" else (0, 1)
+    return RunSettings(
+        ckpt=args.ckpt, config=args.config, tokenizer_dir=args.tokenizer_dir, device=args.device,
+        precision=args.precision, compile=args.compile, latent_channels=args.C, downsampling=args.f,
+        data_root=args.data_root, txt_file=args.txt_file, dataset=args.dataset, height=args.H, width=args.W,
+        bad_rows=args.bad_rows, follow_links=args.follow_links, num_workers=args.num_workers, seed=args.seed,
+        fixed_code=args.fixed_code, num_per_mask=args.num_per_mask, batch_size=args.batch_size, outdir=args.outdir,
+        extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
+        overwrite=args.overwrite, engine=args.engine,
+    )  # fmt: skip
 
 
-def check_settings(args: argparse.Namespace, method: Any) -> None:
-    """Raise UserError where flags do not fit the model or each other."""
-    from ldm.sampling.ddim import ddim_timesteps
+def report(folder: Path, is_verify: bool) -> int:
+    """Print the state of an output folder; returns the exit code."""
+    from ldm.sampling.report import describe_run, verify_run
 
-    if (args.H is None) != (args.W is None):
-        raise UserError(f"--H {args.H} --W {args.W}: only one is given. Expected both or none. Add the other.")
-    factor = method.size_factor
-    if args.H and (args.H % factor or args.W % factor):
-        raise UserError(
-            f"--H {args.H} --W {args.W}: the model cannot paint this size. Expected multiples of {factor}. Change them."
-        )
-    channels, height, _ = method.noise_shape(factor, factor)
-    for flag, given, actual in (("--C", args.C, channels), ("--f", args.f, factor // height)):
-        if given not in (None, actual):
-            raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
-    ddim_timesteps(args.ddim_steps, method.schedule.num_timesteps)
-    # The tokenizer is loaded at its first use; missing files should show now.
-    method.text_encoder.tokenizer([""])
-
-
-def choose_table(args: argparse.Namespace, own: "ClassTable") -> "ClassTable":
-    """Class table that masks are read with: --dataset, which must have as many classes as the model's, or the model's.
-
-    By default masks are stored as those of the training were; --dataset is for masks numbered or coloured otherwise.
-    """
-    from ldm.data.classes import ClassTable
-
-    table = ClassTable.load(args.dataset) if args.dataset else own
-    if table.num_classes != own.num_classes:
-        raise UserError(
-            f"--dataset: {args.dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
-            f" table {own.name}. Use a table with the model's classes."
-        )
-    return table
-
-
-def read_rows(args: argparse.Namespace, table: "ClassTable", size_factor: int) -> list["Row"]:
-    """All rows of the manifest, their files checked; raises one error with all bad rows."""
-    from ldm.data.manifest import read_manifest
-
-    size = (args.H, args.W) if args.H else None
-    need = ("reference", "prompt")
-    return read_manifest(args.txt_file, args.data_root, need=need, table=table, size_factor=size_factor, size=size)
-
-
-def plan_jobs(args: argparse.Namespace, rows: list["Row"]) -> list["Job"]:
-    """One job for every copy of every row of this shard: its row, the seed of its noise and its line of the index."""
-    from PIL import Image
-
-    from ldm.models.synthesis import Job
-    from ldm.sampling.noise import sample_seed
-
-    first, count = args.shard
-    sizes: dict[Path, tuple[int, int]] = {}
-    jobs = []
-    for row in rows[first::count]:
-        if row.mask not in sizes:
-            with Image.open(row.mask) as image:
-                sizes[row.mask] = image.size
-        width, height = (args.W, args.H) if args.H else sizes[row.mask]
-        for copy in range(args.num_per_mask):
-            number = sample_seed(args.seed, row.index, copy)
-            record = {
-                "row": row.index, "copy": copy, "seed": number,
-                "image": f"images/{row.mask.stem}_seed_{number}.{args.ext}",
-                "mask": _below(row.mask, args.data_root), "reference": _below(row.reference, args.data_root),
-                "prompt": row.prompt, "width": width, "height": height,
-            }  # fmt: skip
-            jobs.append(Job(row, args.seed if args.fixed_code else number, record))
-    return jobs
-
-
-def _below(path: Path | None, root: str) -> str | None:
-    return None if path is None else Path(os.path.relpath(path, root)).as_posix()
-
-
-def make_fingerprint(
-    args: argparse.Namespace, config: dict[str, Any], rows: list["Row"], use_autocast: bool
-) -> dict[str, Any]:
-    """What decides the pictures; two runs may share an output folder only if they agree in it."""
-    from ldm.checkpoint import file_sha256
-
-    inputs = hashlib.sha256(Path(args.txt_file).read_bytes())
-    for path in sorted({path for row in rows for path in (row.mask, row.reference) if path}):
-        inputs.update(f"{_below(path, args.data_root)} {path.stat().st_size}\n".encode())
-    return {
-        "checkpoint_sha256": file_sha256(args.ckpt),
-        "config_sha256": hashlib.sha256(repr(config).encode()).hexdigest(),
-        "inputs_sha256": inputs.hexdigest(),
-        "dataset": args.dataset, "H": args.H, "W": args.W, "precision": "autocast" if use_autocast else "full",
-        "ddim_steps": args.ddim_steps, "ddim_eta": args.ddim_eta, "scale": args.scale, "seed": args.seed,
-        "fixed_code": args.fixed_code, "ext": args.ext,
-    }  # fmt: skip
+    text, bad = (verify_run if is_verify else describe_run)(folder)
+    print(text)
+    return EXIT_DAMAGED if bad else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """All-in-attention: decoder blocks that attend to the reference, the mask and the text (TISynth)."""
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from cldm.control import Features
-from ldm.modules.attention import CrossAttention, FeedForward
+from ldm.modules.attention import CrossAttention, FeedForward, FixedContext
 from ldm.modules.blocks import zero_module
 from ldm.modules.unet import UNet
 
@@ -102,7 +104,20 @@ class AllInAttentionUNet(UNet):
             (B, out_channels, h, w).
         """
         embedding = self.embed_timestep(timestep)
-        skips = list(self.encode(latent, embedding, context))
+        return self.decode(list(self.encode(latent, embedding, context)), embedding, context, hint, reference)
+
+    def decode(self, skips: Sequence[Tensor], embedding: Tensor, context: Tensor | FixedContext, hint: Features,
+               reference: Features) -> Tensor:
+        """Prediction from the features of the encoder, which `encode` yields.
+
+        Args:
+            skips: encoder features of every input block.
+            embedding: (B, E) of the timestep.
+            context, hint, reference: see forward.
+        Returns:
+            (B, out_channels, h, w).
+        """
+        skips = list(skips)
         if self.is_residual:
             added = [a + b for a, b in zip(hint.projected, reference.projected, strict=True)]
             sources = list(zip(hint.raw, reference.raw, strict=True))

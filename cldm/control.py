@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ldm.modules.attention import FixedContext
 from ldm.modules.blocks import zero_module
 from ldm.modules.unet import UNetEncoder
 
@@ -60,10 +61,27 @@ class ControlBranch(UNetEncoder):
         Raises:
             ValueError: if the sizes do not fit.
         """
+        return self.features(latent, timestep, context, self.stem(hint, latent.shape[-2:]))
+
+    def stem(self, hint: Tensor, size: Sequence[int]) -> Tensor:
+        """What the branch adds behind its first convolution; it depends on nothing but the hint.
+
+        Args:
+            hint: (B, hint_channels, H, W).
+            size: (h, w) of the latent.
+        Returns:
+            (B, model_channels, h, w).
+        Raises:
+            ValueError: if the sizes do not fit.
+        """
         stem = self.input_hint_block(hint)
-        if stem.shape[-2:] != latent.shape[-2:]:
+        if stem.shape[-2:] != tuple(size):
             raise ValueError(f"control branch: hint {tuple(hint.shape[-2:])} becomes {tuple(stem.shape[-2:])}, but the "
-                             f"latent is {tuple(latent.shape[-2:])}. Give both the same image size.")
+                             f"latent is {tuple(size)}. Give both the same image size.")
+        return stem
+
+    def features(self, latent: Tensor, timestep: Tensor, context: Tensor | FixedContext, stem: Tensor) -> Features:
+        """The same as forward, from a stem that was computed before."""
         embedding = self.embed_timestep(timestep)
         raw = list(self.encode(latent, embedding, context, stem))
         projected = [conv(h) for conv, h in zip(self.zero_convs, raw, strict=True)]

@@ -1,5 +1,5 @@
 """TISynth: a latent diffusion model steered by a mask, a reference image and a prompt."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cldm.all_in_attention import AllInAttentionUNet
 from cldm.control import STEM_WIDTHS, ControlBranch
+from cldm.prepared import PreparedTISynth
 from ldm.data.classes import ClassTable
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.models.diffusion import DiffusionMethod
@@ -142,7 +143,8 @@ class TISynth(DiffusionMethod):
 
         Args:
             batch: `prompt` list of B str, `mask` (B, H, W) int64, `reference` (B, 3, H, W) float32 in [-1, 1] or
-                `reference_moments` (B, 2c, h, w) of a LatentCache.
+                `reference_moments` (B, 2c, h, w) of a LatentCache. With a condition_cache, `reference_key` may name
+                the references: a list of B values that are equal only where the references are.
         Returns:
             `context` (B, L, D), `hint` (B, C, H, W), `reference_latent` (B, c, h, w).
         """
@@ -153,10 +155,7 @@ class TISynth(DiffusionMethod):
                 posterior = DiagonalGaussian.from_moments(batch["reference_moments"].float())
                 reference_latent = self.pick_reference(posterior)
             else:
-                reference = batch["reference"]
-                if self.training and self.reference_augment is not None:
-                    reference = self.reference_augment(reference)
-                reference_latent = self.pick_reference(self.first_stage_model.encode(reference))
+                reference_latent = self.encode_reference(batch["reference"], batch.get("reference_key"))
         if self.training:
             drop = torch.rand(4, len(mask)) < torch.tensor(self.dropout)[:, None]
             drop = drop[:3] | drop[3]  # prompt, mask, reference
@@ -164,19 +163,56 @@ class TISynth(DiffusionMethod):
             keep = (~drop).to(hint.device, hint.dtype)[:, :, None, None, None]
             hint, reference_latent = hint * keep[1], reference_latent * keep[2]
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" in self.train_groups):
-            context = self.cond_stage_model.encode(prompts)
+            context = self.encode_prompts(prompts)
         return {"context": context, "hint": hint, "reference_latent": reference_latent}
 
-    def null_conditions(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Conditions without those named in guidance_drops."""
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Context of prompts, (B, L, D); each prompt is encoded once in its life where there is a condition_cache."""
+        cache = None if self.training else self.condition_cache
+        if cache is None:
+            return self.cond_stage_model.encode(prompts)
+        return torch.cat([cache.get(("prompt", p), lambda p=p: self.cond_stage_model.encode([p])) for p in prompts])
+
+    def encode_reference(self, reference: Tensor, keys: Sequence[Hashable] | None) -> Tensor:
+        """Scaled latents of references; those with a key are encoded once where there is a condition_cache.
+
+        Args:
+            reference: (B, 3, H, W) in [-1, 1]; augmented while training.
+            keys: B names of the references, None = they have none.
+        Returns:
+            (B, C, h, w).
+        """
+        if self.training and self.reference_augment is not None:
+            reference = self.reference_augment(reference)
+        encode = self.first_stage_model.encode
+        if self.training or self.sample_reference or self.condition_cache is None or keys is None:
+            return self.pick_reference(encode(reference))
+        size = tuple(reference.shape[-2:])
+        return torch.cat([
+            self.condition_cache.get(("reference", key, size), lambda one=one: self.pick_reference(encode(one)))
+            for key, one in zip(keys, reference.split(1), strict=True)])
+
+    def null_conditions(self, conditions: Mapping[str, Tensor],
+                        drops: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Conditions without some; those that stay are the same tensors.
+
+        Args:
+            conditions: from `conditions`.
+            drops: some of `prompt`, `mask`, `reference`; None = guidance_drops.
+        """
+        drops = self.guidance_drops if drops is None else drops
         null = dict(conditions)
-        if "prompt" in self.guidance_drops:
-            empty = self.cond_stage_model.encode([""])
-            null["context"] = empty.expand_as(conditions["context"])
+        if "prompt" in drops:
+            null["context"] = self.encode_prompts([""]).expand_as(conditions["context"])
         for drop, key in (("mask", "hint"), ("reference", "reference_latent")):
-            if drop in self.guidance_drops:
+            if drop in drops:
                 null[key] = torch.zeros_like(conditions[key])
         return null
+
+    def prepare(self, branches: Sequence[Mapping[str, Tensor]], share_control: bool = False,
+                reuse_every: int = 1) -> PreparedTISynth:
+        """Answers for the branches of guidance with all that stays the same computed now (see PreparedTISynth)."""
+        return PreparedTISynth(self, branches, share_control, reuse_every)
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                       reference_latent: Tensor) -> Tensor:

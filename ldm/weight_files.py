@@ -112,10 +112,12 @@ def read_file(path: str | Path, drop_objects: bool = False) -> RawFile:
         raise FileNotFoundError(f"checkpoint not found: {path}. Expected a weight file. Check the path.")
     with path.open("rb") as file:
         start = file.read(64)
+    # One header length of safetensors in 32 begins with the byte of a pickle; in a pickle these bytes are not zero.
+    is_safetensors = start[8:9] == b"{" and (start[:1] != b"\x80" or start[5:8] == bytes(3))
+    if is_safetensors:
+        return read_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return read_pickle(path, start[:2] == b"PK", drop_objects)
-    if start[8:9] == b"{":
-        return read_safetensors(path)
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         what = "is a web page, not weights. The download returned an error or login page. Fetch it again"

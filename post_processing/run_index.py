@@ -52,6 +52,8 @@ def read_run(folder: str | Path, data_root: str | Path | None = None) -> tuple[l
     if not index.is_file():
         raise FileNotFoundError(f"index not found: {index}. Expected the --outdir of inference.py. Check the path.")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
+    if run.get("fingerprint", {}).get("format") == "tar":
+        raise UserError(f"{folder}: its images are in tars. Expected files. Paint with --format folder.")
     root = Path(data_root if data_root is not None else run.get("data_root", "."))
     samples: list[Sample] = []
     wrong: list[str] = []

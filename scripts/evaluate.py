@@ -2,8 +2,9 @@
 
 `mask_following` judges the pictures with a segmentor trained on real tiles, between a ceiling (the same segmentor on
 real test tiles) and a floor (the pictures against masks that are not theirs). `reference_following` compares colour
-statistics of pictures painted for the same masks in the look of two sets of references. Both write results.json and
-results.md.
+statistics of pictures painted for the same masks in the look of two sets of references. `consistency` is the gate for
+faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. All write
+results.json and results.md.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 from ldm.util import UserError, run_entry_point  # noqa: E402
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from ldm.data.classes import ClassTable
@@ -60,6 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
     masks.add_argument("--seed", type=int, default=0, help="seed of the shufflings")
     masks.set_defaults(measure=measure_mask_following)
 
+    gate = commands.add_parser("consistency", help="does faster sampling follow the masks as well?", **style)
+    gate.add_argument(
+        "--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote"
+    )
+    gate.add_argument("--exact", required=True, help="--outdir of inference.py --mode exact")
+    gate.add_argument("--run", nargs="+", required=True, help="--outdirs of the same rows, seed and checkpoint")
+    gate.add_argument("--max_drop", type=float, default=0.5, help="points of mIoU that a mode may lose")
+    gate.add_argument("--max_rare_drop", type=float, default=1.5, help="points of IoU that a rare class may lose")
+    gate.add_argument("--rare", type=int, default=3, help="number of rarest classes to look at on their own")
+    gate.add_argument("--draws", type=int, default=2000, help="bootstrap draws for the intervals")
+    gate.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    gate.set_defaults(measure=measure_consistency)
+
     references = commands.add_parser(
         "reference_following", help="share of pictures nearer to their own reference", **style
     )
@@ -93,7 +108,7 @@ def choose_device(name: str) -> "torch.device":
 def main(argv: list[str] | None = None) -> None:
     """Measure and write results.json and results.md."""
     args = build_parser().parse_args(argv)
-    for flag in ("batch_size", "num_threads", "shuffles"):
+    for flag in ("batch_size", "num_threads", "shuffles", "draws"):
         if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least 1.")
     results, table = args.measure(args)
@@ -252,6 +267,93 @@ def mask_table(results: dict[str, Any]) -> str:
         else "The ceiling is not above the floor: the segmentor cannot judge these masks."
     )
     return "\n".join(lines) + f"\n\n{sentence} ({results['metric']}; {counts['masks']} masks)\n"
+
+
+def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Judge runs against an exact one, on the same masks and noise; returns results and a table."""
+    from ldm.data.classes import ClassTable
+    from post_processing.gate import judge
+    from post_processing.run_index import read_run
+    from post_processing.segmentor import load_segmentor
+
+    samples, exact_run = read_run(args.exact, args.data_root)
+    table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
+    segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
+    exact = order_pairs(samples)
+    exact_areas = measure_areas(exact.values(), segmentor, args)
+    metric = "paired drop of IoU in points, 95 % bootstrap interval"
+    fingerprint = exact_run.get("fingerprint", {})
+    results: dict[str, Any] = {"measure": "consistency", "metric": metric, "exact": fingerprint, "runs": {}}
+    for folder in args.run:
+        others, run = read_run(folder, args.data_root)
+        check_same_conditions(folder, run, exact_run)
+        other = order_pairs(others)
+        if other.keys() != exact.keys():
+            raise UserError(
+                f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} pictures."
+                " Expected the same rows, copies and seed in both. Finish both runs."
+            )
+        areas = measure_areas(other.values(), segmentor, args)
+        groups = [sample.mask for sample in exact.values()]
+        line = judge(exact_areas, areas, groups, segmentor.class_table.names, args.max_drop, args.rare,
+                     args.max_rare_drop, args.draws, args.seed)  # fmt: skip
+        results["runs"][folder] = line | {"fingerprint": run.get("fingerprint", {})}
+    results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()}),
+                "arguments": plain_arguments(args)}  # fmt: skip
+    return results, consistency_table(results, args)
+
+
+def order_pairs(samples: Sequence["Sample"]) -> dict[Any, "Sample"]:
+    """Samples by what two runs have in common, in one order: mask and name of the picture, which holds its seed."""
+    return {key: sample for key, sample in sorted(((s.mask, s.image.stem), s) for s in samples)}
+
+
+def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any]) -> None:
+    """UserError if a run differs from the exact one in anything but how it sampled."""
+    one, other = exact.get("fingerprint", {}), run.get("fingerprint", {})
+    names = ("checkpoint_sha256", "config_sha256", "inputs_sha256", "dataset", "H", "W", "seed", "fixed_code")
+    different = [name for name in names if one.get(name) != other.get(name)]
+    if different:
+        raise UserError(
+            f"--run: {folder} was painted with another {', '.join(different)} than --exact. Expected other"
+            " sampling settings only. Paint it again."
+        )
+
+
+def measure_areas(samples: Iterable["Sample"], segmentor: "Segmentor", args: argparse.Namespace) -> "np.ndarray":
+    """Areas of right, predicted and true pixels a class of every sample, (N, 3, K); see class_areas."""
+    import numpy as np
+    import torch
+
+    from post_processing.gate import class_areas
+    from post_processing.run_index import group_batches, read_image_batch, read_mask_at
+
+    samples, table = list(samples), segmentor.class_table
+    areas = np.zeros((len(samples), 3, table.num_classes))
+    with ThreadPoolExecutor(args.num_threads) as pool:
+        for size, batch in group_batches(range(len(samples)), [sample.size for sample in samples], args.batch_size):
+            images = read_image_batch([samples[index].image for index in batch], size, pool)
+            masks = [torch.from_numpy(read_mask_at(samples[index].mask, table, size).copy()) for index in batch]
+            prediction = segmentor.predict(images)
+            areas[batch] = class_areas(prediction, torch.stack(masks), table.num_classes, table.ignore_index)
+    return areas
+
+
+def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:
+    """Markdown text of the gate."""
+    rare = list(next(iter(results["runs"].values()))["rare"])
+    lines = ["| run | mIoU exact | mIoU | drop (95 %) | " + " | ".join(f"drop {name}" for name in rare) + " | gate |",
+             "|---|" + "---|" * (4 + len(rare))]  # fmt: skip
+    for folder, row in results["runs"].items():
+        cells = [f"{one['drop']:+.2f} ({one['interval'][0]:+.2f} to {one['interval'][1]:+.2f})"
+                 for one in (row, *row["rare"].values())]  # fmt: skip
+        cells = [Path(folder).name, f"{row['mIoU_exact']:.2f}", f"{row['mIoU']:.2f}", *cells, row["gate"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        f"\n\n{results['pictures']} pictures of {results['masks']} masks. Gate: mIoU loses less than {args.max_drop},"
+        f" each of the {args.rare} rarest classes less than {args.max_rare_drop} points. pass: the whole interval is\n"
+        "below; open: the drop is, the interval is not.\n"
+    )
 
 
 def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

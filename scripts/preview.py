@@ -73,6 +73,8 @@ class Sources:
         if not (folder / "run.json").is_file():
             raise FileNotFoundError(f"{folder}: no run.json. Expected a folder that inference.py wrote. Check it.")
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if run["fingerprint"].get("format") == "tar":
+            raise UserError(f"{folder}: its images are in tars. Expected files. Unpack them, or use --format folder.")
         self.folder = folder
         self.data_root = Path(data_root or run["data_root"])
         spec = run["class_table"]

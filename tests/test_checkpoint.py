@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from tiny import ROOT, model_params, randomize
 from torch import Tensor
 
-import inference
 import train
 from cldm.tisynth import TISynth
 from ldm.account import fill
 from ldm.checkpoint import load_checkpoint, open_checkpoint, save_safetensors
 from ldm.key_maps import to_diffusers
 from ldm.models.loading import load_method, read_model_config
+from ldm.models.planning import use_tokenizer
 from ldm.util import UserError
 from scripts import convert_checkpoint
 
@@ -234,7 +234,7 @@ def test_local_folders_of_clip_by_flag(weights: dict[str, Tensor], tmp_path: Pat
     args.overrides = ["init.first_stage_model=x"]
     assert train.merge_config(args).model.params.text_encoder.params.weights_dir == "folder"
     config = {"model": {"target": "x", "params": {"text_encoder": {"target": "y"}}}}
-    inference.use_tokenizer(config, "folder")
+    use_tokenizer(config, "folder")
     assert config["model"]["params"]["text_encoder"]["params"] == {"tokenizer_dir": "folder"}
 
 
@@ -376,6 +376,15 @@ def test_deltas_and_precision(method: TISynth, weights: dict[str, Tensor], tmp_p
     save_safetensors(tmp_path / "large.safetensors", {"model.diffusion_model.out.2.bias": torch.tensor([1e6])})
     with pytest.raises(UserError, match="too large for fp16"):
         convert(tmp_path / "large.safetensors", tmp_path / "large16.safetensors", "--dtype", "fp16")
+
+
+def test_safetensors_whose_header_begins_like_a_pickle(tmp_path: Path):
+    for padding in range(0, 256, 8):  # among these is a header of 0x..80 bytes
+        save_safetensors(tmp_path / "a.safetensors", {"w": torch.ones(1)}, metadata={"note": "x" * padding})
+        if (tmp_path / "a.safetensors").read_bytes()[0] == 0x80:
+            break
+    assert (tmp_path / "a.safetensors").read_bytes()[0] == 0x80
+    assert open_checkpoint(tmp_path / "a.safetensors").metadata == {"note": "x" * padding}
 
 
 def test_dropping_objects_keeps_the_tensors_and_runs_nothing(weights: dict[str, Tensor], tmp_path: Path, monkeypatch):

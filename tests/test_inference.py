@@ -1,90 +1,32 @@
 """inference.py, really run on a tiny TISynth: what it writes, what it skips, what it refuses."""
 
 import ast
+import io
 import json
 import subprocess
 import sys
+import tarfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from painting import MODEL, REPOSITORY, contents, finished_shards, make_workspace, pixels, read_lines, run
 from PIL import Image
 
 import inference
-from ldm.checkpoint import save_safetensors
-from ldm.util import instantiate_from_config, run_entry_point
+from ldm.sampling.modes import Sampling
+from ldm.util import UserError
+from post_processing.run_index import read_run
 from scripts import preview
 
 pytest.importorskip("tokenizers")
 
-REPOSITORY = Path(inference.__file__).parent
-MODEL = {
-    "target": "cldm.tisynth.TISynth",
-    "params": {
-        "unet": {
-            "model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [1, 2], "channel_mult": [1, 2],
-            "num_heads": 4, "context_dim": 32,
-        },
-        "autoencoder": {
-            "target": "ldm.modules.autoencoder.AutoencoderKL",
-            "params": {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1},
-        },
-        "text_encoder": {
-            "target": "ldm.modules.text.ClipTextEncoder",
-            "params": {
-                "vocab_size": 1024, "width": 32, "layers": 1, "heads": 2, "max_length": 16,
-                "tokenizer": "configs/model/mini_tokenizer.json",
-            },
-        },
-        "class_table": "mini",
-    },
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Tiny random checkpoint, and a manifest of three masks of two sizes with references of a third."""
-    from omegaconf import OmegaConf
-
-    root = tmp_path_factory.mktemp("inference")
-    torch.manual_seed(0)
-    method = instantiate_from_config(MODEL)
-    for parameter in method.parameters():  # zero-initialised layers would hide conditions that do not arrive
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    with torch.no_grad():  # random conditions say little: raise their voice above the rounding of pixels
-        for name, parameter in method.named_parameters():
-            if any(part in name for part in (".attn2.", "input_hint_block", "zero_convs")):
-                parameter *= 4
-    save_safetensors(root / "tiny.safetensors", method.state_dict(), OmegaConf.create({"model": MODEL}))
-    random = np.random.default_rng(0)
-    rows = []
-    for index, (height, width) in enumerate([(8, 8), (8, 16), (8, 8)]):
-        Image.fromarray(random.integers(0, 5, (height, width), np.uint8)).save(root / f"mask_{index}.png")
-        Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8)).save(root / f"ref_{index}.png")
-        rows.append({"source": f"mask_{index}.png", "prompt": "a satellite image of road",
-                     "ref_image": f"ref_{index}.png"})  # fmt: skip
-    (root / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-def run(workspace, outdir, *extra, manifest="rows.json"):
-    """Run inference.py's main in this process; returns the exit code."""
-    paths = {"--ckpt": workspace / "tiny.safetensors", "--data_root": workspace, "--txt_file": workspace / manifest}
-    argv = [str(part) for pair in paths.items() for part in pair]
-    argv += ["--outdir", str(outdir), "--ddim_steps", "2", "--device", "cpu", *extra]
-    with pytest.raises(SystemExit) as stop:
-        run_entry_point(inference.main, argv)
-    return stop.value.code
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def pixels(folder):
-    return {path.name: np.asarray(Image.open(path)) for path in (folder / "images").iterdir()}
+    return make_workspace(tmp_path_factory.mktemp("inference"))
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +50,19 @@ def test_a_run_writes_images_index_and_record(workspace, finished):
     assert len(details["fingerprint"]["checkpoint_sha256"]) == 64
     assert details["arguments"]["num_per_mask"] == 2 and details["config"]["model"]["target"] == MODEL["target"]
     assert sorted(path.name for path in finished.iterdir() if not path.name.startswith(".")) == [
-        "images", "index.jsonl", "run.json",
+        "images", "index.jsonl", "run.json", "shards",
     ]  # fmt: skip
+    assert finished_shards(finished) == ["000000.json"]
     names = sorted(images)
     assert not np.array_equal(images[names[0]], images[names[1]])  # copies differ
 
 
-def test_a_sample_does_not_depend_on_batch_or_shard(workspace, finished, tmp_path):
+def test_a_sample_does_not_depend_on_batch_loader_or_shard(workspace, finished, tmp_path):
+    flags = ["--num_per_mask", "2", "--batch_size", "3", "--num_workers", "1", "--shard_size", "1"]
     for part in ("1/2", "0/2"):
-        assert run(workspace, tmp_path, "--num_per_mask", "2", "--batch_size", "1", "--shard", part) == 0
-    assert (tmp_path / "index.jsonl").read_text() == (finished / "index.jsonl").read_text()
-    expected = pixels(finished)
-    for name, image in pixels(tmp_path).items():
-        # Another batch size sums in another order: at most the last bit of rounding may differ.
-        assert np.abs(image.astype(int) - expected[name]).max() <= 1
+        assert run(workspace, tmp_path, *flags, "--shard", part) == 0
+    assert finished_shards(tmp_path) == ["000000.json", "000001.json", "000002.json"]
+    assert contents(tmp_path) == contents(finished)
 
 
 def test_an_interrupted_run_is_completed_and_finished_images_stay(workspace, finished, tmp_path, monkeypatch):
@@ -130,31 +71,63 @@ def test_an_interrupted_run_is_completed_and_finished_images_stay(workspace, fin
     whole = synthesis.sample_images
     calls = []
 
-    def interrupted(*arguments):
-        if len(calls) == 1:
+    def interrupted(*arguments, **options):
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(len(arguments[2]))
-        return whole(*arguments)
+        calls.append(1)
+        return whole(*arguments, **options)
 
     monkeypatch.setattr(synthesis, "sample_images", interrupted)
     flags = ["--num_per_mask", "2", "--batch_size", "2"]
     with pytest.raises(KeyboardInterrupt):
         run(workspace, tmp_path, *flags)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
-    assert len(before) == 2
-    index = tmp_path / "index.jsonl"
-    index.write_text(index.read_text()[:-20])  # a line that the killed process could not finish
+    assert len(before) == 4 and not (tmp_path / "index.jsonl").exists()
+    torn = next(iter(before))
+    torn.write_bytes(torn.read_bytes()[:50])  # what a power cut may leave of it
     monkeypatch.setattr(synthesis, "sample_images", whole)
     assert run(workspace, tmp_path, *flags) == 0
-    assert index.read_text() == (finished / "index.jsonl").read_text()
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert contents(tmp_path) == contents(finished)
+    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == {torn}
     assert run(workspace, tmp_path, *flags, "--overwrite") == 0
     assert all(path.stat().st_mtime_ns != time for path, time in before.items())
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_more_copies_are_added_to_a_finished_run(workspace, finished, tmp_path):
+    for copies in ("1", "2", "1"):
+        assert run(workspace, tmp_path, "--num_per_mask", copies) == 0
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_tars_hold_the_same_pictures_in_the_order_that_webdataset_groups(workspace, finished, tmp_path):
+    flags = ["--format", "tar", "--shard_size", "2"]
+    for copies in ("1", "2"):  # copies are added to tars, too
+        assert run(workspace, tmp_path, *flags, "--num_per_mask", copies) == 0
+    assert run(workspace, tmp_path / "at_once", *flags, "--num_per_mask", "2") == 0
+    members = []
+    for path in sorted((tmp_path / "tars").iterdir()):
+        assert path.read_bytes() == (tmp_path / "at_once" / "tars" / path.name).read_bytes()
+        with tarfile.open(path) as archive:
+            members += [(path.name, *entry.name.split(".", 1), archive.extractfile(entry).read()) for entry in archive]
+    index = read_lines(tmp_path / "index.jsonl")
+    expected = read_lines(finished / "index.jsonl")
+    for number, (record, other) in enumerate(zip(index, expected, strict=True)):  # webdataset: equal keys in a row
+        image, mask, text = members[3 * number : 3 * number + 3]
+        assert (image[2], mask[2], text[2]) == ("png", "mask.png", "json")
+        assert {(tar, key) for tar, key, _, _ in (image, mask, text)} == {(Path(record["tar"]).name, image[1])}
+        assert image[3] == (finished / other["image"]).read_bytes() and f"{image[1]}.png" == record["image"]
+        painted_for = np.asarray(Image.open(workspace / other["mask"]))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask[3]))), painted_for)
+        assert json.loads(text[3])["prompt"] == record["prompt"]
+    assert len(members) == 3 * len(index)
+    with pytest.raises(UserError, match="images are in tars. Expected files. Paint with --format folder"):
+        read_run(tmp_path)
 
 
 def test_another_setting_is_refused_in_the_same_folder(workspace, finished, capsys):
     assert run(workspace, finished, "--scale", "2") == 2
-    assert "scale was 9.0, is 2.0" in capsys.readouterr().err
+    assert "guidance_scale was 9.0, is 2.0" in capsys.readouterr().err
 
 
 def test_size_fixed_noise_and_jpeg(workspace, tmp_path):
@@ -185,9 +158,9 @@ def test_samples_that_are_not_finite_are_listed_not_written(workspace, tmp_path,
 
     whole = synthesis.sample_images
 
-    def broken(method, batch, *rest):
-        images = whole(method, batch, *rest).clone()
-        images[[index == 2 for index in batch["job"].tolist()], 0, 0, 0] = torch.nan
+    def broken(painter, batch, seeds, chosen, use_autocast):
+        images = whole(painter, batch, seeds, chosen, use_autocast)
+        images[[batch["slot"][i] == 2 for i in chosen], 0, 0, 0] = torch.nan
         return images
 
     monkeypatch.setattr(synthesis, "sample_images", broken)
@@ -213,7 +186,7 @@ def test_ten_kinds_of_bad_rows_are_one_error_before_the_model_loads(workspace, t
     ]  # fmt: skip
     lines = [row if isinstance(row, str) else json.dumps(row) for row in [good, *bad]]
     (workspace / "bad.json").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr("ldm.models.loading.load_method", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.models.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
     assert run(workspace, tmp_path / "out", manifest="bad.json") == 2
     text = capsys.readouterr().err
     assert text.count("error:") == 1
@@ -264,10 +237,11 @@ def test_every_flag_is_read_has_help_and_a_default():
         for node in ast.walk(ast.parse((REPOSITORY / "inference.py").read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
+    read |= {field.name for field in fields(Sampling)} | {"mode"}  # by choose_sampling
     actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.dest for action in actions} == read - {"error"}
     assert all(action.help for action in actions)
-    assert {action.dest for action in actions if action.required} == {"ckpt", "txt_file"}
+    assert not any(action.required for action in actions)  # --status needs neither weights nor rows
 
 
 def test_the_command_line_is_checked_without_importing_torch():
@@ -278,11 +252,14 @@ def test_the_command_line_is_checked_without_importing_torch():
         "assert 'torch' not in sys.modules\n"
         "try: inference.main(['--ckpt', 'a', '--txt_file', 'b', '--ddim_step', '2'])\n"
         "except SystemExit as stop: assert stop.code == 2\n"
+        "try: inference.main(['--ckpt', 'a'])\n"
+        "except SystemExit as stop: assert stop.code == 2\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Expected i/n" in done.stderr and "unrecognized arguments: --ddim_step" in done.stderr
+    assert "required: --txt_file" in done.stderr and "Expected i/n" in done.stderr
+    assert "unrecognized arguments: --ddim_step" in done.stderr
 
 
 @pytest.mark.parametrize("layout", ["auto", "grid"])

@@ -16,6 +16,7 @@ from ldm.models.training import freeze_all_but
 from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.modules.unet import UNet
+from ldm.sampling.modes import Sampling
 
 # The lower level has no transformer, like the 8 x 8 level of SD1.5.
 UNET = {"in_channels": 4, "model_channels": 8, "num_res_blocks": 1, "attention_resolutions": [1],
@@ -168,7 +169,7 @@ def test_any_size_that_the_factor_divides(name: str):
         noise = torch.randn(1, *method.noise_shape(height, width))
         batch = {"mask": torch.randint(0, 5, (1, height, width)), "prompt": ["a road"],
                  "reference": torch.rand(1, 3, height, width) * 2 - 1}  # fmt: skip
-        image = method.sample(batch, noise, num_steps=2, guidance_scale=2.0)
+        image = method.sample(batch, noise, Sampling(num_steps=2, guidance_scale=2.0))
         assert image.shape == (1, 3, height, width) and image.isfinite().all()
     for height, width in ((6, 8), (8, 10), (0, 8)):
         with pytest.raises(ValueError, match=rf"image size {height} x {width}: .*multiples of 4"):

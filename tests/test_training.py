@@ -24,6 +24,7 @@ from ldm.diffusion.objective import loss_weight
 from ldm.diffusion.schedule import make_schedule
 from ldm.models.loading import load_method, read_model_config
 from ldm.models.training import TrainingModule, freeze_all_but, learning_rate_factor, step_seed
+from ldm.sampling.modes import Sampling
 from ldm.util import UserError, run_entry_point
 
 IMPROVED = ("tisynth_sd15", "tisynth_tiny")
@@ -220,7 +221,8 @@ def test_ema_is_the_average_and_leaves_frozen_weights_alone(fit: Callable, tmp_p
     method = load_method(weights, read_model_config(weights), "cpu")  # the export holds the averaged weights
     for key, value in method.state_dict().items():
         assert torch.equal(value, averaged["state_dict"]["method." + key]), key
-    image = method.sample(normalize_batch(batch_of(), "cpu"), torch.randn(2, *method.noise_shape(16, 16)), num_steps=1)
+    noise = torch.randn(2, *method.noise_shape(16, 16))
+    image = method.sample(normalize_batch(batch_of(), "cpu"), noise, Sampling(num_steps=1))
     assert image.shape == (2, 3, 16, 16)
 
 

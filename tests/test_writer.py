@@ -1,29 +1,34 @@
 """Files of a sampling run: whole or absent, in order, safe between processes."""
 
+import hashlib
 import json
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.sampling.writer import ImageWriter, RecordFile, open_run, write_atomic
+from ldm.sampling import writer
+from ldm.sampling.run import check_run, open_run
+from ldm.sampling.writer import ImageWriter, OutputError, RecordFile, write_atomic
 
 
 def add_records(arguments):
     path, row = arguments
     records = RecordFile(path)
     for copy in range(20):
-        records.append({"row": row, "copy": copy})
+        records.append([{"row": row, "copy": copy}])
         if copy % 5 == 0:
-            records.settle()
+            records.replace(records.read)
 
 
 def test_processes_can_add_to_one_file_and_settle_it(tmp_path):
     path = tmp_path / "index.jsonl"
     with ProcessPoolExecutor(4) as pool:
         list(pool.map(add_records, [(path, row) for row in range(4)]))
-    RecordFile(path).settle()
+    RecordFile(path).replace(RecordFile(path).read)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["row"], line["copy"]) for line in lines] == [(row, copy) for row in range(4) for copy in range(20)]
 
@@ -41,24 +46,58 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_png_is_lossless_and_errors_of_the_threads_surface(tmp_path):
-    (tmp_path / "images").mkdir()
+def test_png_is_lossless_and_what_was_written_is_known(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
-    index = RecordFile(tmp_path / "index.jsonl")
-    with ImageWriter(tmp_path, index) as writer:
-        writer.submit(image, {"row": 0, "copy": 0, "image": "images/a.png"})
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / "a.png")), image)
-    with pytest.raises(FileNotFoundError), ImageWriter(tmp_path, index) as writer:
-        writer.submit(image, {"row": 1, "copy": 0, "image": "absent/a.png"})
-    assert [record["row"] for record in index.read()] == [0]
+    path = tmp_path / "a.png"
+    with ImageWriter(tmp_path) as images:
+        images.submit(image, path)
+    assert np.array_equal(np.asarray(Image.open(path)), image) and list(tmp_path.iterdir()) == [path]
+    assert images.written == {path: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())}
+
+
+def test_the_queue_is_bounded_and_an_error_surfaces_at_once(tmp_path, monkeypatch):
+    image = np.zeros((2, 2, 3), np.uint8)
+    gate, seen = threading.Event(), []
+    monkeypatch.setattr(writer, "encode_image", lambda *_: gate.wait(10) and b"")
+    images = ImageWriter(tmp_path, threads=1, limit=2)
+
+    def fill():
+        for number in range(4):
+            images.submit(image, tmp_path / f"{number}.png")
+            seen.append(number)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    time.sleep(0.2)
+    assert seen == [0, 1]  # the third waits: two are under way
+    gate.set()
+    thread.join()
+
+    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01,))
+    images = ImageWriter(tmp_path, threads=1)
+    with pytest.raises(OutputError, match="absent.*tried 2 times"):  # noqa: SIM117
+        with images:
+            for _ in range(100):
+                images.submit(image, tmp_path / "absent" / "a.png")
+                time.sleep(0.01)
+            pytest.fail("the error came only at the end")
+
+
+def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01, 0.01, 0.5))
+    threading.Timer(0.2, (tmp_path / "late").mkdir).start()
+    with ImageWriter(tmp_path) as images:
+        images.submit(np.zeros((2, 2, 3), np.uint8), tmp_path / "late" / "a.png")
+    assert (tmp_path / "late" / "a.png").is_file()
 
 
 def test_a_folder_of_other_pictures_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "holiday.png").touch()
     with pytest.raises(FileExistsError, match="no run.json"):
-        open_run(tmp_path, {"seed": 1}, {})
-    open_run(tmp_path / "new", {"seed": 1, "size": (1, 2)}, {})
-    open_run(tmp_path / "new", {"seed": 1, "size": (1, 2)}, {})
+        open_run(tmp_path, {"seed": 1}, {}, {"rows": 1, "shard_size": 1, "copies": 1})
+    first = open_run(tmp_path / "new", {"seed": 1, "size": (1, 2)}, {}, {"rows": 9, "shard_size": 4, "copies": 2})
+    second = open_run(tmp_path / "new", {"seed": 1, "size": (1, 2)}, {}, {"rows": 9, "shard_size": 5, "copies": 1})
+    assert first == second == {"rows": 9, "shard_size": 4, "copies": 2}
     with pytest.raises(FileExistsError, match="seed was 1, is 2"):
-        open_run(tmp_path / "new", {"seed": 2, "size": (1, 2)}, {})
+        check_run(tmp_path / "new", {"seed": 2, "size": (1, 2)})

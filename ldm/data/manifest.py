@@ -2,6 +2,7 @@
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ldm.util import UserError
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image"}
 NEEDS = ("image", "reference", "prompt")
 SHOWN_PROBLEMS = 100
+LONGEST_LINE = 1 << 20  # bytes
+MOST_PIXELS = 64_000_000  # of a mask or reference; some kilobytes of a damaged or malicious file can claim far more
 
 
 class ManifestError(UserError):
@@ -70,6 +73,9 @@ def read_manifest(
     check_files: bool = True,
     size_factor: int | None = None,
     size: tuple[int, int] | None = None,
+    decode: Callable[[int], bool] = lambda index: True,
+    problems: list[tuple[int, str]] | None = None,
+    follow_links: bool = True,
 ) -> list[Row]:
     """Read a manifest and check everything in it before any work starts.
 
@@ -81,6 +87,9 @@ def read_manifest(
         check_files: open and decode every file once (threaded); False = only look whether they exist.
         size_factor: if given, heights and widths must be multiples of it.
         size: (height, width) that rows are brought to later; None = masks keep their own size, which is then checked.
+        decode: of which rows (by index) files are decoded; those of the others need only exist.
+        problems: if given, bad rows are left out and what is wrong with them, (line, text), is added here.
+        follow_links: let links below the data root lead out of it.
     Returns:
         The rows in file order, at least one.
     Raises:
@@ -97,11 +106,18 @@ def read_manifest(
         raise FileNotFoundError(f"manifest not found: {path}. Expected a JSON-lines file. Check --txt_file.")
     if not Path(data_root).is_dir():
         raise FileNotFoundError(f"data root not found: {data_root}. Expected a folder. Check --data_root.")
-    problems: list[tuple[int, str]] = []
-    rows = parse_rows(Path(path), Path(data_root), set(need), problems)
-    check_rows(rows, table, check_files, size_factor if size is None else None, problems)
-    if problems:
-        raise ManifestError(path, data_root, sorted(problems))
+    found: list[tuple[int, str]] = []
+    rows = parse_rows(Path(path), Path(data_root), set(need), found)
+    if not follow_links:
+        rows = leave_out_links(rows, Path(data_root), found)
+    decode = decode if check_files else lambda index: False
+    check_rows(rows, table, decode, size_factor if size is None else None, found)
+    if found and problems is None:
+        raise ManifestError(path, data_root, sorted(found))
+    if found:
+        problems += sorted(found)
+        bad = {line for line, _ in found}
+        rows = [row for row in rows if row.line not in bad]
     if not rows:
         raise UserError(f"{path}: no rows. Expected one JSON object per line.")
     return rows
@@ -116,8 +132,10 @@ def parse_rows(path: Path, data_root: Path, need: set[str], problems: list[tuple
         if not content.strip():
             continue
         try:
+            if len(content) > LONGEST_LINE:
+                raise UnicodeError(f"{len(content):,} bytes, at most {LONGEST_LINE:,}")
             entry = json.loads(content.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
             problems.append((line, f"not valid JSON ({error}). Expected one object per line."))
         else:
             found = find_entry_problems(entry, need)
@@ -160,7 +178,9 @@ def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
             if is_needed:
                 problems.append(f"missing key {key!r} (the {word}).")
         elif not isinstance(entry[key], str):
-            problems.append(f"{key} is {entry[key]!r} ({type(entry[key]).__name__}). Expected a string.")
+            problems.append(f"{key} is {str(entry[key])[:80]!s} ({type(entry[key]).__name__}). Expected a string.")
+        elif not is_text(entry[key]):
+            problems.append(f"{key} {entry[key][:80]!a} has half a character or a zero byte. Expected text.")
         elif is_needed and not entry[key].strip():
             problems.append(f"{key} is empty. Expected the {word}.")
         elif key != "prompt" and is_needed and is_outside(entry[key]):
@@ -168,11 +188,29 @@ def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
     return problems
 
 
+def is_text(text: str) -> bool:
+    """True if a string can be written to a file and used as a path: no zero bytes, no halves of surrogate pairs."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def is_outside(name: str) -> bool:
     """True if a path of a manifest is absolute (on any system) or climbs out of the folder it is relative to."""
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         return True
-    return os.path.normpath(name).split(os.sep)[0] == ".."
+    return any(os.path.normpath(part).split(os.sep)[0] == ".." for part in (name, name.replace("\\", "/")))
+
+
+def leave_out_links(rows: list[Row], data_root: Path, problems: list[tuple[int, str]]) -> list[Row]:
+    """Rows whose files, links followed, lie below the data root; the others go to `problems`."""
+    root = data_root.resolve()
+    files = {file for row in rows for file in (row.mask, row.image, row.reference) if file}
+    outside = {file: target for file in files if not (target := file.resolve()).is_relative_to(root)}
+    if not outside:
+        return rows
+    problems += [(row.line, f"{file} is a link out of the data root, to {outside[file]}. Expected a file below it. "
+                            "Copy it, or add --follow_links.")
+                 for row in rows for file in (row.mask, row.image, row.reference) if file in outside]
+    return [row for row in rows if not {row.mask, row.image, row.reference} & outside.keys()]
 
 
 def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tuple[int, str]]) -> None:
@@ -188,19 +226,23 @@ def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tu
 def check_rows(
     rows: list[Row],
     table: ClassTable | None,
-    check_files: bool,
+    decode: Callable[[int], bool],
     size_factor: int | None,
     problems: list[tuple[int, str]],
 ) -> None:
-    """Check the files of all rows, each distinct file once, and add what is wrong to `problems`."""
-    if not check_files:
-        probe_mask: Callable = probe_existence
-        probe_picture: Callable = probe_existence
-    else:
-        def probe_mask(file: Path) -> tuple[int, int] | str:
-            return probe_mask_file(file, table)
+    """Check the files of all rows, each distinct file once, and add what is wrong to `problems`.
 
-        probe_picture = probe_image_file
+    Files of rows for which `decode` is false need only exist.
+    """
+    whole = [row for row in rows if decode(row.index)]
+    decoded = {row.mask for row in whole}, {file for row in whole for file in (row.image, row.reference) if file}
+
+    def probe_mask(file: Path) -> tuple[int, int] | str | None:
+        return probe_mask_file(file, table) if file in decoded[0] else probe_existence(file)
+
+    def probe_picture(file: Path) -> tuple[int, int] | str | None:
+        return probe_image_file(file) if file in decoded[1] else probe_existence(file)
+
     masks = probe_all({row.mask for row in rows}, probe_mask)
     pictures = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_picture)
     for row in rows:
@@ -230,13 +272,17 @@ def probe_all(files: set[Path], probe: Callable[[Path], Any]) -> dict[Path, Any]
 
 def probe_existence(file: Path) -> str | None:
     """Problem text if there is no such file, else None."""
-    return None if file.is_file() else f"file not found: {file}."
+    try:
+        return None if file.is_file() else f"file not found: {file}."
+    except OSError as error:  # a name that is too long, a folder that must not be read
+        return f"file not found: {file} ({error.strerror})."
 
 
 def probe_mask_file(file: Path, table: ClassTable | None) -> tuple[int, int] | str:
     """Size (height, width) of a mask whose content is sound, else the problem as text."""
-    if not file.is_file():
-        return f"file not found: {file}."
+    problem = probe_existence(file) or probe_pixels(file)
+    if problem:
+        return problem
     try:
         mask = read_raw_mask(file) if table is None else read_mask(file, table)
     except UserError as error:
@@ -244,10 +290,27 @@ def probe_mask_file(file: Path, table: ClassTable | None) -> tuple[int, int] | s
     return mask.shape[0], mask.shape[1]
 
 
+def probe_pixels(file: Path) -> str | None:
+    """Problem text if the header of an image, which is all that is read, claims too many pixels, else None."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            with Image.open(file) as picture:
+                width, height = picture.size
+    except Image.DecompressionBombError as error:
+        return f"{file}: {error} Expected at most {MOST_PIXELS:,} pixels; cut it into tiles."
+    except Exception:  # not an image: whoever decodes it says so
+        return None
+    if width * height <= MOST_PIXELS:
+        return None
+    return f"{file}: {height}x{width} pixels. Expected at most {MOST_PIXELS:,}; cut it into tiles."
+
+
 def probe_image_file(file: Path) -> tuple[int, int] | str:
     """Size (height, width) of an image that decodes completely, else the problem as text."""
-    if not file.is_file():
-        return f"file not found: {file}."
+    problem = probe_existence(file) or probe_pixels(file)
+    if problem:
+        return problem
     try:
         with Image.open(file) as picture:
             picture.load()

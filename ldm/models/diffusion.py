@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ldm.diffusion.objective import loss_weight, training_target
 from ldm.diffusion.schedule import make_schedule, q_sample
-from ldm.sampling.ddim import ddim_sample, ddim_timesteps
-from ldm.sampling.guidance import with_guidance
+from ldm.models.conditions import ConditionCache
+from ldm.sampling.guidance import PredictBranches, guide, join_branches
+from ldm.sampling.modes import MODES, Sampling
+from ldm.sampling.sampler import sample
 
 
 class DiffusionMethod(nn.Module):
@@ -26,6 +28,10 @@ class DiffusionMethod(nn.Module):
     """
 
     size_factor: int
+    decode_batch = 8  # images decoded at once: the decoder's features are larger than those of a whole step
+
+    # Set where the weights no longer change (load_method): keeps what was computed of prompts and references.
+    condition_cache: ConditionCache | None = None
 
     def __init__(self, schedule: Mapping[str, Any] | None = None, prediction_type: str = "epsilon",
                  min_snr_gamma: float | None = None, guidance_scale: float = 9.0) -> None:
@@ -56,13 +62,35 @@ class DiffusionMethod(nn.Module):
         """Keyword arguments of predict_noise for a batch; drops some at random while training."""
         raise NotImplementedError
 
-    def null_conditions(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
-        """The same keywords for the unconditional half of guidance."""
+    def null_conditions(self, conditions: Mapping[str, Any], drops: Sequence[str] | None = None) -> dict[str, Any]:
+        """The same keywords without some of `prompt`, `mask`, `reference`; None = without those guidance drops."""
         raise NotImplementedError
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, **conditions: Any) -> Tensor:
         """Output of the network (of kind prediction_type), a tensor like latent."""
         raise NotImplementedError
+
+    def prepare(self, branches: Sequence[Mapping[str, Any]], share_control: bool = False,
+                reuse_every: int = 1) -> PredictBranches:
+        """Bind the conditions of all branches of guidance for one walk of a sampler.
+
+        Args:
+            branches: results of `conditions` and `null_conditions`, B samples each.
+            share_control, reuse_every: approximations; see Sampling.
+        Returns:
+            `predict(latent (n * B, C, h, w), timestep (n * B,), n)`, which answers for the last n branches.
+        Raises:
+            ValueError: for an approximation that the method does not have.
+        """
+        if share_control or reuse_every != 1:
+            raise ValueError(f"{type(self).__name__}: cannot share control features or reuse those of another step. "
+                             "Use --no-share_control --reuse_every 1.")
+        joined = join_branches(branches)
+
+        def predict(latent: Tensor, timestep: Tensor, count: int) -> Tensor:
+            return self.predict_noise(latent, timestep, **{key: value[-len(latent):] for key, value in joined.items()})
+
+        return predict
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of the parameters that train."""
@@ -101,27 +129,41 @@ class DiffusionMethod(nn.Module):
         return (weight * error).mean(), {"mse": error.mean().detach()}
 
     @torch.no_grad()
-    def sample(self, batch: Mapping[str, Any], noise: Tensor, num_steps: int = 50, guidance_scale: float | None = None,
-               eta: float = 0.0, draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
-        """Paint images with DDIM.
+    def sample(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling = MODES["exact"],
+               draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
+        """Paint images.
 
         Args:
             batch: what `conditions` needs, after normalize_batch.
             noise: (B, *noise_shape) standard normal; decides the result together with the conditions.
-            num_steps: DDIM steps.
-            guidance_scale: 1 = no guidance; None = the model's own.
-            eta, draw: see ddim_sample.
+            sampling: solver, steps, guidance and savings.
+            draw: fresh noise for eta > 0, see ddim_sample.
         Returns:
             Images (B, 3, H, W) float32 in [-1, 1].
         """
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        conditions = self.conditions(batch)
-        denoise = with_guidance(self.predict_noise, conditions, self.null_conditions(conditions), guidance_scale)
-        steps = ddim_timesteps(num_steps, self.schedule.num_timesteps)
-        latent = ddim_sample(denoise, noise, steps, self.schedule, eta, self.prediction_type, draw)
-        image = self.decode_latent(latent).float()
+        latent = self.sample_latent(batch, noise, sampling, draw)
+        image = torch.cat([self.decode_latent(part).float() for part in latent.split(self.decode_batch)])
         # Clamping would hide infinities; NaN marks every broken value for whoever writes the file.
         return torch.where(image.isfinite(), image, torch.nan).clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def sample_latent(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling = MODES["exact"],
+                      draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
+        """Latents of images, (B, C, h, w) float32; arguments as for `sample`."""
+        return self.walk(self.conditions(batch), noise, sampling, draw)
+
+    @torch.no_grad()
+    def walk(self, conditions: Mapping[str, Any], noise: Tensor, sampling: Sampling = MODES["exact"],
+             draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
+        """Latents from what `conditions` returned, (B, C, h, w) float32; other arguments as for `sample`."""
+        own = self.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+        scales = [(own, None), (sampling.hint_scale, ["prompt", "mask"]), (sampling.reference_scale, ["reference"])]
+        scales = [(scale, drops) for scale, drops in scales if scale != 1]
+        branches = [self.null_conditions(conditions, drops) for _, drops in scales] + [conditions]
+        predict = self.prepare(branches, sampling.share_control, sampling.reuse_every)
+        denoise = guide(predict, [scale for scale, _ in scales], sampling.guidance_interval,
+                        sampling.guidance_rescale, self.schedule.num_timesteps)
+        return sample(denoise, noise, self.schedule, sampling, self.prediction_type, draw)
 
     @torch.no_grad()
     def preview(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -131,5 +173,5 @@ class DiffusionMethod(nn.Module):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         colours = torch.tensor([*self.class_table.colours, (0, 0, 0)], device=mask.device) / 127.5 - 1.0
         drawn = colours[mask.clamp(max=self.class_table.num_classes)].permute(0, 3, 1, 2)
-        sample = self.sample(batch, noise.to(mask.device), num_steps=20)
-        return {"mask": drawn, "reference": batch["reference"], "real": image, "sample": sample}
+        painted = self.sample(batch, noise.to(mask.device), Sampling(num_steps=20))
+        return {"mask": drawn, "reference": batch["reference"], "real": image, "sample": painted}

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.account import Placement, fill
 from ldm.checkpoint import open_checkpoint
+from ldm.models.conditions import ConditionCache
 from ldm.util import UserError, instantiate_from_config, load_config, locate
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def load_method(
         method = instantiate_from_config(_without_weight_files(config["model"]))
     stored = open_checkpoint(checkpoint, method.state_dict())
     logger.info(fill(method, [stored], place=Placement(device, dtype, channels_last=True)))
+    method.condition_cache = ConditionCache()  # nothing changes the weights from here on
     return method.to(device).eval().requires_grad_(False)
 
 

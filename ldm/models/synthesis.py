@@ -1,25 +1,31 @@
-"""Paints planned samples with any method and hands the pictures to a writer."""
+"""Paints planned samples with any method."""
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset
 from ldm.data.manifest import Row
-from ldm.data.transforms import normalize_batch, to_uint8
+from ldm.data.transforms import normalize_batch
+from ldm.models.machine import is_out_of_memory
+from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-BATCH_KEYS = ("mask", "reference", "prompt")
+TENSOR_KEYS = ("mask", "reference")
+LIST_KEYS = ("prompt", "reference_key", "slot")
+# On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the pictures.
+CPU_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -28,134 +34,205 @@ class Job:
 
     Args:
         row: row of the manifest.
+        position: of the row in the list of rows.
         noise_seed: seed of the sample's own random stream.
         record: its line of the index; has `row, copy, seed, image, height, width` among others.
     """
 
     row: Row
+    position: int
     noise_seed: int
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How to sample.
+class Request(NamedTuple):
+    """What a loader is asked for: the row at a position of the list, for the job of this number, at this size."""
+
+    position: int
+    slot: int
+    size: tuple[int, int]
+
+
+class ConditionDataset(Dataset):
+    """Conditions of jobs, as uint8: mask, reference, prompt, `reference_key` and `slot`, the number of the job.
+
+    A file that cannot be read gives `slot` and `error` instead: one bad file does not end a run.
 
     Args:
-        num_steps: DDIM steps.
-        guidance_scale: classifier-free weight, 1 = off.
-        eta: share of fresh noise per step, [0, 1].
-        use_autocast: bfloat16 where it is safe; False computes in float32 throughout.
-    """
-
-    num_steps: int
-    guidance_scale: float
-    eta: float
-    use_autocast: bool
-
-
-class JobDataset(Dataset):
-    """Conditions of each job: mask, reference, prompt, and `job`, its index.
-
-    Args:
-        jobs: what to paint.
+        rows: of the manifest.
         table: class table that the masks are read with.
         size: (height, width) to resize to; None keeps each mask's own.
     """
 
-    def __init__(self, jobs: Sequence[Job], table: ClassTable, size: tuple[int, int] | None) -> None:
-        self.pairs = PairDataset([job.row for job in jobs], table, size=size, reference="manifest")
+    def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None) -> None:
+        self.pairs = PairDataset(rows, table, size=size, reference="manifest")
+
+    def __getitem__(self, request: Request) -> dict[str, Any]:
+        """Conditions for one request (see PairDataset for shapes and ranges)."""
+        row = self.pairs.rows[request.position]
+        try:
+            item = self.pairs[request.position]
+        except (OSError, ValueError) as error:
+            return {"slot": request.slot, "error": str(error)}
+        if tuple(item["mask"].shape) != request.size:
+            return {"slot": request.slot, "error": f"{row.mask}: its size changed since the run began"}
+        return {"slot": request.slot, "prompt": row.prompt, "reference_key": str(row.reference),
+                **{key: item[key] for key in TENSOR_KEYS}}  # fmt: skip
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the good items of a batch; `errors` maps the slots of the others to what is wrong."""
+    good = [item for item in items if "error" not in item]
+    batch = {"errors": {item["slot"]: item["error"] for item in items if "error" in item}}
+    batch |= {key: [item[key] for item in good] for key in LIST_KEYS}
+    return batch | {key: default_collate([item[key] for item in good]) for key in TENSOR_KEYS if good}
+
+
+class BatchPlan:
+    """Batch sampler whose batches are set before each pass, so that a loader keeps its processes between shards."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Request]] = []
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        """The batches."""
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        """Number of jobs."""
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Conditions of one job (see PairDataset for shapes and ranges)."""
-        item = self.pairs[index]
-        return {"job": index} | {key: item[key] for key in BATCH_KEYS}
+        """Number of batches."""
+        return len(self.batches)
 
 
-def plan_batches(jobs: Sequence[Job], batch_size: int) -> list[list[int]]:
+def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> DataLoader:
+    """Loader of conditions; its `batch_sampler` is a BatchPlan."""
+    return DataLoader(
+        dataset, batch_sampler=BatchPlan(), collate_fn=collate, num_workers=num_workers, pin_memory=is_cuda,
+        persistent_workers=num_workers > 0, worker_init_fn=_leave_signals_to_main,
+    )  # fmt: skip
+
+
+def _leave_signals_to_main(_: int) -> None:
+    # srun and Ctrl-C signal every process of a job; loader processes end when the main one does.
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def plan_batches(jobs: Sequence[Job], slots: Iterable[int], batch_size: int) -> list[list[Request]]:
     """Split jobs into batches whose images have one size, in the order of the jobs within each size.
 
     Args:
-        jobs: what to paint.
+        jobs: of a shard.
+        slots: numbers of those to paint.
         batch_size: most jobs in a batch.
 
     Returns:
-        Indices of jobs, each in exactly one batch.
+        Requests, each slot in exactly one batch.
     """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, job in enumerate(jobs):
-        groups.setdefault((job.record["height"], job.record["width"]), []).append(index)
+    groups: dict[tuple[int, int], list[Request]] = {}
+    for slot in slots:
+        size = jobs[slot].record["height"], jobs[slot].record["width"]
+        groups.setdefault(size, []).append(Request(jobs[slot].position, slot, size))
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
-def paint(
-    method: nn.Module,
-    jobs: Sequence[Job],
-    loader: DataLoader,
-    settings: SamplerSettings,
-    device: torch.device,
-    submit: Callable[[np.ndarray, dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Paint all jobs.
+class Painter:
+    """Paints batches with a method.
+
+    Every call of the network has the same number of images, the last one filled up: what a sample looks like does not
+    depend on its neighbours, on restarts or on shards. Memory that runs out halves that number for the rest of the run.
 
     Args:
         method: in evaluation mode, on the device.
-        jobs: what to paint.
-        loader: batches of JobDataset.
-        settings: how to sample.
+        sampling: how to sample.
         device: where to compute.
-        submit: takes each picture, (H, W, 3) uint8, and its record.
-
-    Returns:
-        Records of samples that came out as NaN or infinity, with a `reason`; they were not submitted.
+        use_autocast: bfloat16 where it is safe; False computes in float32 throughout.
+        batch_size: images at once; on a CPU CPU_BATCH.
     """
-    failures = []
-    with tqdm(total=len(jobs), unit="image", disable=not jobs) as bar:
-        for batch in loader:
-            chosen = [jobs[index] for index in batch["job"].tolist()]
-            images = sample_images(method, batch, [job.noise_seed for job in chosen], settings, device)
-            finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-            pixels = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-            for job, is_finite, picture in zip(chosen, finite, pixels, strict=True):
-                if is_finite:
-                    submit(picture, job.record)
-                else:
-                    failures.append(job.record | {"reason": "the model returned NaN or infinity"})
-                    logger.warning("row %d copy %d: not finite, not written", job.record["row"], job.record["copy"])
-            bar.update(len(chosen))
-    return failures
+
+    def __init__(self, method: nn.Module, sampling: Sampling, device: torch.device, use_autocast: bool,
+                 batch_size: int) -> None:
+        self.method, self.sampling, self.device, self.use_autocast = method, sampling, device, use_autocast
+        self.batch_size = CPU_BATCH if device.type == "cpu" else batch_size
+
+    def paint(self, batch: dict[str, Any], seeds: Sequence[int]) -> Tensor:
+        """Paint one batch.
+
+        Args:
+            batch: from the loader: mask (B, H, W) uint8, reference (B, 3, H, W) uint8, lists of B.
+            seeds: seed of each sample's noise.
+
+        Returns:
+            Images, (B, 3, H, W) float32 in [-1, 1]; NaN where the network failed, in full precision too.
+
+        Raises:
+            UserError: if not even one image fits into memory.
+        """
+        images, start = [], 0
+        while start < len(seeds):
+            chosen = list(range(start, min(start + self.batch_size, len(seeds))))
+            part = self.try_to_sample(batch, seeds, chosen)
+            if part is None:
+                self.halve()
+            else:
+                images.append(part)
+                start += len(chosen)
+        result = torch.cat(images)
+        broken = [i for i, is_good in enumerate(torch.isfinite(result).flatten(1).all(1).tolist()) if not is_good]
+        if broken and self.use_autocast:
+            logger.warning("%d images are not finite in bfloat16, painted again in float32", len(broken))
+            for i in range(0, len(broken), self.batch_size):
+                some = broken[i : i + self.batch_size]
+                result[some] = sample_images(self, batch, seeds, some, use_autocast=False)
+        return result
+
+    def try_to_sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int]) -> Tensor | None:
+        """Paint the chosen samples of a batch; None if memory does not suffice."""
+        try:
+            return sample_images(self, batch, seeds, chosen, self.use_autocast)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # what the error holds on to is free once this function is left
+
+    def halve(self) -> None:
+        """Go on with half as many images at once."""
+        if self.batch_size == 1:
+            raise UserError(f"--batch_size: not even one image fits into the memory of {self.device}. Choose a smaller "
+                            "--H and --W, or another device; finished images stay.")
+        self.batch_size //= 2
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning("out of memory: going on with %d images at once; pictures may differ from those of larger "
+                       "batches in the last bit", self.batch_size)
 
 
-def sample_images(
-    method: nn.Module, batch: dict[str, Any], seeds: Sequence[int], settings: SamplerSettings, device: torch.device
-) -> Tensor:
-    """Paint one batch.
+def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
+                  use_autocast: bool) -> Tensor:
+    """Paint chosen samples of a batch, filled up to the painter's batch size.
 
     Args:
-        method: in evaluation mode, on the device.
-        batch: mask (B, H, W) uint8, reference (B, 3, H, W) uint8, prompt: list of B strings.
-        seeds: seed of each sample's noise.
-        settings: how to sample.
-        device: where to compute.
+        painter: method, device, settings.
+        batch, seeds: see Painter.paint.
+        chosen: numbers of samples in the batch, at most the painter's batch size.
+        use_autocast: see Painter.
 
     Returns:
-        Images, (B, 3, H, W) float32 in [-1, 1] unless something went wrong inside the network.
+        Images, (len(chosen), 3, H, W) float32 in [-1, 1] unless something went wrong inside the network.
     """
-    height, width = batch["mask"].shape[-2:]
-    draw = SampleNoise(seeds, device)
-    noise = draw(method.noise_shape(height, width))  # (B, C, h, w)
-    conditions = normalize_batch({key: batch[key] for key in BATCH_KEYS}, device)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=settings.use_autocast):
-        images = method.sample(
-            conditions,
-            noise,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-            eta=settings.eta,
-            draw=draw,
-        )
-    return images.float()
+    method, device = painter.method, painter.device
+    filled = [*chosen, *[chosen[-1]] * (painter.batch_size - len(chosen))]
+    draw = SampleNoise([seeds[i] for i in filled], device)
+    noise = draw(method.noise_shape(*batch["mask"].shape[-2:]))  # (B, C, h, w)
+    part = {key: batch[key][filled] for key in TENSOR_KEYS}
+    part |= {key: [batch[key][i] for i in filled] for key in ("prompt", "reference_key")}
+    conditions = normalize_batch(part, device)
+    cache = method.condition_cache
+    if use_autocast != painter.use_autocast:
+        method.condition_cache = None  # it holds what was computed in the other precision
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
+            images = method.sample(conditions, noise, painter.sampling, draw)
+    finally:
+        method.condition_cache = cache
+    return images[: len(chosen)].float().clone()

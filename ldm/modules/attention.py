@@ -1,4 +1,6 @@
 """Attention on flattened feature maps: self-, cross- and transformer block of Stable Diffusion."""
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,16 +31,51 @@ class CrossAttention(nn.Module):
         if zero_out:
             zero_module(self.to_out)
 
-    def forward(self, query: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, N, query_dim) and (B, M, context_dim) -> (B, N, query_dim)."""
-        context = query if context is None else context
-        q, k, v = (self.split_heads(x) for x in (self.to_q(query), self.to_k(context), self.to_v(context)))
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
+    def forward(self, query: Tensor, context: "Tensor | KeysValues | None" = None) -> Tensor:
+        """(B, N, query_dim) and (B, M, context_dim), or its keys and values -> (B, N, query_dim)."""
+        k, v = context if isinstance(context, tuple) else self.keys_values(query if context is None else context)
+        out = F.scaled_dot_product_attention(self.split_heads(self.to_q(query)), k, v)  # (B, heads, N, head_dim)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Tensor) -> "KeysValues":
+        """(B, M, context_dim) -> keys and values, each (B, heads, M, head_dim)."""
+        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, N, heads * d) -> (B, heads, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class FixedContext:
+    """A context that many steps attend to: every layer's keys and values of it are computed once, at the first use.
+
+    It stands in for the tensor wherever a network takes a context.
+
+    Args:
+        context: (B, L, D).
+    """
+
+    def __init__(self, context: Tensor) -> None:
+        self.context = context
+        self.kept: dict[CrossAttention, KeysValues] = {}
+        self.look_up: Callable[[CrossAttention], KeysValues] = lambda layer: layer.keys_values(self.context)
+
+    def keys_values(self, layer: CrossAttention) -> KeysValues:
+        """What CrossAttention.keys_values gives for the context."""
+        if layer not in self.kept:
+            self.kept[layer] = self.look_up(layer)
+        return self.kept[layer]
+
+    def last(self, count: int) -> "FixedContext":
+        """The last `count` samples; they share what is computed for all."""
+        if count == len(self.context):
+            return self
+        part = FixedContext(self.context[-count:])
+        part.look_up = lambda layer: tuple(tensor[-count:] for tensor in self.keys_values(layer))
+        return part
 
 
 class GEGLU(nn.Module):
@@ -106,7 +143,10 @@ class SpatialTransformer(nn.Module):
         """(B, C, h, w) -> (B, C, h, w)."""
         height, width = h.shape[-2:]
         x = self.proj_in(self.norm(h)).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        context = conditions.get("context")
         for block in self.transformer_blocks:
+            if isinstance(context, FixedContext):
+                conditions = {**conditions, "context": context.keys_values(block.attn2)}
             x = block(x, **conditions)
         x = x.transpose(1, 2).unflatten(2, (height, width))  # (B, C, h, w)
         return h + self.proj_out(x)

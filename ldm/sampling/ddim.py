@@ -46,7 +46,7 @@ def ddim_sample(
     The walk ends at the variance of timestep 0, not at zero, as latent diffusion has always done it.
 
     Args:
-        denoise: `denoise(latent (B, C, h, w), timestep (B,) int64) -> prediction (B, C, h, w)`.
+        denoise: `denoise(latent (B, C, h, w), timestep (B,) int64 on the CPU) -> prediction (B, C, h, w)`.
         noise: standard normal to start from, (B, C, h, w) float32.
         timesteps: ascending, from ddim_timesteps.
         schedule: the forward process the network was trained on.
@@ -68,7 +68,8 @@ def ddim_sample(
     latent = noise.float()
     for index in tqdm(range(len(timesteps) - 1, -1, -1), desc="DDIM", leave=False, disable=not progress):
         alpha, alpha_prev = float(alphas[index]), float(previous[index])
-        timestep = torch.full((len(latent),), timesteps[index], dtype=torch.int64, device=latent.device)
+        # On the CPU, so that guidance can look at it without waiting for the GPU.
+        timestep = torch.full((len(latent),), timesteps[index], dtype=torch.int64)
         # Under autocast the network may answer in 16 bits; the walk itself needs 32.
         prediction = denoise(latent, timestep).float()
         epsilon = to_epsilon(prediction, latent, timestep, schedule, prediction_type)

@@ -1,0 +1,133 @@
+"""The machine that a run finds itself on: its device, its share of the work, and signals that ask it to stop."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm.modules.blocks import TimestepSequential
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+COMPILED_VARIANTS = 256  # shapes and widths of blocks in one network; torch gives up after 8 unless told otherwise
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """The process was asked to stop; what is finished is on disk.
+
+    Attributes:
+        code: exit code: 130 after Ctrl-C, else 143, whether it was SIGTERM or SLURM's warning SIGUSR1.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 130 if number == signal.SIGINT else 143
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Within it, the first SIGTERM, SIGUSR1 or SIGINT raises Stopped where the main thread stands; the next one kills.
+
+    Nothing is lost either way: files are whole or absent at every moment.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        for name in STOP_SIGNALS:
+            signal.signal(name, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = {name: signal.signal(name, stop) for name in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def choose_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.device:
+    """Find the device of --device; every process of torchrun or srun on a machine takes a GPU of its own.
+
+    Args:
+        name: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        environment: of the process.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and torch.cuda.device_count():
+            local = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+            device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device: {name} cannot be used ({reason}). Expected auto, cpu or cuda. Change it."
+        ) from error
+    return device
+
+
+def find_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Which shards this process paints, from what started it: torchrun, srun, a SLURM array, or arrays of these.
+
+    Args:
+        environment: of the process.
+
+    Returns:
+        (i, n): shards i, i + n, i + 2n, ...; (0, 1) if nothing says that there are several processes.
+
+    Raises:
+        UserError: for an array whose indices are not 0..n-1.
+    """
+
+    def number(name: str, default: int) -> int:
+        return int(environment.get(name) or default)
+
+    index, count = number("SLURM_ARRAY_TASK_ID", 0), number("SLURM_ARRAY_TASK_COUNT", 1)
+    if number("SLURM_ARRAY_TASK_MIN", 0) != 0 or number("SLURM_ARRAY_TASK_MAX", count - 1) != count - 1:
+        raise UserError(
+            f"--shard: the job is task {index} of a SLURM array from {environment.get('SLURM_ARRAY_TASK_MIN')} to "
+            f"{environment.get('SLURM_ARRAY_TASK_MAX')} with {count} tasks. Expected indices 0..n-1, as --array=0-7 "
+            "gives. To repeat some tasks of an array, add --shard $SLURM_ARRAY_TASK_ID/8, for example."
+        )
+    if "WORLD_SIZE" in environment:
+        rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
+    else:  # SLURM_NTASKS would also be set outside of srun, where there is one process only
+        rank, size = number("SLURM_PROCID", 0), number("SLURM_STEP_NUM_TASKS", 1)
+        rank = rank if size > 1 else 0
+    return index * size + rank, count * size
+
+
+def compile_blocks(method: nn.Module, **options: Any) -> None:
+    """Compile the repeated blocks of a network in place.
+
+    A network is a few kinds of blocks many times over: compiling these takes a small part of the time that the whole
+    takes. Batches must keep their size, else everything is compiled again.
+
+    Args:
+        method: to compile.
+        options: of torch.compile.
+    """
+    torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
+    blocks = [block for group in method.modules() if isinstance(group, TimestepSequential) for block in group]
+    for block in blocks:
+        block.compile(dynamic=False, **options)
+    logger.info("%d blocks are compiled when they first run, which takes a while", len(blocks))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the GPU or of the CPU, does not suffice."""
+    text = str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )

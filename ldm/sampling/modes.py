@@ -1,0 +1,128 @@
+"""How to sample, as one value: the solver, its steps, guidance and savings; the named modes; their flags.
+
+Import-light, so that a command line is parsed without waiting for torch.
+"""
+
+import argparse
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+SOLVERS = ("ddim", "dpmpp_2m", "unipc")
+SPACINGS = ("leading", "trailing", "uniform_lambda")
+ENDS = ("clean", "first")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to walk from noise to a latent.
+
+    Args:
+        solver: `ddim`, `dpmpp_2m` (DPM-Solver++) or `unipc`.
+        num_steps: network evaluations.
+        eta: share of fresh noise in each step of ddim, [0, 1].
+        spacing: of the timesteps: `leading`, `trailing` or `uniform_lambda` (see spaced_timesteps).
+        end: `first` (variance of timestep 0; the only one of ddim) or `clean` (none).
+        guidance_scale: weight of what guidance_drops of the model names, 1 = off; None = the model's own.
+        hint_scale, reference_scale: weight of the mask (with the prompt, which names its classes) and of the reference
+            on top of that; 1 = no branch of its own.
+        guidance_interval: guide only at timesteps within these shares of T.
+        guidance_rescale: share of bringing the spread of the guided prediction back, [0, 1].
+        share_control: approximation: run a control branch once for all branches of guidance that have its condition.
+        reuse_every: approximation: run encoder and control branches at every n-th step only; 1 = always.
+
+    Raises:
+        ValueError: naming the field that is not possible.
+    """
+
+    solver: str = "ddim"
+    num_steps: int = 50
+    eta: float = 0.0
+    spacing: str = "leading"
+    end: str = "first"
+    guidance_scale: float | None = None
+    hint_scale: float = 1.0
+    reference_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    share_control: bool = False
+    reuse_every: int = 1
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        scales = {name: getattr(self, name) for name in ("guidance_scale", "hint_scale", "reference_scale")}
+        for name, is_possible, expected in (
+            ("solver", self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+            ("num_steps", self.num_steps >= 1, "at least 1"),
+            *((name, value is None or 0 < value < math.inf, "above 0") for name, value in scales.items()),
+            ("eta", 0 <= self.eta <= 1, "a value in [0, 1]"),
+            ("eta", self.eta == 0 or self.solver == "ddim", "0, since only ddim has random steps"),
+            ("spacing", self.spacing in SPACINGS, f"one of {', '.join(SPACINGS)}"),
+            ("end", self.end in ENDS, f"one of {', '.join(ENDS)}"),
+            ("end", self.end == "first" or self.solver != "ddim", "first, since ddim cannot end otherwise"),
+            ("guidance_interval", 0 <= low <= high <= 1, "0 <= low <= high <= 1"),
+            ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "a value in [0, 1]"),
+            ("reuse_every", self.reuse_every >= 1, "at least 1"),
+        ):
+            if not is_possible:
+                raise ValueError(f"sampling: {name} is {getattr(self, name)!r}. Expected {expected}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for records and fingerprints."""
+        return asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+
+
+# `exact` is upstream's walk. What `scripts/evaluate.py consistency` said of the others stands in README.
+MODES = {
+    "exact": Sampling(),
+    "fast": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first"),
+    "turbo": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first", share_control=True, reuse_every=2),
+}
+DEFAULT_MODE = "exact"
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Add --mode and a flag for every field of Sampling; those that are not given leave the mode as it is."""
+    modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
+    group.add_argument("--mode", choices=list(MODES), default=DEFAULT_MODE, help=f"settings to start from ({modes})")
+
+    def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
+        options |= {} if kind is None else {"type": kind}
+        group.add_argument(*names, dest=dest, default=None, **options)
+
+    add("--ddim_steps", "--num_steps", dest="num_steps", kind=int,
+        help="network evaluations per image; default: the mode's")  # fmt: skip
+    add("--ddim_eta", dest="eta", kind=float, help="fresh noise per step of ddim, 0 to 1; default: 0")
+    add("--scale", "--guidance_scale", dest="guidance_scale", kind=float,
+        help="classifier-free guidance scale; 1 = off, one branch; default: the model's own (mostly 9)")  # fmt: skip
+    add("--hint_scale", dest="hint_scale", kind=float, help="guidance by the mask alone; default: 1, no extra branch")
+    add("--reference_scale", dest="reference_scale", kind=float, help="guidance by the reference alone; default: 1")
+    add("--guidance_interval", dest="guidance_interval", kind=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at timesteps within these shares of all, 0 is clean; default: the mode's")  # fmt: skip
+    add("--guidance_rescale", dest="guidance_rescale", kind=float, help="rein in the contrast of guidance, 0 to 1")
+    add("--solver", dest="solver", choices=SOLVERS, help="default: the mode's")
+    add("--spacing", dest="spacing", choices=SPACINGS, help="of the timesteps; default: the mode's")
+    add("--end", dest="end", choices=ENDS, help="noise level of the last step; default: the mode's")
+    add("--share_control", dest="share_control", action=argparse.BooleanOptionalAction,
+        help="approximation: one control branch for both halves of guidance; default: the mode's")  # fmt: skip
+    add("--reuse_every", dest="reuse_every", kind=int,
+        help="approximation: encoder and control branches at every n-th step only; default: the mode's")  # fmt: skip
+
+
+def choose_sampling(args: argparse.Namespace, guidance_scale: float) -> Sampling:
+    """Settings of a command line.
+
+    Args:
+        args: parsed with add_sampling_flags.
+        guidance_scale: the model's own.
+
+    Returns:
+        Settings without any None.
+
+    Raises:
+        ValueError: if a flag is out of range.
+    """
+    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    sampling = replace(MODES[args.mode], **{name: value for name, value in given.items() if value is not None})
+    return sampling if sampling.guidance_scale is not None else replace(sampling, guidance_scale=guidance_scale)

@@ -1,0 +1,182 @@
+"""Multistep solvers against diffusers and a closed form; guidance; settings and their flags."""
+
+import argparse
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from test_sampling import DEVIATION, MEAN, gaussian_denoiser
+
+from ldm.diffusion.schedule import make_schedule, velocity
+from ldm.sampling.guidance import guide
+from ldm.sampling.modes import MODES, SPACINGS, Sampling, add_sampling_flags, choose_sampling
+from ldm.sampling.multistep import multistep_sample, spaced_timesteps
+from ldm.sampling.noise import sample_noise
+from ldm.sampling.sampler import sample
+
+
+def wavy(latent, timestep):
+    """No model of anything, but smooth and never the same at two timesteps."""
+    return torch.tanh(latent) * torch.cos(timestep.reshape(-1, 1, 1, 1) / 300)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v"])
+@pytest.mark.parametrize("end", ["clean", "first"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_solvers_equal_diffusers(name, num_steps, end, prediction_type, record_property):
+    diffusers = pytest.importorskip("diffusers")
+    is_unipc = name.startswith("UniPC")
+    other = getattr(diffusers, name)(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
+        final_sigmas_type={"clean": "zero", "first": "sigma_min"}[end],
+        prediction_type={"v": "v_prediction"}.get(prediction_type, prediction_type),
+        **({} if is_unipc else {"euler_at_final": True}),
+    )  # fmt: skip
+    other.set_timesteps(num_steps)
+    schedule, noise = make_schedule(), sample_noise((4, 8, 8), [5])
+    timesteps = spaced_timesteps(num_steps, schedule, "trailing")
+    assert other.timesteps.tolist() == timesteps[::-1]
+    expected = noise
+    for timestep in other.timesteps:
+        expected = other.step(wavy(expected, timestep[None]), timestep, expected).prev_sample
+    actual = multistep_sample(wavy, noise, timesteps, schedule, is_unipc, end, prediction_type)
+    record_property("difference", float((actual - expected).abs().max()))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
+def test_order_two_on_a_gaussian(solver):
+    """Where DDIM's error halves with twice the steps, theirs falls to a quarter; and 20 steps beat 50 of DDIM."""
+    schedule, noise = make_schedule(), sample_noise((1, 8, 8), [0, 1, 2])
+
+    def error(solver, num_steps):
+        sampling = Sampling(solver, num_steps, spacing="uniform_lambda")
+        timesteps = spaced_timesteps(num_steps, schedule, sampling.spacing)
+        first, last = schedule.alphas_cumprod[0], schedule.alphas_cumprod[timesteps[-1]]
+        spread = [(alpha * DEVIATION**2 + 1 - alpha) ** 0.5 for alpha in (first, last)]
+        expected = first**0.5 * MEAN + (noise - last**0.5 * MEAN) * spread[0] / spread[1]
+        return float((sample(gaussian_denoiser(schedule), noise, schedule, sampling) - expected).abs().mean())
+
+    assert 1.6 < error("ddim", 10) / error("ddim", 20) < 2.6
+    assert error(solver, 10) / error(solver, 20) > 3
+    assert error(solver, 20) < 0.5 * error("ddim", 50)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("prediction_type", ["x0", "v"])
+def test_prediction_types_agree(prediction_type, solver):
+    schedule = make_schedule()
+    denoise = gaussian_denoiser(schedule)
+
+    def converted(latent, timestep):
+        epsilon = denoise(latent, timestep)
+        alpha = torch.from_numpy(schedule.alphas_cumprod)[timestep].float().reshape(-1, 1, 1, 1)
+        clean = (latent - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
+        return clean if prediction_type == "x0" else velocity(clean, epsilon, timestep, schedule)
+
+    noise, sampling = sample_noise((1, 4, 4), [7]), Sampling(solver, 12, end="clean")
+    expected = sample(denoise, noise, schedule, sampling)
+    torch.testing.assert_close(sample(converted, noise, schedule, sampling, prediction_type), expected,
+                               atol=1e-3, rtol=1e-3)  # fmt: skip
+
+
+def test_spacings():
+    schedule = make_schedule()
+    assert spaced_timesteps(20, schedule) == list(range(1, 1000, 50))
+    assert spaced_timesteps(4, schedule, "trailing") == [249, 499, 749, 999]
+    for spacing in SPACINGS:
+        for num_steps in (1, 2, 7, 20, 333, 999):
+            timesteps = spaced_timesteps(num_steps, schedule, spacing)
+            assert len(timesteps) == num_steps and timesteps == sorted(set(timesteps))
+            assert timesteps[0] >= 1 and timesteps[-1] <= 999
+    alphas = schedule.alphas_cumprod[spaced_timesteps(10, schedule, "uniform_lambda")]
+    gaps = np.diff(np.log(alphas / (1 - alphas)))
+    assert gaps.std() < 0.1 * abs(gaps.mean())
+    with pytest.raises(ValueError, match="not possible"):
+        spaced_timesteps(1000, schedule, "trailing")
+    with pytest.raises(ValueError, match="'karras' is unknown"):
+        spaced_timesteps(20, schedule, "karras")
+    for timesteps in ([], [21, 1], [0, 21], [1, 1000]):
+        with pytest.raises(ValueError, match="ascending"):
+            multistep_sample(wavy, torch.zeros(1, 1, 2, 2), timesteps, schedule)
+
+
+class Branches:
+    """Answers of known branches: branch i of a sample gives factor i times the latent. Notes what it was asked."""
+
+    def __init__(self, *factors):
+        self.factors, self.counts = torch.tensor(factors), []
+
+    def __call__(self, latent, timestep, count):
+        self.counts.append(count)
+        assert len(latent) == len(timestep) and len(latent) % count == 0
+        return latent * self.factors[-count:].repeat_interleave(len(latent) // count).reshape(-1, 1, 1, 1)
+
+
+def test_every_scale_moves_by_what_its_condition_changes():
+    latent, timestep = sample_noise((1, 2, 2), [0, 1]), torch.tensor([400, 400])
+    predict = Branches(2.0, 5.0, 4.0, 7.0)  # without prompt, without mask, without reference, with all
+    expected = 7 + (9 - 1) * (7 - 2) + (3 - 1) * (7 - 5) + (0.5 - 1) * (7 - 4)
+    torch.testing.assert_close(guide(predict, [9.0, 3.0, 0.5])(latent, timestep), expected * latent)
+    torch.testing.assert_close(guide(predict, [])(latent, timestep), 7 * latent)
+    assert predict.counts == [4, 1]
+
+
+def test_guidance_is_left_out_outside_its_interval():
+    latent, predict = sample_noise((1, 2, 2), [0]), Branches(1.0, 2.0)
+    denoise = guide(predict, [3.0], interval=(0.2, 0.6))
+    for timestep, factor in ((199, 2.0), (200, 4.0), (600, 4.0), (601, 2.0)):
+        torch.testing.assert_close(denoise(latent, torch.tensor([timestep])), factor * latent)
+    assert predict.counts == [1, 2, 2, 1]
+    for interval in ((0.6, 0.2), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="guidance interval"):
+            guide(predict, [3.0], interval=interval)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_answer():
+    latent, timestep = sample_noise((3, 8, 8), [0, 1]), torch.tensor([5, 5])
+
+    def predict(latent, _, count):
+        return torch.cat([latent.flip(1) if i < count - 1 else latent for i, latent in enumerate(latent.chunk(count))])
+
+    full, plain = guide(predict, [])(latent, timestep), guide(predict, [9.0])(latent, timestep)
+    rescaled = guide(predict, [9.0], rescale=1.0)(latent, timestep)
+    torch.testing.assert_close(rescaled.std((1, 2, 3)), full.std((1, 2, 3)))
+    torch.testing.assert_close(guide(predict, [9.0], rescale=0.3)(latent, timestep), 0.3 * rescaled + 0.7 * plain)
+
+
+def test_flags_start_from_a_mode_and_each_changes_its_field():
+    def choose(*flags):
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        add_sampling_flags(parser.add_argument_group("sampling"))
+        return choose_sampling(parser.parse_args([str(flag) for flag in flags]), guidance_scale=4.0)
+
+    assert choose() == Sampling(guidance_scale=4.0) == choose("--mode", "exact")
+    assert MODES["exact"].to_dict().items() >= {"solver": "ddim", "num_steps": 50, "eta": 0.0, "end": "first"}.items()
+    turbo = choose("--mode", "turbo", "--no-share_control", "--num_steps", 9)
+    assert (turbo.solver, turbo.num_steps, turbo.share_control) == (MODES["turbo"].solver, 9, False)
+    assert turbo.reuse_every == MODES["turbo"].reuse_every > 1
+    changes = {
+        "solver": ["--solver", "unipc"], "num_steps": ["--ddim_steps", 7], "eta": ["--ddim_eta", 0.5],
+        "spacing": ["--spacing", "trailing"], "end": ["--end", "clean", "--solver", "dpmpp_2m"],
+        "guidance_scale": ["--scale", 1], "hint_scale": ["--hint_scale", 2],
+        "reference_scale": ["--reference_scale", 2],
+        "guidance_interval": ["--guidance_interval", 0.1, 0.7], "guidance_rescale": ["--guidance_rescale", 0.7],
+        "share_control": ["--share_control"], "reuse_every": ["--reuse_every", 3],
+    }  # fmt: skip
+    assert set(changes) == {field.name for field in fields(Sampling)}
+    for name, flags in changes.items():
+        assert getattr(choose(*flags), name) != getattr(choose(), name), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5}, {"end": "clean"},
+     {"spacing": "karras"}, {"guidance_scale": 0}, {"hint_scale": float("nan")}, {"guidance_interval": (0.7, 0.1)},
+     {"guidance_rescale": 2}, {"reuse_every": 0}],
+)  # fmt: skip
+def test_impossible_settings_are_named(change):
+    with pytest.raises(ValueError, match=rf"sampling: {list(change)[-1]} is"):
+        Sampling(**change)
