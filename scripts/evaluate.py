@@ -95,22 +95,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def choose_device(name: str) -> "torch.device":
-    """The device to compute on; UserError if it cannot be used."""
-    import torch
-
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
-        ) from error
-    return device
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure and write results.json and results.md."""
     args = build_parser().parse_args(argv)
@@ -139,7 +123,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     from ldm.data.manifest import read_manifest
     from post_processing.metrics import position
     from post_processing.run_index import read_run
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentor import choose_device, load_segmentor
 
     samples, run = read_run(args.run, args.data_root)
     given = ClassTable.load(args.class_table) if args.class_table else None
@@ -177,7 +161,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
 def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
     from post_processing.mmseg_dataset import list_pairs
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentor import choose_device, load_segmentor
 
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device))
     pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
@@ -295,7 +279,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm.data.classes import ClassTable
     from post_processing.gate import judge
     from post_processing.run_index import read_run
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentor import choose_device, load_segmentor
 
     samples, exact_run = read_run(args.exact, args.data_root)
     table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
@@ -458,6 +442,7 @@ def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, "t
 
     from post_processing.metrics import colour_statistics
     from post_processing.run_index import group_batches, read_image_batch
+    from post_processing.segmentor import choose_device
 
     device = choose_device(args.device)
     ordered = sorted(paths)
