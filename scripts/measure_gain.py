@@ -57,6 +57,7 @@ ARMS = {
 }
 DEFAULT_ARMS = "real,joint,synthetic,unfiltered,copy_paste,cutmix"
 SPLIT_SEED = 23
+LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("synthesis").add_argument
     add("--ckpt", required=True, help="generator, for inference.py")
     add("--num_masks", type=int, help="real masks to paint; default: all")
-    add("--balance", type=float, default=0.5, help="prefer masks with rare classes: the chance of a mask is the mean "
-        "over its pixels of (share of their class) ** -balance; 0 = all alike")  # fmt: skip
+    add("--balance", type=float, default=0.5, help="prefer masks of many and of rare classes: the chance of a "
+        "mask is the sum over its classes of (share of the class in the set) ** -balance")  # fmt: skip
     add("--num_per_mask", type=int, default=4, help="pictures of each mask, each with its own reference")
     add("--inference_args", default="", help="further flags of inference.py, in one string: '--mode fast --scale 2'")
     add("--filter_args", default="", help="further flags of filter.py")
@@ -259,7 +260,8 @@ def choose_masks(
         pixels[place] = np.bincount(mask.ravel(), minlength=256)
         prompts.append(row.prompt or table.prompt(mask))
     pixels = pixels[:, : table.num_classes]
-    weights = pixels @ np.array(class_weights(pixels.sum(0), balance)) / np.maximum(pixels.sum(1), 1)
+    is_there = pixels > LEAST_SHARE * pixels.sum(1, keepdims=True)
+    weights = is_there @ np.array(class_weights(pixels.sum(0), balance))
     usable = int(np.count_nonzero(weights))
     size = min(count or usable, usable)
     drawn = np.random.default_rng([SPLIT_SEED, 1]).choice(len(rows), size, replace=False, p=weights / weights.sum())

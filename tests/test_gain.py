@@ -238,5 +238,9 @@ def test_masks_with_rare_classes_are_preferred(tmp_path):
     rare = {balance: sum(place < 10 for place in chosen) for balance, (_, chosen) in drawn.items()}
     assert rare[0] < 6 and rare[1] > 6  # of 10; 20 of 90 masks are drawn
     assert all(not 10 <= place < 20 for _, chosen in drawn.values() for place in chosen)  # nothing to paint there
+    for number in range(20, 25):
+        mask = np.kron([[1, 2], [3, 4]], np.ones((4, 4), int)).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+    assert sum(20 <= place < 25 for place in choose_masks(rows, table, 20, 0.5)[1]) > 3  # by chance it is 1
     assert drawn[0][0][0] == "a satellite image of water"
     assert len(choose_masks(rows, table, None, 1)[1]) == 90
