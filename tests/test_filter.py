@@ -137,6 +137,15 @@ def test_loss_of_a_sigmoid_head_is_binary_cross_entropy():
     torch.testing.assert_close(pixel_loss(logits, mask), expected)
 
 
+@pytest.mark.parametrize("size", [(7, 5), (130, 200), (3, 9000)])
+def test_loss_in_strips_is_that_of_torch_to_the_last_bit(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 40, *size, generator=generator) * 5
+    mask = torch.randint(0, 40, (2, *size), generator=generator)
+    mask[:, 1] = 255
+    assert torch.equal(pixel_loss(logits, mask), F.cross_entropy(logits, mask, ignore_index=255, reduction="none"))
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_loss_is_that_of_the_head_at_the_size_of_the_mask(tmp_path, align_corners):
     pytest.importorskip("mmseg")
