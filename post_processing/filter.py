@@ -9,6 +9,7 @@ interrupted run, started again, goes on where it ended.
 import argparse
 import fcntl
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import read_manifest
@@ -67,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=int, default=4, help="threads that read, and as many that write")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     add("--shard", default="0/1", help="i/n: filter pictures i, i+n, ... (i from 0), for n processes on one folder")
+    add("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
+    add("--ray_workers", type=int, default=2, help="number of actors, each with a GPU where there are any")
     add("--overlays", type=int, default=0, help="draw this many pictures with their dropped pixels")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -131,10 +135,12 @@ def run_filter(args: argparse.Namespace) -> int:
         own = items[shard::shards]
         todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder)]
         logger.info("%d pictures, %d of them finished", len(own), len(own) - len(todo))
-        worker = PixelFilter(
-            segmentor, hardness.limits(args.tolerance_margin), table, folder, work, args.batch_size, args.num_workers
-        )
-        failures = worker.run(todo)
+        limits = hardness.limits(args.tolerance_margin)
+        if args.engine == "ray":
+            failures = filter_on_ray(args, todo, limits, segmentor.class_table, table, folder, work)
+        else:
+            worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers)
+            failures = worker.run(todo)
     failed = settle(folder, items, failures)
     records = read_lines(folder / "items.jsonl")
     write_report(folder, records, failed, hardness, args.tolerance_margin)
@@ -142,12 +148,31 @@ def run_filter(args: argparse.Namespace) -> int:
     return EXIT_FAILED if failures else 0
 
 
+def filter_on_ray(
+    args: argparse.Namespace, items: Sequence[Item], limits: torch.Tensor, own: ClassTable, table: ClassTable,
+    folder: Path, work: Path,
+) -> list[Record]:  # fmt: skip
+    """Let actors filter pictures, each with a segmentor of its own; returns the failures."""
+    from post_processing.filter_ray import run_on_ray
+
+    config, checkpoint, device = os.path.abspath(args.config), os.path.abspath(args.checkpoint), args.device
+    size, workers, folder = args.batch_size, args.num_workers, folder.absolute()
+    items = [Item(item.image.absolute(), item.mask.absolute(), item.is_resized) for item in items]
+
+    def build(place: Path) -> PixelFilter:
+        segmentor = load_segmentor(config, checkpoint, choose_device(device), own)
+        return PixelFilter(segmentor, limits, table, folder, place, size, workers)
+
+    is_cuda = choose_device(device).type == "cuda"
+    return run_on_ray(build, work.absolute(), items, size, args.ray_workers, is_cuda) if items else []
+
+
 def check_arguments(args: argparse.Namespace) -> tuple[int, int]:
     """Check what argparse cannot; returns the shard and the number of shards."""
     first, _, count = args.shard.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise UserError(f"--shard: {args.shard} is not possible. Expected i/n with 0 <= i < n, such as 0/4.")
-    for flag, least in (("batch_size", 1), ("num_workers", 1), ("overlays", 0)):
+    for flag, least in (("batch_size", 1), ("num_workers", 1), ("ray_workers", 1), ("overlays", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least {least}.")
     if not args.tolerance_margin > 0 or not np.isfinite(args.tolerance_margin):
@@ -244,8 +269,9 @@ def claim_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
                 f"--shard: another process filters {shard}/{shards} of {folder}. Expected one a shard. Wait for it, or "
                 "give every process its own --shard."
             ) from error
-        for stale in work.glob("*.png"):
-            stale.unlink()
+        for stale in work.iterdir():
+            if stale.name != "lock":
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         yield work
         shutil.rmtree(work)
 

@@ -266,6 +266,33 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
     assert read_lines(out / "items.jsonl") == read_lines(tmp_path / "whole/items.jsonl")
 
 
+@pytest.mark.slow
+def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")
+    from post_processing.filter import claim_shard
+    from post_processing.filter_ray import run_on_ray
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    items = make_pictures(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
+    (tmp_path / "syn/label/7.png").unlink()
+
+    def build(work):
+        segmentor = colour_segmentor(4)
+        return PixelFilter(segmentor, torch.full((256,), 1.0), segmentor.class_table, work.parent.parent, work, 2, 1)
+
+    failures = []
+    for name in ("local", "ray"):
+        (tmp_path / name).mkdir()
+        with claim_shard(tmp_path / name, 0, 1) as work:
+            (work / "own").mkdir()
+            failures.append(run_on_ray(build, work, items, 1, 2, False) if name == "ray"
+                            else build(work / "own").run(items))  # fmt: skip
+    assert failures[0] == failures[1] and len(failures[0]) == 1
+    assert contents(tmp_path / "ray").keys() == contents(tmp_path / "local").keys()
+    assert read_lines(tmp_path / "ray/items.jsonl") == read_lines(tmp_path / "local/items.jsonl")
+
+
 def test_a_cut_off_line_is_dropped_and_the_next_one_is_not(tmp_path):
     path = tmp_path / "items.jsonl"
     append_lines(path, [{"image": "a"}])
