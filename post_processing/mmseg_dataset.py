@@ -27,6 +27,7 @@ def dataset_config(
     data_root: str | Path = ".",
     image_folder: str | Path | None = None,
     mask_folder: str | Path | None = None,
+    check_files: bool = True,
 ) -> dict[str, Any]:
     """Config node of a dataset for mmengine's Runner.
 
@@ -37,12 +38,13 @@ def dataset_config(
         data_root: where the manifest's paths start.
         image_folder: folder of images.
         mask_folder: folder of masks that have the stem of their image.
+        check_files: decode all files of the manifest first; False where that has been done.
     Returns:
         Plain dictionary with `type` and the arguments of TableSegDataset.
     """
     node = {"type": TABLE_DATASET, "class_table": table.to_dict(), "pipeline": [dict(step) for step in pipeline]}
     if manifest is not None:
-        node |= {"manifest": str(manifest), "data_root": str(data_root)}
+        node |= {"manifest": str(manifest), "data_root": str(data_root), "check_files": check_files}
     if image_folder is not None or mask_folder is not None:
         node |= {"image_folder": str(image_folder), "mask_folder": str(mask_folder)}
     return node
@@ -55,6 +57,7 @@ def list_pairs(
     data_root: str | Path = ".",
     image_folder: str | Path | None = None,
     mask_folder: str | Path | None = None,
+    check_files: bool = True,
 ) -> list[tuple[Path, Path]]:
     """Find the (image, mask) files of a manifest or of two folders, in a fixed order, each pair once.
 
@@ -67,7 +70,7 @@ def list_pairs(
             "dataset: expected either a manifest or both an image folder and a mask folder. Give one of the two."
         )
     if manifest is not None:
-        rows = read_manifest(manifest, data_root, need=("image",), table=table)
+        rows = read_manifest(manifest, data_root, need=("image",), table=table, check_files=check_files)
         pairs = list(dict.fromkeys((row.image, row.mask) for row in rows))  # rows may differ in the reference only
     else:
         pairs = match_folders(Path(image_folder), Path(mask_folder))
@@ -116,14 +119,16 @@ class TableSegDataset(torch.utils.data.Dataset):
         data_root: str = ".",
         image_folder: str | None = None,
         mask_folder: str | None = None,
+        check_files: bool = True,
     ) -> None:
         """List the files; see dataset_config for the arguments."""
         from mmengine.dataset import Compose
 
         self.table = ClassTable.load(class_table)
         self.pairs = list_pairs(
-            self.table, manifest=manifest, data_root=data_root, image_folder=image_folder, mask_folder=mask_folder
-        )
+            self.table, manifest=manifest, data_root=data_root, image_folder=image_folder, mask_folder=mask_folder,
+            check_files=check_files,
+        )  # fmt: skip
         self.pipeline = Compose(list(pipeline))
 
     @property

@@ -35,12 +35,15 @@ class Sample:
     size: tuple[int, int]
 
 
-def read_run(folder: str | Path, data_root: str | Path | None = None) -> tuple[list[Sample], dict[str, Any]]:
+def read_run(
+    folder: str | Path, data_root: str | Path | None = None, check_files: bool = True
+) -> tuple[list[Sample], dict[str, Any]]:
     """Read the output folder of inference.py.
 
     Args:
         folder: its --outdir.
         data_root: where the paths of masks and references start; None = as inference.py noted it in run.json.
+        check_files: look whether all files are there; False = whoever reads them says so.
     Returns:
         The samples in file order and the contents of run.json.
     Raises:
@@ -69,6 +72,8 @@ def read_run(folder: str | Path, data_root: str | Path | None = None) -> tuple[l
         )
     if not samples:
         raise UserError(f"{index}: no samples. Expected the index of a finished run of inference.py.")
+    if not check_files:
+        return samples, run
     wanted = {path for sample in samples for path in (sample.image, sample.mask, sample.reference) if path}
     missing = sorted(str(path) for path in wanted if not path.is_file())
     if missing:

@@ -160,6 +160,20 @@ class Segmentor:
         return logits.argmax(dim=1).to(torch.uint8)
 
 
+def choose_device(name: str) -> torch.device:
+    """The device to compute on, `auto` = CUDA if there is one; UserError if it cannot be used."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
+        ) from error
+    return device
+
+
 def require_mmseg() -> None:
     """Import MMSegmentation's models and choose its registry; UserError with what to install if that fails."""
     try:

@@ -1,10 +1,10 @@
-"""Measure what inference.py painted: does it follow the masks, does it follow the references?
+"""Measure what inference.py painted (does it follow the masks, the references?), and segmentors on real tiles.
 
 `mask_following` judges the pictures with a segmentor trained on real tiles, between a ceiling (the same segmentor on
 real test tiles) and a floor (the pictures against masks that are not theirs). `reference_following` compares colour
 statistics of pictures painted for the same masks in the look of two sets of references. `consistency` is the gate for
-faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. All write
-results.json and results.md.
+faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. `segmentor`
+scores a segmentor on real test tiles. All write results.json and results.md.
 """
 
 import argparse
@@ -86,23 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     references.add_argument("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
     references.set_defaults(measure=measure_reference_following)
+
+    segmentor = commands.add_parser("segmentor", help="OA, mIoU, mAcc and IoU of every class on real tiles", **style)
+    segmentor.add_argument("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="which one")
+    segmentor.add_argument("--real", required=True, help="manifest of real test tiles")
+    segmentor.add_argument("--real_root", help="where the paths of --real start; default: its folder")
+    segmentor.set_defaults(measure=measure_segmentor, run=None)
     return parser
-
-
-def choose_device(name: str) -> "torch.device":
-    """The device to compute on; UserError if it cannot be used."""
-    import torch
-
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
-        ) from error
-    return device
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least 1.")
     results, table = args.measure(args)
-    first_run = args.run if isinstance(args.run, str) else args.run[0]
-    outdir = Path(args.outdir or Path(first_run) / args.command)
+    folder = Path(args.segmentor[1]).parent if args.run is None else args.run if type(args.run) is str else args.run[0]
+    outdir = Path(args.outdir or Path(folder) / args.command)
     outdir.mkdir(parents=True, exist_ok=True)
     write_text(outdir / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(outdir / "results.md", table)
@@ -133,7 +123,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     from ldm.data.manifest import read_manifest
     from post_processing.metrics import position
     from post_processing.run_index import read_run
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentor import choose_device, load_segmentor
 
     samples, run = read_run(args.run, args.data_root)
     given = ClassTable.load(args.class_table) if args.class_table else None
@@ -166,6 +156,21 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
         "checkpoint": run.get("fingerprint", {}),
     }
     return results, mask_table(results)
+
+
+def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
+    from post_processing.mmseg_dataset import list_pairs
+    from post_processing.segmentor import choose_device, load_segmentor
+
+    segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device))
+    pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
+    score = score_real(pairs, segmentor, args)
+    score = {"OA": score["aAcc"], **score}
+    rows = [(key, score[key]) for key in ("OA", "mIoU", "mAcc")] + [(f"IoU {k}", v) for k, v in score["IoU"].items()]
+    results = {"measure": "segmentor", "metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
+    table = "| | % |\n|---|---|\n" + "".join(f"| {k} | {'-' if v is None else f'{v:.2f}'} |\n" for k, v in rows)
+    return results | {"arguments": plain_arguments(args)}, table
 
 
 def score_real(pairs: Sequence[tuple[Path, Path]], segmentor: "Segmentor", args: argparse.Namespace) -> dict[str, Any]:
@@ -274,7 +279,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ldm.data.classes import ClassTable
     from post_processing.gate import judge
     from post_processing.run_index import read_run
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentor import choose_device, load_segmentor
 
     samples, exact_run = read_run(args.exact, args.data_root)
     table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
@@ -437,6 +442,7 @@ def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, "t
 
     from post_processing.metrics import colour_statistics
     from post_processing.run_index import group_batches, read_image_batch
+    from post_processing.segmentor import choose_device
 
     device = choose_device(args.device)
     ordered = sorted(paths)

@@ -1,4 +1,8 @@
-"""Train an MMSegmentation segmentor on image-mask pairs: any config of configs/mmseg, any class table, no copied files.
+"""Train an MMSegmentation segmentor: any config of configs/mmseg, any class table, no copied files.
+
+Trains on real pairs (--train_txt_file), on synthesized ones (--synthetic_txt_file), or on both at a fixed ratio. The
+length is in optimizer steps, whatever the number of pairs. A config with its own train_dataloader, such as
+demo/mmseg/fusu_joint.py, is used as it is.
 
 Writes to --work_dir: config.json (the resolved config) and segmentor.pth (weights and class table, plain tensors). The
 two are what evaluate.py and the filter take. mmengine's own logs and checkpoints lie beside them.
@@ -13,17 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.util import UserError, is_rank_zero, run_entry_point  # noqa: E402
-from post_processing.backbone import find_imagenet_weights, load_imagenet_backbone  # noqa: E402
+from post_processing.backbone import find_imagenet_weights, load_backbone  # noqa: E402
+from post_processing.mixing import JOINT_DATASET, MIX_DATASET, MIXES, RATIO_SAMPLER  # noqa: E402
 from post_processing.mmseg_dataset import class_weights, count_pixels, dataset_config, list_pairs  # noqa: E402
 from post_processing.segmentor import (  # noqa: E402
     HISTORY_BUFFER,
     HISTORY_METHOD,
+    check_weights,
     read_checkpoint,
     require_mmseg,
     save_checkpoint,
@@ -31,6 +38,8 @@ from post_processing.segmentor import (  # noqa: E402
 
 LOG = logging.getLogger(__name__)
 HISTORY_METHODS = ("min", "max", "current", "mean")  # what mmengine stores with a loss history
+SETTINGS = ("max_steps", "batch_size", "learning_rate", "init_backbone", "class_balance")  # change the config
+DATA_FLAGS = ("class_table", "train_txt_file", "val_txt_file", "image_folder", "synthetic_txt_file", "augment")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -40,17 +49,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--config", default="configs/mmseg/small.py", help="mmengine config of the model; a .py file is code and is run"
     )
-    add("--class_table", required=True, help="name in configs/classes or path of a class table")
-    add("--data_root", default=".", help="where the paths of the manifests start")
-    add("--train_txt_file", help="JSON-lines manifest of training pairs")
+    add("--class_table", help="name in configs/classes or path of a class table")
+    add("--data_root", default=".", help="where the paths of the manifests of real pairs start")
+    add("--train_txt_file", help="JSON-lines manifest of real training pairs")
     add("--val_txt_file", help="manifest of validation pairs; scored at the end and every --val_interval steps")
-    add("--image_folder", help="folder of training images, instead of a manifest")
+    add("--image_folder", help="folder of real training images, instead of a manifest")
     add("--mask_folder", help="folder of masks with the stems of the images")
+    add("--synthetic_txt_file", help="manifest of synthesized pairs, as resample.py writes")
+    add("--synthetic_root", help="where its paths start (default: its folder)")
+    add(
+        "--synthetic_ratio", type=float, default=1.0, help="synthesized pictures for each real one in every batch when "
+        "both are given: 1 = half and half, 3 = three quarters; the numbers of files do not matter",
+    )  # fmt: skip
+    add("--augment", choices=("none", *MIXES), default="none", help="mix pairs of the training set, half of the time")
     add("--work_dir", required=True, help="output folder")
     add("--max_steps", type=int, help="optimizer steps (default: the config's)")
     add("--batch_size", type=int, help="tiles a step (default: the config's)")
     add("--learning_rate", type=float, help="peak rate (default: the config's)")
-    add("--init_backbone", help="imagenet, none or a file of torchvision MobileNetV2 weights (default: the config's)")
+    add("--init_backbone", help="imagenet (MobileNetV2), none or a file of weights (default: the config's)")
+    add("--init_from", help="segmentor.pth to start from: pre-training on synthesized pairs, fine-tuning on real ones")
     add("--class_balance", type=float, help="exponent of the class weights, 0 = none (default: the config's)")
     add("--val_interval", type=int, default=500, help="steps between validations")
     add("--num_workers", type=int, default=0, help="loader processes")
@@ -62,45 +79,92 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_config(args: argparse.Namespace, table: ClassTable) -> Any:
-    """Complete the model's config with classes, data, schedule and hooks.
+def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
+    """Read the config and the class table, and check that the flags go with them.
 
     Returns:
-        mmengine Config ready for Runner.from_cfg.
+        mmengine Config with the flags' settings, and the table.
+    Raises:
+        FileNotFoundError: if there is no such config.
+        UserError: if there is no class table, or flags contradict a config that has its own data.
     """
     from mmengine.config import Config
 
     if not Path(args.config).is_file():
         raise FileNotFoundError(f"segmentor config not found: {args.config}. Give one such as configs/mmseg/small.py.")
     config = Config.fromfile(args.config)
-    for flag in ("max_steps", "batch_size", "learning_rate", "init_backbone", "class_balance"):
-        if getattr(args, flag) is not None:
-            config[flag] = getattr(args, flag)
-    source = {
-        "manifest": args.train_txt_file,
-        "data_root": args.data_root,
-        "image_folder": args.image_folder,
-        "mask_folder": args.mask_folder,
-    }
-    pixels = count_pixels(list_pairs(table, **source), table)
-    LOG.info(
-        "class shares of the training pixels: %s",
-        ", ".join(
-            f"{name} {share:.1%}" for name, share in zip(table.names, pixels / max(pixels.sum(), 1), strict=True)
-        ),
-    )
-    weights = class_weights(pixels, config.get("class_balance", 0.0))
-    fill_classes(config.model, table.num_classes, weights if config.get("class_balance", 0.0) else None)
-    config.train_dataloader = make_loader(
-        dataset_config(table, config.train_pipeline, **source), config.batch_size, args.num_workers, is_training=True
-    )
-    config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
-    if args.val_txt_file:
-        dataset = dataset_config(table, config.test_pipeline, manifest=args.val_txt_file, data_root=args.data_root)
-        config.val_dataloader = make_loader(dataset, config.batch_size, args.num_workers, is_training=False)
-        config.val_cfg = dict(type="ValLoop")
-        config.val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-    set_schedule(config)
+    given = [name for name in (*SETTINGS, *DATA_FLAGS) if getattr(args, name) not in (None, "none")]
+    if "train_dataloader" in config and given:
+        raise UserError(
+            f"--{given[0]}: {args.config} has its own data and schedule. Change them there, or leave the flag out."
+        )
+    for name in SETTINGS:
+        if getattr(args, name) is not None:
+            config[name] = getattr(args, name)
+    spec = args.class_table or config.get("class_table")
+    if spec is None:
+        raise UserError("--class_table: missing. Expected a name in configs/classes or the path of a class table.")
+    return config, ClassTable.load(spec)
+
+
+def list_sources(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where the training sets of the command line are, real before synthesized; UserError if there is none."""
+    sources: list[dict[str, Any]] = []
+    if args.train_txt_file or args.image_folder or args.mask_folder:
+        folders = {"image_folder": args.image_folder, "mask_folder": args.mask_folder}
+        sources.append({"manifest": args.train_txt_file, "data_root": args.data_root, **folders})
+    if args.synthetic_txt_file:
+        root = args.synthetic_root or Path(args.synthetic_txt_file).parent
+        sources.append({"manifest": args.synthetic_txt_file, "data_root": root})
+    if not sources:
+        raise UserError("--train_txt_file: no training pairs. Expected real ones, --synthetic_txt_file, or both.")
+    return sources
+
+
+def fill_data(config: Any, table: ClassTable, args: argparse.Namespace) -> None:
+    """Set classes, class weights and the training loader of a config in place."""
+    sources = list_sources(args)
+    if not 0 < args.synthetic_ratio < float("inf"):
+        raise UserError(f"--synthetic_ratio: {args.synthetic_ratio}. Expected pictures for each real one, above 0.")
+    share = args.synthetic_ratio / (1 + args.synthetic_ratio) if len(sources) == 2 else 0.0
+    drawn = np.zeros(table.num_classes)
+    for source, weight in zip(sources, (1 - share, share), strict=False):
+        pairs = list_pairs(table, **source)
+        pixels = count_pixels(pairs, table)
+        drawn += weight * pixels / max(pixels.sum(), 1)
+        LOG.info("%d pairs, %.0f %% of the draws: %s", len(pairs), 100 * weight, source["manifest"] or "folders")
+    LOG.info("class shares of the pixels drawn: %s",
+             ", ".join(f"{name} {value:.1%}" for name, value in zip(table.names, drawn, strict=True)))  # fmt: skip
+    balance = config.get("class_balance", 0.0)
+    fill_classes(config.model, table.num_classes, class_weights(drawn, balance) if balance else None)
+    pipeline = config.train_pipeline if args.augment == "none" else config.train_pipeline[:-1]
+    nodes = [dataset_config(table, pipeline, **source, check_files=False) for source in sources]
+    dataset = nodes[0] if len(nodes) == 1 else dict(type=JOINT_DATASET, datasets=nodes)
+    if args.augment != "none":
+        if len(nodes) == 2:
+            raise UserError(f"--augment {args.augment}: mixes pairs of one set. Expected real or synthesized ones.")
+        dataset = dict(type=MIX_DATASET, dataset=dataset, kind=args.augment, pipeline=config.train_pipeline[-1:])
+    config.train_dataloader = make_loader(dataset, config.batch_size, args.num_workers, is_training=True)
+    if len(nodes) == 2:
+        config.train_dataloader["sampler"] = dict(type=RATIO_SAMPLER, ratio=args.synthetic_ratio)
+
+
+def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
+    """Complete the model's config with classes, data, schedule and hooks.
+
+    Returns:
+        mmengine Config ready for Runner.from_cfg, and the class table.
+    """
+    config, table = load_config(args)
+    if "train_dataloader" not in config:
+        fill_data(config, table, args)
+        config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
+        if args.val_txt_file:
+            dataset = dataset_config(table, config.test_pipeline, manifest=args.val_txt_file, data_root=args.data_root)
+            config.val_dataloader = make_loader(dataset, config.batch_size, args.num_workers, is_training=False)
+            config.val_cfg = dict(type="ValLoop")
+            config.val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+        set_schedule(config)
     config.env_cfg = dict(
         cudnn_benchmark=True,
         mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
@@ -112,26 +176,29 @@ def make_config(args: argparse.Namespace, table: ClassTable) -> Any:
             f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use GPUS=1."
         )
     config.launcher = "pytorch" if processes > 1 else "none"
+    config.sync_bn = "torch" if processes > 1 else None
     config.randomness = dict(seed=args.seed)
-    config.work_dir, config.resume, config.log_level = args.work_dir, args.resume, "INFO"
+    # mmengine would take --resume without a checkpoint for one with, and the backbone would start from random weights.
+    config.resume = args.resume and (Path(args.work_dir) / "last_checkpoint").is_file()
+    config.work_dir, config.log_level = args.work_dir, "INFO"
     config.log_processor = dict(by_epoch=False)
-    return config
+    return config, table
 
 
 def set_schedule(config: Any) -> None:
     """Set optimizer, learning rate over the steps, logging and checkpoints of a config in place."""
-    steps = config.max_steps
+    steps, clip = config.max_steps, config.get("clip_grad", 5.0)
     config.optimizer["lr"] = config.learning_rate
     config.optim_wrapper = dict(
         type="OptimWrapper",
         optimizer=config.optimizer,
         paramwise_cfg=config.get("paramwise_cfg"),
-        clip_grad=dict(max_norm=5.0),
+        clip_grad=dict(max_norm=clip) if clip else None,
     )
-    warm_up = max(1, steps // 20)
+    warm_up = max(1, int(steps * config.get("warm_up", 0.05)))
     config.param_scheduler = [
         dict(type="LinearLR", start_factor=0.01, begin=0, end=warm_up, by_epoch=False),
-        dict(type="PolyLR", eta_min=0.0, power=0.9, begin=warm_up, end=steps, by_epoch=False),
+        dict(type="PolyLR", eta_min=config.get("eta_min", 0.0), power=0.9, begin=warm_up, end=steps, by_epoch=False),
     ]
     config.default_hooks = dict(
         logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
@@ -190,8 +257,8 @@ def use_safe_reader() -> None:
     CheckpointLoader.register_scheme(prefixes="", loader=read, force=True)
 
 
-def build_runner(config: Any) -> Any:
-    """Build mmengine's Runner with the backbone's weights loaded."""
+def build_runner(config: Any, init_from: str | None) -> Any:
+    """Build mmengine's Runner with the weights to start from loaded; ValueError if they do not fit."""
     from mmengine.runner import Runner
 
     runner = Runner.from_cfg(config)
@@ -199,11 +266,18 @@ def build_runner(config: Any) -> Any:
     if config.get("channels_last", False):
         runner.model.to(memory_format=torch.channels_last)
     init = config.get("init_backbone", "none")
-    if init != "none" and not config.resume:
-        model.init_weights()  # now, so that the Runner does not initialise over the loaded weights later
+    if config.resume or (init == "none" and not init_from):
+        return runner
+    model.init_weights()  # now, so that the Runner does not initialise over the loaded weights later
+    if init_from:
+        state_dict = read_checkpoint(init_from)["state_dict"]
+        wrong = check_weights(model, state_dict)
+        if wrong:
+            raise ValueError(f"--init_from {init_from}: does not fit the config: {wrong}. Give one of the same model.")
+        model.load_state_dict(state_dict)
+    else:
         path = find_imagenet_weights() if init == "imagenet" else Path(init)
-        count = load_imagenet_backbone(model.backbone, path)
-        LOG.info("backbone: %d tensors from %s", count, path)
+        LOG.info("backbone: %d tensors from %s", load_backbone(model.backbone, path), path)
     return runner
 
 
@@ -212,12 +286,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    table = ClassTable.load(args.class_table)
     require_mmseg()
     work_dir = prepare_work_dir(args)
     use_safe_reader()
-    config = make_config(args, table)
-    runner = build_runner(config)
+    config, table = make_config(args)
+    runner = build_runner(config, args.init_from)
     if is_rank_zero():
         (work_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str))
     started = time.time()
@@ -225,12 +298,10 @@ def main(argv: list[str] | None = None) -> None:
     minutes = (time.time() - started) / 60
     if not is_rank_zero():
         return
-    model = getattr(model, "module", model)
-    save_checkpoint(work_dir / "segmentor.pth", model, table, steps=config.max_steps, seed=args.seed)
+    model, steps = getattr(model, "module", model), runner.max_iters
+    save_checkpoint(work_dir / "segmentor.pth", model, table, steps=steps, seed=args.seed)
     read_checkpoint(work_dir / "segmentor.pth")  # what was written must pass the reader that others use
-    LOG.info(
-        "%d steps in %.1f minutes; wrote %s and config.json", config.max_steps, minutes, work_dir / "segmentor.pth"
-    )
+    LOG.info("%d steps in %.1f minutes; wrote %s and config.json", steps, minutes, work_dir / "segmentor.pth")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,393 @@
+"""Measure what synthesized pairs add to a segmentor on unseen real tiles.
+
+Trains a base segmentor on the real pairs, paints masks of the real set in the look of unlabelled references, filters
+and resamples the pictures, and trains on real and synthesized pairs (and on the comparisons of --arms) for the same
+number of optimizer steps, with several seeds. Writes results.json, table.md and report.html to --outdir. Finished
+stages are skipped when the command is given again; arms and seeds can be added.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
+
+from ldm.data.classes import ClassTable, read_mask  # noqa: E402
+from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
+from ldm.data.pairing import choose_groups  # noqa: E402
+from ldm.util import UserError, run_entry_point  # noqa: E402
+from post_processing.files import write_atomic, write_json  # noqa: E402
+from post_processing.filtering import encode_mask  # noqa: E402
+from post_processing.gain_report import (  # noqa: E402
+    draw_curves,
+    draw_examples,
+    make_page,
+    make_table,
+    read_curves,
+    summarise,
+)
+from post_processing.loading import Item, load_item  # noqa: E402
+from post_processing.mmseg_dataset import IMAGE_SUFFIXES, class_weights  # noqa: E402
+from post_processing.run_index import read_run  # noqa: E402
+from post_processing.stages import Stage, StageRunner, make_slots  # noqa: E402
+
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to the name of a picture
+ARMS = {
+    "real": "real",
+    "joint": "real + synthesized, filtered and resampled",
+    "synthetic": "synthesized only, filtered and resampled",
+    "unfiltered": "real + synthesized, neither filtered nor resampled",
+    "copy_paste": "real, with copy-paste",
+    "cutmix": "real, with CutMix",
+    "pretrain": "half the steps on synthesized, then half on real",
+}
+DEFAULT_ARMS = "real,joint,synthetic,unfiltered,copy_paste,cutmix"
+SPLIT_SEED = 23
+LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of measure_gain.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--class_table", required=True, help="name in configs/classes or path of a class table")
+    add("--data_root", required=True, help="where the paths of all manifests start")
+    add("--real_txt_file", help="manifest of real training pairs; default: train_set_items.json in --data_root")
+    add("--test_txt_file", help="manifest of unseen real pairs; default: test_set_items.json in --data_root")
+    add("--val_txt_file", help="manifest of validation pairs, for the curves of the report")
+    add("--references", nargs="+", required=True, help="unlabelled images of the target: folders below --data_root, or "
+        "manifests, of which only the images (target) are used")  # fmt: skip
+    add("--real_fraction", type=float, default=1.0, help="share of the real pairs that is labelled, in whole pictures; "
+        "the images of the others become references")  # fmt: skip
+    add = parser.add_argument_group("synthesis").add_argument
+    add("--ckpt", required=True, help="generator, for inference.py")
+    add("--num_masks", type=int, help="real masks to paint; default: all")
+    add("--balance", type=float, default=0.5, help="prefer masks of many and of rare classes: the chance of a "
+        "mask is the sum over its classes of (share of the class in the set) ** -balance")  # fmt: skip
+    add("--num_per_mask", type=int, default=4, help="pictures of each mask, each with its own reference")
+    add("--inference_args", default="", help="further flags of inference.py, in one string: '--mode fast --scale 2'")
+    add("--filter_args", default="", help="further flags of filter.py")
+    add("--resample_args", default="", help="further flags of resample.py")
+    add = parser.add_argument_group("segmentors").add_argument
+    add("--config", default="configs/mmseg/small.py", help="mmseg config; a .py file is code and is run")
+    add("--arms", type=names, default=DEFAULT_ARMS, help=f"what to train on, of: {', '.join(ARMS)}")
+    add("--seeds", type=numbers, default="1,2,3", help="of the trainings; the first is the base segmentor's")
+    add("--steps", type=int, default=2000, help="optimizer steps of every training")
+    add("--batch_size", type=int, default=16, help="tiles a step")
+    add("--synthetic_ratio", type=float, default=1.0, help="synthesized pictures for each real one in a batch")
+    add("--train_args", default="", help="further flags of train_segmentor.py")
+    add = parser.add_argument_group("running").add_argument
+    add("--outdir", required=True, help="output folder")
+    add("--parallel", type=int, default=1, help="processes at once; each gets its share of the CPU cores")
+    add("--gpus", type=lambda text: text.split(","), default=[], help="0,1,...: one process for each of these GPUs")
+    add("--python", default=sys.executable, help="interpreter with the packages of requirements/demo.txt")
+    add("--python_seg", default=sys.executable, help="interpreter with the packages of requirements/seg.txt")
+    add("--dry_run", action="store_true", help="print the stages with their commands, and stop")
+    add("--overwrite", action="store_true", help="run stages of other settings in --outdir again")
+    add("-d", "--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def names(text: str) -> list[str]:
+    """Argument type: arms, comma-separated, `real` always among them and first."""
+    given = text.split(",")
+    unknown = sorted(set(given) - set(ARMS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown. Expected some of {', '.join(ARMS)}.")
+    return [arm for arm in ARMS if arm in given or arm == "real"]
+
+
+def numbers(text: str) -> list[int]:
+    """Argument type: distinct whole numbers, comma-separated."""
+    values = [int(part) for part in text.split(",")]
+    if len(set(values)) < len(values) or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected distinct numbers from 0, such as 1,2,3.")
+    return values
+
+
+class Plan:
+    """The stages of a measurement and where their results lie.
+
+    Args:
+        args: parsed command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.outdir = Path(args.outdir).absolute()
+        root = Path(args.data_root).absolute()
+        self.root = str(root)
+        self.real = args.real_txt_file or str(root / "train_set_items.json")
+        self.test = os.path.abspath(args.test_txt_file or root / "test_set_items.json")
+        self.val = args.val_txt_file and os.path.abspath(args.val_txt_file)
+        is_file = Path(args.class_table).is_file()
+        self.table = os.path.abspath(args.class_table) if is_file else args.class_table
+        self.config = os.path.abspath(args.config if Path(args.config).is_file() else ROOT / args.config)
+        self.real_set, self.paint_set = (str(self.outdir / "sets" / name) for name in ("real.json", "synthesis.json"))
+        first = self.outdir / f"real/seed_{args.seeds[0]}"
+        self.base = [str(first / name) for name in ("config.json", "segmentor.pth")]
+        self.resampled = str(self.outdir / "resample/set/train_set_items.json")
+        self.unfiltered = str(self.outdir / "unfiltered/train_set_items.json")
+
+    def stages(self) -> list[Stage]:
+        """All stages, each after what it needs."""
+        args, first = self.args, f"real/seed_{self.args.seeds[0]}"
+        keys = ("references", "real_fraction", "num_masks", "balance", "num_per_mask", "class_table")
+        manifests = [os.path.abspath(path) for path in args.references if Path(path).is_file()]
+        stages = [
+            Stage("sets", action=lambda: write_sets(self), inputs=(self.real, *manifests),
+                  settings={key: getattr(args, key) for key in keys}),
+            self.training("real", args.seeds[0]),
+        ]  # fmt: skip
+        if set(args.arms) & {"joint", "synthetic", "unfiltered", "pretrain"}:
+            paint = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.root,
+                     "--txt_file", self.paint_set, "--outdir", str(self.outdir / "synthesis"),
+                     *shlex.split(args.inference_args))  # fmt: skip
+            stages.append(Stage("synthesis", (paint,), ("sets",), (args.ckpt,), is_sharded=True))
+        if set(args.arms) & {"joint", "synthetic", "pretrain"}:
+            run, masks, iou = (str(self.outdir / name) for name in ("synthesis", "filter/masks", "resample/iou"))
+            sift = (args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *self.base, "--run", run,
+                    "--real_txt_file", self.real_set, "--data_root", self.root, "--filtered-mask-path", masks,
+                    "--classes", self.table, *shlex.split(args.filter_args))  # fmt: skip
+            keep = (args.python_seg, "-W", "ignore", "-m", "post_processing.resample", "--filtered-mask-path", masks,
+                    "--iou", f"{iou}/results.json", "--out-dir", str(self.outdir / "resample/set"), "--overwrite",
+                    *shlex.split(args.resample_args))  # fmt: skip
+            # Which classes are poor must not be read off the test tiles.
+            score = self.scoring(self.base, self.val or self.real_set, iou)
+            stages += [Stage("filter", (sift,), ("synthesis", first)), Stage("resample", (score, keep), ("filter",))]
+        if "unfiltered" in args.arms:
+            stages.append(Stage("unfiltered", needs=("synthesis",), action=lambda: write_unfiltered(self)))
+        return stages + [self.training(arm, seed) for seed in args.seeds for arm in args.arms
+                         if (arm, seed) != ("real", args.seeds[0])]  # fmt: skip
+
+    def scoring(self, segmentor: Sequence[str], manifest: str, outdir: str) -> tuple[str, ...]:
+        """Command that scores a segmentor on real pairs."""
+        return (self.args.python_seg, "-W", "ignore", "scripts/evaluate.py", "segmentor", "--segmentor", *segmentor,
+                "--real", manifest, "--real_root", self.root, "--outdir", outdir)  # fmt: skip
+
+    def training(self, arm: str, seed: int) -> Stage:
+        """Training of one segmentor, and its scores on the test tiles."""
+        args, name = self.args, f"{arm}/seed_{seed}"
+        folder = self.outdir / name
+        real = ["--train_txt_file", self.real_set]
+        resampled = ["--synthetic_txt_file", self.resampled]
+        ratio = ["--synthetic_ratio", str(args.synthetic_ratio)]
+        half = folder / "first_half"
+        trainings = {
+            "real": [(folder, args.steps, real)],
+            "joint": [(folder, args.steps, real + resampled + ratio)],
+            "synthetic": [(folder, args.steps, resampled)],
+            "unfiltered": [(folder, args.steps, [*real, "--synthetic_txt_file", self.unfiltered, *ratio])],
+            "copy_paste": [(folder, args.steps, [*real, "--augment", "copy_paste"])],
+            "cutmix": [(folder, args.steps, [*real, "--augment", "cutmix"])],
+            "pretrain": [
+                (half, args.steps // 2, resampled),
+                (folder, args.steps - args.steps // 2, [*real, "--init_from", str(half / "segmentor.pth")]),
+            ],
+        }[arm]
+        validate = ["--val_txt_file", self.val, "--val_interval", str(max(1, args.steps // 4))] if self.val else []
+        commands = [
+            (args.python_seg, "-W", "ignore", "scripts/train_segmentor.py", "--config", self.config, "--class_table",
+             self.table, "--data_root", self.root, *data, *validate, "--work_dir", str(place), "--max_steps",
+             str(steps), "--batch_size", str(args.batch_size), "--seed", str(seed), "--resume",
+             *shlex.split(args.train_args))
+            for place, steps, data in trainings
+        ]  # fmt: skip
+        segmentor = [str(folder / name) for name in ("config.json", "segmentor.pth")]
+        commands.append(self.scoring(segmentor, self.test, str(folder / "test")))
+        needs = {"joint": ("resample",), "synthetic": ("resample",), "pretrain": ("resample",),
+                 "unfiltered": ("unfiltered",)}.get(arm, ())  # fmt: skip
+        inputs = [self.config, self.test] + ([self.val] if self.val else [])
+        inputs += [self.table] if Path(self.table).is_file() else []
+        return Stage(name, tuple(commands), ("sets", *needs), tuple(inputs))
+
+
+def write_sets(plan: Plan) -> None:
+    """Write the manifest of the labelled real pairs, and that of the masks to paint with their references."""
+    args, table = plan.args, ClassTable.load(plan.table)
+    rows = read_manifest(plan.real, plan.root, need=("image",), table=table)
+    rows = list({(row.image, row.mask): row for row in rows}.values())  # rows may differ in the reference only
+    labelled = set(range(len(rows)))
+    if args.real_fraction < 1:
+        tiles = [SimpleNamespace(group=TILE_OFFSET.sub("", Path(row.mask_name).stem)) for row in rows]
+        groups = choose_groups(tiles, args.real_fraction, np.random.default_rng([SPLIT_SEED, 0]))
+        labelled = {place for place, tile in enumerate(tiles) if tile.group in groups}
+    pool = find_references(args.references, Path(plan.root))
+    pool += [str(relative(row.image, plan.root)) for place, row in enumerate(rows) if place not in labelled]
+    if len(pool) < args.num_per_mask:
+        raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
+    real = [rows[place] for place in sorted(labelled)]
+    prompts, chosen = choose_masks(real, table, args.num_masks, args.balance)
+    rng = np.random.default_rng([SPLIT_SEED, 2])
+    items = [
+        {"source": real[place].mask_name, "prompt": prompts[place], "ref_image": pool[number]}
+        for place in chosen for number in rng.choice(len(pool), args.num_per_mask, replace=False)
+    ]  # fmt: skip
+    pairs = [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in real]
+    write_manifest(plan.real_set, pairs)
+    write_manifest(plan.paint_set, items)
+    logger.info("%d of %d real pairs are labelled; %d pictures of %d masks to paint; %d references",
+                len(real), len(rows), len(items), len(chosen), len(pool))  # fmt: skip
+
+
+def choose_masks(
+    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float
+) -> tuple[list[str], list[int]]:
+    """Draw the masks to paint; see --balance.
+
+    Returns:
+        The prompt of every row, and the places of the drawn rows in ascending order.
+    """
+    pixels, prompts = np.zeros((len(rows), 256)), []
+    for place, row in enumerate(rows):
+        mask = read_mask(row.mask, table)
+        pixels[place] = np.bincount(mask.ravel(), minlength=256)
+        prompts.append(row.prompt or table.prompt(mask))
+    pixels = pixels[:, : table.num_classes]
+    is_there = pixels > LEAST_SHARE * pixels.sum(1, keepdims=True)
+    weights = is_there @ np.array(class_weights(pixels.sum(0), balance))
+    usable = int(np.count_nonzero(weights))
+    size = min(count or usable, usable)
+    drawn = np.random.default_rng([SPLIT_SEED, 1]).choice(len(rows), size, replace=False, p=weights / weights.sum())
+    return prompts, sorted(map(int, drawn))
+
+
+def find_references(sources: Sequence[str], root: Path) -> list[str]:
+    """Reference images of folders and manifests, relative to the data root, each once.
+
+    Raises:
+        UserError: if a folder does not lie below the data root or holds no image.
+    """
+    found: list[str] = []
+    for source in sources:
+        if Path(source).is_dir():
+            paths = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            paths = [row.image for row in read_manifest(source, root, need=("image",), check_files=False)]
+        if not paths:
+            raise UserError(f"--references {source}: no images. Expected {', '.join(IMAGE_SUFFIXES)}. Check the path.")
+        found += [str(relative(path, str(root))) for path in paths]
+    return list(dict.fromkeys(found))
+
+
+def relative(path: Path, root: str) -> Path:
+    """A path relative to the data root; UserError if it does not lie below."""
+    try:
+        return path.absolute().relative_to(root)
+    except ValueError:
+        raise UserError(f"{path}: does not lie below --data_root {root}. Expected all images there.") from None
+
+
+def write_unfiltered(plan: Plan) -> None:
+    """Write all synthesized pictures with their whole masks as a training set; pictures are linked, not copied."""
+    folder = plan.outdir / "unfiltered"
+    samples, run = read_run(plan.outdir / "synthesis")
+    table = ClassTable.load(run["class_table"]) if run.get("class_table") else ClassTable.load(plan.table)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(exist_ok=True)
+    rows = []
+    for sample in samples:
+        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
+        write_atomic(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
+        (folder / image).unlink(missing_ok=True)
+        try:
+            os.link(sample.image, folder / image)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(sample.image, folder / image)
+        rows.append({"source": mask, "target": image})
+    write_manifest(plan.unfiltered, rows)
+
+
+def report(plan: Plan) -> str:
+    """Gather the scores and write results.json, table.md and report.html; returns the table."""
+    args = plan.args
+    scores: dict[str, dict[int, Any]] = {arm: {} for arm in args.arms}
+    for arm in args.arms:
+        for seed in args.seeds:
+            path = plan.outdir / f"{arm}/seed_{seed}/test/results.json"
+            scores[arm][seed] = json.loads(path.read_text(encoding="utf-8"))
+    summary = summarise(scores)
+    table = make_table(summary, ARMS)
+    count = {name: sum(1 for _ in open(path, encoding="utf-8")) for name, path in
+             (("real", plan.real_set), ("painted", plan.paint_set), ("kept", plan.resampled)) if Path(path).is_file()}
+    tiles = scores["real"][args.seeds[0]]["images"]
+    facts = [
+        f"Real pairs: {count['real']} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}. Scores:"
+        " mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
+        f" {', '.join(map(str, args.seeds))}; gains are paired by seed.",
+        f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized pictures for each"
+        f" real one in a batch: {args.synthetic_ratio:g}.",
+        f"Generator {Path(args.ckpt).name}: {count['painted']} pictures painted, {count.get('kept', 'none')} kept. The"
+        " labels that it was trained with are labels too; --real_fraction does not take those away.",
+    ]
+    folders = {arm: [plan.outdir / f"{arm}/seed_{seed}" for seed in args.seeds] for arm in args.arms}
+    drawings = [draw_curves(read_curves(folders, key), title, ARMS)
+                for key, title in (("mIoU", "validation mIoU, mean of the seeds"), ("loss", "loss"))]  # fmt: skip
+    examples = None
+    filtered = plan.outdir / "filter/masks"
+    if filtered.is_dir():
+        examples = draw_examples(plan.outdir / "synthesis", filtered, 8, ClassTable.load(plan.table))
+    settings = {key: value for key, value in vars(args).items() if key not in ("debug", "dry_run", "overwrite")}
+    write_json(plan.outdir / "results.json", {"summary": summary, "scores": scores, "settings": settings})
+    write_atomic(plan.outdir / "table.md", table.encode())
+    write_atomic(plan.outdir / "report.html", make_page(table, facts, drawings, examples).encode())
+    return table
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for flags out of range and files that are not there."""
+    rules = [
+        (not 0 < args.real_fraction <= 1, f"--real_fraction {args.real_fraction}: expected above 0, at most 1"),
+        (min(args.steps, args.batch_size, args.num_per_mask, args.parallel, args.num_masks or 1) < 1,
+         "--steps, --batch_size, --num_masks, --num_per_mask, --parallel: expected 1 or more"),
+        (args.synthetic_ratio <= 0, f"--synthetic_ratio {args.synthetic_ratio}: expected above 0"),
+        (not Path(args.data_root).is_dir(), f"--data_root {args.data_root}: folder not found"),
+        *((not Path(path).is_file(), f"file not found: {path}") for path in (
+            args.ckpt, args.real_txt_file or Path(args.data_root) / "train_set_items.json",
+            args.test_txt_file or Path(args.data_root) / "test_set_items.json", *filter(None, [args.val_txt_file]),
+        )),
+        *((not Path(path).exists(), f"--references {path}: not found") for path in args.references),
+    ]  # fmt: skip
+    wrong = [text for is_wrong, text in rules if is_wrong]
+    if wrong:
+        raise UserError("; ".join(wrong) + ". See --help.")
+
+
+def stop(*_: Any) -> None:
+    """Turn SIGTERM into an exit that ends the running processes."""
+    sys.exit(143)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages that are not finished, then write the report."""
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+    plan = Plan(args)
+    runner = StageRunner(plan.stages(), plan.outdir, make_slots(len(args.gpus) or args.parallel, args.gpus))
+    if args.dry_run:
+        print(runner.describe())
+        return
+    signal.signal(signal.SIGTERM, stop)
+    runner.run(args.overwrite)
+    logger.info("%s\nwritten to %s", report(plan), plan.outdir / "report.html")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,475 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segmentors import colour_segmentor, make_segmentor, table_of
+from torch.nn import functional as F
+
+from ldm.data.classes import read_mask
+from ldm.util import UserError
+from post_processing.files import append_lines, read_lines
+from post_processing.filter import main
+from post_processing.filtering import PixelFilter, encode_mask
+from post_processing.hardness import get_hardness, measure_hardness, pixel_loss
+from post_processing.loading import Item, find_items
+from post_processing.run_index import read_mask_at
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = ((12, 16), (16, 16), (8, 20))
+
+
+def make_pictures(folder, count, classes, seed, name="{}", absent=()):
+    """Pictures and masks of mixed sizes in folder/img and folder/label; the third mask is ignored everywhere."""
+    random = np.random.default_rng(seed)
+    items = []
+    for part in ("img", "label"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        size = SIZES[number % len(SIZES)]
+        mask = random.integers(0, classes, size).astype(np.uint8)
+        mask[np.isin(mask, absent)] = 255
+        mask[:2] = 255
+        if number == 2:
+            mask[:] = 255
+        image, label = folder / f"img/{name.format(number)}.png", folder / f"label/{number}.png"
+        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(image)
+        Image.fromarray(mask).save(label)
+        items.append(Item(image, label))
+    return items
+
+
+def slow_losses(segmentor, item):
+    """Loss of every pixel, one at a time in double precision: (H, W), and the mask."""
+    image = np.asarray(Image.open(item.image))
+    mask = np.asarray(Image.open(item.mask))
+    logits = segmentor.logits(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])[0].double().numpy()
+    loss = np.zeros(mask.shape)
+    for y, x in np.ndindex(mask.shape):
+        if mask[y, x] != 255:
+            loss[y, x] = np.log(np.exp(logits[:, y, x]).sum()) - logits[mask[y, x], y, x]
+    return loss, mask
+
+
+def upstream_filter(segmentor, real, synthesized, margin):
+    """What the filter of TISynth does: class loops over float32 losses; a class without real pixels has mean 0."""
+    count = segmentor.class_table.num_classes
+    sums, pixels = [0.0] * count, [0.0] * count
+
+    def losses(item):
+        image = torch.from_numpy(np.array(Image.open(item.image))).permute(2, 0, 1)[None]
+        mask = torch.from_numpy(np.array(Image.open(item.mask))).long()[None]
+        return F.cross_entropy(segmentor.logits(image), mask, ignore_index=255, reduction="none"), mask
+
+    for item in real:
+        loss, mask = losses(item)
+        for index in range(count):
+            sums[index] += loss[mask == index].sum().item()
+            pixels[index] += (mask == index).sum().item()
+    means = [sums[index] / (pixels[index] + 1e-5) for index in range(count)]
+    results = []
+    for item in synthesized:
+        loss, mask = losses(item)
+        for index in range(count):
+            mask[(mask == index) & (loss > margin * means[index])] = 255
+        results.append(mask[0].to(torch.uint8).numpy())
+    return results
+
+
+@pytest.mark.parametrize("count", [2, 7, 24, 150])
+def test_masks_equal_a_slow_reimplementation_and_upstream(tmp_path, count):
+    segmentor = colour_segmentor(count)
+    absent = [count - 1]
+    real = make_pictures(tmp_path / "real", 7, count, 0, absent=absent)
+    synthesized = make_pictures(tmp_path / "syn", 8, count, 1, "{}_seed_5")
+    hardness = measure_hardness({}, segmentor, real, batch_size=2, workers=2)
+    sums, pixels = np.zeros(count), np.zeros(count, int)
+    for item in real:
+        loss, mask = slow_losses(segmentor, item)
+        for index in range(count):
+            sums[index] += loss[mask == index].sum()
+            pixels[index] += (mask == index).sum()
+    assert hardness.pixels.tolist() == pixels.tolist()
+    missing = {index for index in range(count) if not pixels[index]}
+    assert {*absent} <= missing == set(np.flatnonzero(np.isnan(hardness.mean)))
+    known = pixels > 0
+    np.testing.assert_allclose(hardness.mean[known], sums[known] / pixels[known], rtol=1e-6)
+
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    worker = PixelFilter(segmentor, hardness.limits(1.25), segmentor.class_table, out, out / "work", 3, 2)
+    assert worker.run(synthesized) == []
+    records = read_lines(out / "items.jsonl")
+    upstream = upstream_filter(segmentor, real, synthesized, 1.25)
+    dropped = 0
+    for item, theirs in zip(synthesized, upstream, strict=True):
+        loss, mask = slow_losses(segmentor, item)
+        expected = mask.copy()
+        for y, x in np.ndindex(mask.shape):
+            index = mask[y, x]
+            if index != 255 and index not in missing:
+                limit = 1.25 * sums[index] / pixels[index]
+                assert abs(loss[y, x] - limit) > 1e-5  # not decided by rounding
+                if loss[y, x] > limit:
+                    expected[y, x] = 255
+        ours = np.asarray(Image.open(out / f"{item.image.stem}.png"))
+        np.testing.assert_array_equal(ours, expected)
+        left_alone = np.isin(mask, list(missing))
+        np.testing.assert_array_equal(ours[~left_alone], theirs[~left_alone])
+        assert (theirs[left_alone] == 255).all()  # which upstream erases
+        record = records[item.image.name]
+        for index in np.unique(mask[mask != 255]):
+            own = mask == index
+            assert record["classes"][f"class {index}"] == [own.sum(), (own & (expected == 255)).sum()]
+        dropped += ((expected == 255) & (mask != 255)).sum()
+    assert dropped > 50
+    assert records["2_seed_5.png"]["classes"] == {}  # ignored everywhere
+
+
+def test_loss_of_a_sigmoid_head_is_binary_cross_entropy():
+    logits, mask = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 4, 5))
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0], mask.float(), reduction="none")
+    torch.testing.assert_close(pixel_loss(logits, mask), expected)
+
+
+@pytest.mark.parametrize("size", [(7, 5), (130, 200), (3, 9000)])
+def test_loss_in_strips_is_that_of_torch_to_the_last_bit(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 40, *size, generator=generator) * 5
+    mask = torch.randint(0, 40, (2, *size), generator=generator)
+    mask[:, 1] = 255
+    assert torch.equal(pixel_loss(logits, mask), F.cross_entropy(logits, mask, ignore_index=255, reduction="none"))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_loss_is_that_of_the_head_at_the_size_of_the_mask(tmp_path, align_corners):
+    pytest.importorskip("mmseg")
+    from post_processing.segmentor import load_segmentor
+
+    segmentor = load_segmentor(*make_segmentor(tmp_path, table_of(5), align_corners))
+    images = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
+    mask = torch.randint(0, 5, (2, 24, 32))
+    mask[:, :3] = 255
+    with torch.no_grad():
+        small = segmentor.model.decode_head(segmentor.model.extract_feat((images.float() - 120) / 60))
+        logits = F.interpolate(small, (24, 32), mode="bilinear", align_corners=align_corners)
+        expected = F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
+    assert small.shape[-1] < 32
+    torch.testing.assert_close(pixel_loss(segmentor.logits(images), mask), expected)
+
+
+@pytest.mark.parametrize("form", ["8 bit", "16 bit", "palette", "colours", "moved", "one bit"])
+def test_filtered_masks_are_read_by_the_table_of_their_source(tmp_path, form):
+    ids = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8)
+    source_ids = {"16 bit": {300: 0, 7: 1, 0: 255}, "moved": {0: 0, 255: 1, 3: 255}}.get(form)
+    table = table_of(2, source_ids=source_ids) if source_ids else table_of(2)
+    raw = {"16 bit": np.array([300, 7], np.uint16)[ids], "moved": np.array([0, 255], np.uint8)[ids],
+           "colours": table.colourise(ids)}.get(form, ids)  # fmt: skip
+    picture = Image.fromarray(raw)
+    if form == "palette":
+        picture.putpalette([1, 2, 3, 4, 5, 6])
+    elif form == "one bit":
+        picture = Image.fromarray(ids * 255).convert("1")
+    picture.save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "b.png")
+    from post_processing.loading import load_item
+
+    loaded = load_item(Item(tmp_path / "b.png", tmp_path / "a.png"), table)
+    is_dropped = np.random.default_rng(1).random(ids.shape) < 0.4
+    (tmp_path / "c.png").write_bytes(encode_mask(loaded.raw, is_dropped, table))
+    np.testing.assert_array_equal(read_mask(tmp_path / "c.png", table), np.where(is_dropped, 255, ids))
+
+
+def test_a_table_without_a_number_for_ignored_pixels_is_an_error():
+    table = table_of(2, source_ids={0: 0, 255: 1})
+    with pytest.raises(UserError, match="Expected one for ignored pixels"):
+        encode_mask(np.zeros((2, 2), np.uint8), np.ones((2, 2), bool), table)
+
+
+def test_only_the_last_seed_is_no_part_of_the_masks_name(tmp_path):
+    for part, names in (("img", ["a_seed_1.png", "a_seed_1_seed_22.jpg", "b.png", "c_seed_x.png", "d_seed_3.png"]),
+                        ("label", ["a.png", "a_seed_1.png", "b.png", "c_seed_x.png"])):  # fmt: skip
+        (tmp_path / part).mkdir()
+        for name in names:
+            (tmp_path / part / name).touch()
+    found = {item.image.name: item.mask.name for item in find_items(tmp_path / "img", tmp_path / "label")}
+    assert found == {"a_seed_1.png": "a.png", "a_seed_1_seed_22.jpg": "a_seed_1.png", "b.png": "b.png",
+                     "c_seed_x.png": "c_seed_x.png", "d_seed_3.png": "d.png"}  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="none of the 5 pictures"):
+        find_items(tmp_path / "img", tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import post_processing.filtering as filtering
+from post_processing.loading import find_items
+from segmentors import colour_segmentor
+
+folder, out, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+write, count = filtering.write_atomic, 0
+
+def write_or_die(path, content, temporary, is_synced):
+    global count
+    count += 1
+    if count == last:
+        temporary.write_bytes(content[:20])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content, temporary, is_synced)
+
+filtering.write_atomic = write_or_die
+segmentor = colour_segmentor(4)
+(out / ".work-0-of-1").mkdir(parents=True)
+limits = torch.full((256,), 1.0)
+worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".work-0-of-1", 2, 1)
+worker.run(find_items(folder / "img", folder / "label"))
+"""
+
+
+def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
+    from post_processing.filter import claim_shard
+    from post_processing.filtering import is_finished
+
+    items = make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
+    segmentor, limits = colour_segmentor(4), torch.full((256,), 1.0)
+
+    def run(out, todo):
+        out.mkdir(exist_ok=True)
+        with claim_shard(out, 0, 1) as work:
+            PixelFilter(segmentor, limits, segmentor.class_table, out, work, 2, 1).run(todo)
+
+    run(tmp_path / "whole", items)
+    out = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "syn", out, "8"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "tests"},
+    )  # fmt: skip
+    assert done.returncode == -9, done.stderr
+    written = sorted(path.name for path in out.glob("*.png"))
+    assert len(written) == 7
+    for name in written:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    records = read_lines(out / "items.jsonl")
+    (out / next(iter(records.values()))["file"]).write_bytes(b"damaged afterwards")
+    todo = [item for item in items if not is_finished(records.get(item.image.name, {}), item, out)]
+    assert 9 - len(records) + 1 == len(todo) < 9
+    run(out, todo)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for path in (tmp_path / "whole").glob("*.png"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert read_lines(out / "items.jsonl") == read_lines(tmp_path / "whole/items.jsonl")
+
+
+@pytest.mark.slow
+def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")
+    from post_processing.filter import claim_shard
+    from post_processing.filter_ray import run_on_ray
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    items = make_pictures(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
+    (tmp_path / "syn/label/7.png").unlink()
+
+    def build(work):
+        segmentor = colour_segmentor(4)
+        return PixelFilter(segmentor, torch.full((256,), 1.0), segmentor.class_table, work.parent.parent, work, 2, 1)
+
+    failures = []
+    for name in ("local", "ray"):
+        (tmp_path / name).mkdir()
+        with claim_shard(tmp_path / name, 0, 1) as work:
+            (work / "own").mkdir()
+            failures.append(run_on_ray(build, work, items, 1, 2, False) if name == "ray"
+                            else build(work / "own").run(items))  # fmt: skip
+    assert failures[0] == failures[1] and len(failures[0]) == 1
+    assert contents(tmp_path / "ray").keys() == contents(tmp_path / "local").keys()
+    assert read_lines(tmp_path / "ray/items.jsonl") == read_lines(tmp_path / "local/items.jsonl")
+
+
+def test_a_cut_off_line_is_dropped_and_the_next_one_is_not(tmp_path):
+    path = tmp_path / "items.jsonl"
+    append_lines(path, [{"image": "a"}])
+    with path.open("a") as file:
+        file.write('{"image": "b", "mas')
+    append_lines(path, [{"image": "c"}])
+    assert list(read_lines(path)) == ["a", "c"]
+
+
+def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
+    real = make_pictures(tmp_path / "real", 4, 3, 0)
+    segmentor, path = colour_segmentor(3), tmp_path / "hardness.json"
+    first = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+    calls = []
+    monkeypatch.setattr("post_processing.hardness.measure_hardness", lambda *args: calls.append(args) or first)
+    again = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+    assert not calls and again.mean.tolist() == first.mean.tolist() and again.pixels.tolist() == first.pixels.tolist()
+    get_hardness(path, {"real": 2}, segmentor, real, 2, 1)
+    assert len(calls) == 1
+    path.write_text("{}")
+    with pytest.raises(UserError, match="not a hardness file"):
+        get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+
+
+def test_real_pairs_that_cannot_be_read_are_all_named(tmp_path):
+    real = make_pictures(tmp_path, 4, 3, 0)
+    (tmp_path / "img/1.png").write_bytes((tmp_path / "img/1.png").read_bytes()[:100])
+    (tmp_path / "label/3.png").unlink()
+    with pytest.raises(UserError, match=r"2 of 4 pairs.*img/1\.png.*label/3\.png"):
+        measure_hardness({}, colour_segmentor(3), real, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A real mmseg segmentor with random weights, real pairs and synthesized pictures."""
+    pytest.importorskip("mmseg")
+    root = tmp_path_factory.mktemp("filter")
+    make_segmentor(root / "segmentor", table_of(5))
+    make_pictures(root / "real", 6, 5, 0, absent=[4])
+    return root
+
+
+def flags(root, out, syn, *extra):
+    arguments = [root / "segmentor/config.json", root / "segmentor/segmentor.pth", "--real-img-path", root / "real/img",
+                 "--real-label-path", root / "real/label", "--syn-img-path", syn / "img", "--syn-mask-path",
+                 syn / "label", "--filtered-mask-path", out, "--device", "cpu", "--batch_size", 2, *extra]  # fmt: skip
+    return [str(argument) for argument in arguments]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+def test_command_line_shards_and_settings(workspace, tmp_path):
+    make_pictures(tmp_path, 8, 5, 1, "{}_seed_7")
+    out = tmp_path / "out"
+    assert main(flags(workspace, out, tmp_path, "--overlays", "2")) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["pictures"] == 8 and report["classes"]["class 4"]["mean_loss"] is None
+    assert report["classes"]["class 4"]["dropped"] == 0 < report["classes"]["class 0"]["dropped"]
+    assert "| class 4 | 0 | none | left alone |" in (out / "report.md").read_text()
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["0_seed_7.png", "1_seed_7.png"]
+    before, times = contents(out), {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert main(flags(workspace, out, tmp_path)) == 0
+    assert contents(out) == before and all(path.stat().st_mtime_ns == time for path, time in times.items())
+    with pytest.raises(FileExistsError, match=r"tolerance_margin was 1\.25, is 1\.5"):
+        main(flags(workspace, out, tmp_path, "--tolerance-margin", "1.5"))
+    for number in range(2):
+        shared = flags(workspace, tmp_path / "shards", tmp_path, "--shard", f"{number}/2")
+        assert main(shared) == 0
+    assert contents(tmp_path / "shards") == before
+    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(tmp_path / "img/0_seed_7.png")  # painted again
+    assert main(flags(workspace, out, tmp_path)) == 0
+    after = contents(out)
+    assert {name for name in before if after[name] != before[name] and name.endswith(".png")} == {"0_seed_7.png"}
+
+
+def test_faulty_pictures_are_set_aside_and_the_others_filtered(workspace, tmp_path):
+    make_pictures(tmp_path, 8, 5, 1, "{}_seed_7")
+    good = {path: path.read_bytes() for folder in ("img", "label") for path in (tmp_path / folder).iterdir()}
+    image, label = tmp_path / "img", tmp_path / "label"
+    (label / "0.png").unlink()
+    (image / "1_seed_7.png").write_bytes(good[image / "1_seed_7.png"][:200])
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(label / "3.png")
+    Image.fromarray(np.full((16, 16), 77, np.uint8)).save(label / "4.png")
+    out = tmp_path / "out"
+    assert main(flags(workspace, out, tmp_path)) == 3
+    reasons = {name: record["reason"] for name, record in read_lines(out / "failures.jsonl").items()}
+    expected = {"0": "not found", "1": "cannot be read", "3": "Expected equal sizes", "4": "ids 77"}
+    assert reasons.keys() == {f"{number}_seed_7.png" for number in expected}
+    assert all(text in reasons[f"{number}_seed_7.png"] for number, text in expected.items())
+    assert len(list(out.glob("*.png"))) == 4
+    for path, content in good.items():
+        path.write_bytes(content)
+    assert main(flags(workspace, out, tmp_path)) == 0
+    assert len(list(out.glob("*.png"))) == 8 and not (out / "failures.jsonl").exists()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_segmentors_that_do_not_fit_or_carry_code_stop_before_anything_is_written(workspace, tmp_path):
+    make_pictures(tmp_path, 2, 5, 1, "{}_seed_7")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="trained on classes"):
+        main(flags(workspace, out, tmp_path, "--classes", "mini"))
+    nameless = torch.load(workspace / "segmentor/segmentor.pth", weights_only=True)["state_dict"]
+    torch.save(nameless, tmp_path / "nameless.pth")
+    arguments = flags(workspace, out, tmp_path, "--classes", "gid24")
+    arguments[1] = str(tmp_path / "nameless.pth")
+    with pytest.raises(ValueError, match=r"it has 5 classes\. Expected the 24"):
+        main(arguments)
+    torch.save({"state_dict": nameless, "meta": Payload(tmp_path / "ran")}, tmp_path / "payload.pth")
+    arguments[1] = str(tmp_path / "payload.pth")
+    with pytest.raises(ValueError, match="nothing was run"):
+        main(arguments)
+    assert not (tmp_path / "ran").exists() and not out.exists()
+
+
+def test_a_run_of_inference_is_read_through_its_index(workspace, tmp_path):
+    items = make_pictures(tmp_path, 2, 5, 1)
+    (tmp_path / "run/images").mkdir(parents=True)
+    rows = []
+    for row, item in enumerate(items):
+        picture = Image.open(item.image).resize((24, 20))
+        picture.save(tmp_path / f"run/images/{row}_x_seed_{row}.png")
+        rows.append({"row": row, "copy": 0, "seed": row, "image": f"images/{row}_x_seed_{row}.png",
+                     "mask": f"label/{row}.png", "reference": None, "width": 24, "height": 20})  # fmt: skip
+    (tmp_path / "run/index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {"data_root": str(tmp_path), "class_table": table_of(5).to_dict(), "fingerprint": {"H": 20, "W": 24}}
+    (tmp_path / "run/run.json").write_text(json.dumps(run))
+    arguments = flags(workspace, tmp_path / "out", tmp_path)
+    place = arguments.index("--syn-img-path")
+    arguments[place : place + 4] = ["--run", str(tmp_path / "run"), "--tolerance-margin", "1e9"]
+    assert main(arguments) == 0
+    for row, item in enumerate(items):
+        expected = read_mask_at(item.mask, table_of(5), (20, 24))
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out/{row}_x_seed_{row}.png")), expected)
+    run["fingerprint"] = {"H": None, "W": None}  # painted at the size of the mask, which has changed since
+    (tmp_path / "run/run.json").write_text(json.dumps(run))
+    arguments[arguments.index("--filtered-mask-path") + 1] = str(tmp_path / "other")
+    assert main(arguments) == 3
+    (tmp_path / "label/0.png").unlink()
+    (tmp_path / "label/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="none of the masks"):
+        main(arguments)
+
+
+def test_a_full_disk_is_reported_and_nothing_is_lost(workspace, tmp_path, monkeypatch, capsys):
+    make_pictures(tmp_path, 6, 5, 1, "{}_seed_7")
+    from post_processing import filtering
+
+    write = filtering.write_atomic
+
+    def full(path, *others, **options):
+        if path.name.startswith("3"):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *others, **options)
+
+    monkeypatch.setattr(filtering, "write_atomic", full)
+    out = tmp_path / "out"
+    assert main(flags(workspace, out, tmp_path, "--num_workers", "1")) == 4
+    assert "No space left" in capsys.readouterr().err
+    assert not (out / "3_seed_7.png").exists() and (out / "0_seed_7.png").exists()
+    monkeypatch.undo()
+    assert main(flags(workspace, out, tmp_path)) == 0
+    assert len(list(out.glob("*.png"))) == 6 and not [path for path in out.iterdir() if path.name.startswith(".work")]
+
+
+@pytest.mark.parametrize("wrong", [["--shard", "2/2"], ["--batch_size", "0"], ["--tolerance-margin", "nan"],
+                                   ["--run", "x"], ["--real_txt_file", "x"]])  # fmt: skip
+def test_impossible_flags_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=wrong[0]):
+        main(flags(tmp_path, tmp_path / "out", tmp_path, *wrong))
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,251 @@
+"""The measurement of the gain: its stages, its numbers, and the whole chain on tiny nets with the real entry points."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from painting import make_workspace
+from PIL import Image
+
+from ldm.util import UserError
+from post_processing.gain_report import make_table, summarise
+from post_processing.stages import Stage, StageRunner, make_slots
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def append(file, word, code=0):
+    """Command that adds a word to a file and exits."""
+    return (sys.executable, "-c", f"open({str(file)!r}, 'a').write({word!r} + chr(10)); raise SystemExit({code})")
+
+
+def words(file):
+    return file.read_text().split() if file.exists() else []
+
+
+def test_stages_run_in_order_once_and_again_after_a_change(tmp_path):
+    log, source = tmp_path / "log", tmp_path / "source"
+    source.write_text("a")
+
+    def runner(word="b", extra=()):
+        stages = [Stage("a", (append(log, "a"),), (), (str(source),)), Stage("b", (append(log, word),), ("a",)),
+                  Stage("c", action=lambda: append_word(log, "c"), needs=("b",), settings={"k": 1}),
+                  *extra]  # fmt: skip
+        return StageRunner(stages, tmp_path / "out", make_slots(2))
+
+    def append_word(file, word):
+        file.write_text(file.read_text() + word + "\n")
+
+    runner().run(False)
+    assert words(log) == ["a", "b", "c"]
+    runner(extra=[Stage("d", (append(log, "d"),))]).run(False)
+    assert words(log) == ["a", "b", "c", "d"]
+    with pytest.raises(UserError, match="2 stages were run with other settings .b: commands was"):
+        runner("B").run(False)
+    runner("B").run(True)
+    assert words(log)[4:] == ["B", "c"]  # what depends on it too, what does not does not
+    source.write_text("A")
+    with pytest.raises(UserError, match="3 stages were run with other settings .a: inputs was"):
+        runner("B").run(False)
+
+
+def test_a_failed_stage_is_named_and_the_rest_goes_on_later(tmp_path):
+    log = tmp_path / "log"
+
+    def stages(code):
+        script = tmp_path / "script.py"
+        script.write_text(f"print('the reason'); raise SystemExit({code})")
+        return [Stage("a", (append(log, "a"),)), Stage("b", ((sys.executable, str(script)),), ("a",)),
+                Stage("c", (append(log, "c"),), ("b",))]  # fmt: skip
+
+    with pytest.raises(UserError, match=r"stage b: exit code 7 .*the reason.*log\.txt"):
+        StageRunner(stages(7), tmp_path / "out", make_slots(1)).run(False)
+    StageRunner(stages(0), tmp_path / "out", make_slots(1)).run(False)
+    assert words(log) == ["a", "c"]
+
+
+def test_shards_share_a_stage_and_slots_share_the_cores(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys\nopen(sys.argv[1] + sys.argv[-1].replace('/', '_'), 'w').write("
+                      "os.environ['OMP_NUM_THREADS'] + ' ' + os.environ['CUDA_VISIBLE_DEVICES'])")  # fmt: skip
+    slots = make_slots(2, ["3", "5"])
+    stage = Stage("a", ((sys.executable, str(script), str(tmp_path / "shard_")),), is_sharded=True)
+    StageRunner([stage], tmp_path / "out", slots).run(False)
+    found = {path.name: path.read_text().split() for path in tmp_path.glob("shard_*")}
+    assert set(found) == {"shard_0_2", "shard_1_2"} and {gpu for _, gpu in found.values()} == {"3", "5"}
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not slots[0].cores & slots[1].cores
+
+
+def test_a_signal_ends_the_processes_that_run(tmp_path):
+    script = tmp_path / "measure.py"
+    script.write_text(
+        "import signal, sys\nfrom pathlib import Path\nfrom post_processing.stages import *\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "sleep = (sys.executable, '-c', \"import os, time; print(os.getpid(), flush=True); time.sleep(60)\")\n"
+        f"StageRunner([Stage('a', (sleep,)), Stage('b', (sleep,))], Path({str(tmp_path / 'out')!r}), make_slots(1))"
+        ".run(False)\n"
+    )
+    process = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    log = tmp_path / "out/a/log.txt"
+    while not (log.exists() and log.read_text().endswith("\n") and log.read_text().count("\n") > 1):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    child = int(log.read_text().splitlines()[-1])
+    deadline = time.time() + 10
+    while Path(f"/proc/{child}/stat").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.time() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "out/b/log.txt").exists()
+
+
+def test_gains_are_paired_by_seed():
+    def score(miou, road):
+        return {"OA": 50.0, "mIoU": miou, "mAcc": 60.0, "IoU": {"road": road, "sea": 1.0}}
+
+    scores = {"real": {1: score(40.0, 30.0), 2: score(44.0, 34.0)},
+              "joint": {1: score(42.0, None), 2: score(47.0, 9.0)}}  # fmt: skip
+    summary = summarise(scores)
+    assert summary["joint"]["gain"] == (2.5, 0.71) and summary["joint"]["mIoU"] == (44.5, 3.54)
+    assert summary["real"]["gain"] is None and summary["joint"]["IoU"]["road"] is None
+    table = make_table(summary, {"real": "real", "joint": "both"}).splitlines()
+    assert table[3] == "| both | 2 | 50.00 ± 0.00 | 44.50 ± 3.54 | 60.00 ± 0.00 | +2.50 ± 0.71 | - | 1.00 ± 0.00 |"
+    assert len({line.count("|") for line in table}) == 1
+    one = summarise({arm: {1: seeds[1]} for arm, seeds in scores.items()})
+    assert one["joint"]["gain"] == (2.0, None)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A tiny random generator, and twelve pairs of 32 x 32 from six pictures, whose colours are their classes."""
+    root = make_workspace(tmp_path_factory.mktemp("gain"))
+    random = np.random.default_rng(0)
+    for folder in ("img", "label", "ref"):
+        (root / folder).mkdir()
+    rows = []
+    for number in range(12):
+        mask = np.kron(random.integers(0, 5, (2, 2)), np.ones((16, 16), int)).astype(np.uint8)
+        image = (mask[..., None] * 45 + random.integers(0, 20, (32, 32, 3))).astype(np.uint8)
+        name = f"scene{number // 2}_0000_{32 * (number % 2):04}.png"
+        Image.fromarray(mask).save(root / "label" / name)
+        Image.fromarray(image).save(root / "img" / name)
+        Image.fromarray(image[::-1]).save(root / "ref" / name)
+        rows.append({"source": f"label/{name}", "target": f"img/{name}"})
+    for name, part in (("train", rows[:8]), ("test", rows[8:]), ("val", rows[6:8])):
+        (root / f"{name}_set_items.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return root
+
+
+def in_this_process(runner, name, command, slot, log_name):
+    """Replaces StageRunner.run_command: the same entry point with the same arguments, without a new interpreter."""
+    import importlib
+
+    parts = list(command)
+    start = parts.index("-m") + 1 if "-m" in parts else next(i for i, part in enumerate(parts) if part.endswith(".py"))
+    module = parts[start].removesuffix(".py").replace("/", ".")
+    arguments = parts[start + 1 :]
+    RAN.append((module, name))
+    (runner.folder / name / log_name).write_text(" ".join(arguments))
+    code = importlib.import_module(module).main(arguments)
+    assert not code, (module, code)
+
+
+RAN: list[tuple[str, str]] = []
+
+
+def measure(workspace, outdir, *extra):
+    from scripts.measure_gain import main
+
+    RAN.clear()
+    flags = ["--class_table", "mini", "--data_root", workspace, "--references", workspace / "ref", "--ckpt",
+             workspace / "tiny.safetensors", "--outdir", outdir, "--seeds", "1", "--steps", "2", "--batch_size", "2",
+             "--num_masks", "3", "--num_per_mask", "2", "--inference_args", "--ddim_steps 2 --device cpu",
+             "--resample_args", "--valid-ratio 0 --rare none", "--train_args", "--init_backbone none",
+             "--filter_args", "--device cpu", *extra]  # fmt: skip
+    main([str(flag) for flag in flags])
+
+
+def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mmseg")
+    monkeypatch.setattr(StageRunner, "run_command", in_this_process)
+    monkeypatch.setattr("ldm.models.machine.stop_on_signals", contextlib.nullcontext)  # for main threads only
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    flags = ["--real_fraction", "0.5", "--val_txt_file", workspace / "val_set_items.json"]
+    measure(workspace, out, "--arms", "joint,pretrain", *flags, "--dry_run")
+    plan = capsys.readouterr().out
+    assert "open     joint/seed_1   after sets, resample" in plan and not out.exists()
+    halves = [line.split() for line in plan.partition("pretrain/seed_1   after")[2].splitlines()[1:3]]
+    assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
+    for flag in ("--init_from", "--train_txt_file"):
+        assert [flag in half for half in halves] == [False, True]
+    measure(workspace, out, "--arms", "joint,unfiltered", *flags)
+
+    real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
+    paint = [json.loads(line) for line in (out / "sets/synthesis.json").read_text().splitlines()]
+    scenes = {Path(row["target"]).name.split("_")[0] for row in real}
+    assert len(real) == 4 and len(scenes) == 2  # whole pictures
+    assert len(paint) == 6 and {row["source"] for row in paint} <= {row["source"] for row in real}
+    assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
+    assert len(list((out / "unfiltered/images").iterdir())) == 6
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["summary"]) == ["real", "joint", "unfiltered"]
+    for arm in results["summary"]:
+        score = results["scores"][arm]["1"]
+        assert score["images"] == 4 and score["mIoU"] == pytest.approx(
+            np.mean([value for value in score["IoU"].values() if value is not None]), abs=0.02)  # fmt: skip
+        config = json.loads((out / arm / "seed_1/config.json").read_text())
+        assert config["train_cfg"]["max_iters"] == 2
+    page = (out / "report.html").read_text()
+    assert "<svg" in page and "data:image/png" in page and "validation mIoU" in page
+    trained = [name for module, name in RAN if module == "scripts.train_segmentor"]
+    assert sorted(trained) == ["joint/seed_1", "real/seed_1", "unfiltered/seed_1"]
+
+    measure(workspace, out, "--arms", "joint,cutmix", *flags)  # goes on: only what is new runs
+    assert {name for _, name in RAN} == {"cutmix/seed_1"}
+    assert list(json.loads((out / "results.json").read_text())["summary"]) == ["real", "joint", "cutmix"]
+    with pytest.raises(UserError, match="were run with other settings"):
+        measure(workspace, out, "--arms", "joint", *flags, "--steps", "5")
+
+
+def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
+    with pytest.raises(UserError, match="--real_fraction 0.0.*--references nowhere: not found"):
+        measure(workspace, tmp_path / "out", "--real_fraction", "0", "--references", "nowhere")
+    with pytest.raises(SystemExit):
+        measure(workspace, tmp_path / "out", "--arms", "magic")
+    with pytest.raises(UserError, match="does not lie below --data_root"):
+        (tmp_path / "elsewhere").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/a.png")
+        measure(workspace, tmp_path / "out", "--references", tmp_path / "elsewhere")
+
+
+def test_masks_with_rare_classes_are_preferred(tmp_path):
+    from ldm.data.classes import ClassTable
+    from ldm.data.manifest import Row
+    from scripts.measure_gain import choose_masks
+
+    rows = []
+    for number in range(100):
+        mask = np.full((8, 8), 4 if number < 10 else 255 if number < 20 else 1, np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+        rows.append(Row(number, number + 1, tmp_path / f"{number}.png", None, "", None, f"{number}.png"))
+    table = ClassTable.load("mini")
+    drawn = {balance: choose_masks(rows, table, 20, balance) for balance in (0, 1)}
+    rare = {balance: sum(place < 10 for place in chosen) for balance, (_, chosen) in drawn.items()}
+    assert rare[0] < 6 and rare[1] > 6  # of 10; 20 of 90 masks are drawn
+    assert all(not 10 <= place < 20 for _, chosen in drawn.values() for place in chosen)  # nothing to paint there
+    for number in range(20, 25):
+        mask = np.kron([[1, 2], [3, 4]], np.ones((4, 4), int)).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"{number}.png")
+    assert sum(20 <= place < 25 for place in choose_masks(rows, table, 20, 0.5)[1]) > 3  # by chance it is 1
+    assert drawn[0][0][0] == "a satellite image of water"
+    assert len(choose_masks(rows, table, None, 1)[1]) == 90
