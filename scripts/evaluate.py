@@ -3,8 +3,8 @@
 `mask_following` judges the pictures with a segmentor trained on real tiles, between a ceiling (the same segmentor on
 real test tiles) and a floor (the pictures against masks that are not theirs). `reference_following` compares colour
 statistics of pictures painted for the same masks in the look of two sets of references. `consistency` is the gate for
-faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. All write
-results.json and results.md.
+faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. `distribution`
+(FID, KID) and `diversity` (LPIPS) are in evaluate_images.py. All write results.json and results.md.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.util import UserError, run_entry_point  # noqa: E402
+from scripts.evaluate_images import add_commands  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     references.add_argument("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
     references.set_defaults(measure=measure_reference_following)
+    add_commands(commands, style)
     return parser
 
 
@@ -108,7 +110,7 @@ def choose_device(name: str) -> "torch.device":
 def main(argv: list[str] | None = None) -> None:
     """Measure and write results.json and results.md."""
     args = build_parser().parse_args(argv)
-    for flag in ("batch_size", "num_threads", "shuffles", "draws"):
+    for flag in ("batch_size", "num_threads", "shuffles", "draws", "subsets"):
         if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least 1.")
     results, table = args.measure(args)
