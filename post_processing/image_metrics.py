@@ -72,15 +72,17 @@ def kernel_distance(
     Args:
         features, other: (N, D) and (M, D).
         subsets: number of draws.
-        subset_size: rows drawn from each set without replacement, at most as many as the smaller one has.
+        subset_size: rows drawn from each set without replacement; at most half of the smaller set, for draws of all
+            of its rows would have no spread.
         seed: seed of the draws.
 
     Raises:
         ValueError: for sets of fewer than two rows.
     """
-    size = min(subset_size, len(features), len(other))
-    if size < 2:
-        raise ValueError(f"KID: subsets of {size} images. Expected two or more.")
+    smaller = min(len(features), len(other))
+    if smaller < 2:
+        raise ValueError(f"KID: a set of {smaller} images. Expected two or more.")
+    size = min(subset_size, max(smaller // 2, 2))
     rng = np.random.default_rng(seed)
     values = [
         squared_discrepancy(*(rows[rng.choice(len(rows), size, replace=False)] for rows in (features, other)))
@@ -92,12 +94,12 @@ def kernel_distance(
 def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **draws: int) -> dict[str, Any]:
     """FID and KID between real and synthesized images, with the distance of two halves of the real ones as floor.
 
-    FID grows as sets get smaller, so the floor has a partner at its own size: one half of the real images against as
-    many synthesized ones.
+    FID grows as sets get smaller, so the floor has a partner at its own size: a part of the real images against as many
+    synthesized ones, and against as many other real ones.
 
     Args:
         real, synthesized: features, (N, D) and (M, D).
-        seed: seed of the halves and the draws.
+        seed: seed of the parts and the draws.
         draws: subsets and subset_size, see kernel_distance.
 
     Returns:
@@ -110,14 +112,15 @@ def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **dra
         raise ValueError(f"FID: {len(real)} real and {len(synthesized)} synthesized images. Expected 4 and 2 or more.")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(real))
-    half, rest = real[order[: len(real) // 2]], real[order[len(real) // 2 :]]
-    part = synthesized[rng.permutation(len(synthesized))[: len(rest)]]
+    size = min(len(real) // 2, len(synthesized))
+    part, rest = real[order[:size]], real[order[size : 2 * size]]
+    drawn = synthesized[rng.permutation(len(synthesized))[:size]]
 
     def compare(one: np.ndarray, two: np.ndarray) -> dict[str, Any]:
         kid, deviation = kernel_distance(one, two, seed=seed, **draws)
         return {"fid": frechet_distance(one, two), "kid": kid, "kid_sd": deviation, "images": [len(one), len(two)]}
 
-    return {"all": compare(real, synthesized), "same_size": compare(half, part), "floor": compare(half, rest)}
+    return {"all": compare(real, synthesized), "same_size": compare(part, drawn), "floor": compare(part, rest)}
 
 
 def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:

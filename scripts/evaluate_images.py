@@ -26,8 +26,8 @@ def add_commands(commands: Any, style: dict[str, Any]) -> None:
     network.add_argument("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="features of a segmentor instead")
     network.add_argument("--vgg", help="file of scripts/convert_lpips.py: features of ImageNet's VGG16 instead")
     sets.add_argument("--subsets", type=int, default=100, help="subsets that KID is the mean of")
-    sets.add_argument("--subset_size", type=int, default=1000, help="images in each, at most as many as there are")
-    sets.add_argument("--seed", type=int, default=0, help="seed of subsets and halves")
+    sets.add_argument("--subset_size", type=int, default=1000, help="images in each, at most half of the smaller set")
+    sets.add_argument("--seed", type=int, default=0, help="seed of subsets and parts")
     sets.set_defaults(measure=measure_distribution)
 
     diversity = commands.add_parser("diversity", help="LPIPS between samples of one mask and reference", **style)
@@ -108,8 +108,8 @@ def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]
 def distribution_table(results: dict[str, Any]) -> str:
     """Markdown text of distribution."""
     lines = ["| sets | images | FID | KID x 1000 (sd of subsets) |", "|---|---|---|---|"]
-    for key, label in (("all", "real, synthesized"), ("same_size", "half of the real, as many synthesized"),
-                       ("floor", "half of the real, the other half (floor)")):  # fmt: skip
+    for key, label in (("all", "real, synthesized"), ("same_size", "part of the real, as many synthesized"),
+                       ("floor", "part of the real, as many other real (floor)")):  # fmt: skip
         row = results[key]
         lines.append(f"| {label} | {row['images'][0]}, {row['images'][1]} | {row['fid']:.3f} "
                      f"| {1000 * row['kid']:.3f} ({1000 * row['kid_sd']:.3f}) |")  # fmt: skip

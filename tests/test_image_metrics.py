@@ -44,8 +44,8 @@ def test_kid_equals_torchmetrics():
     a, b = sets(30, 30)
     expected = kid.poly_mmd(torch.from_numpy(a), torch.from_numpy(b))
     assert squared_discrepancy(a, b) == pytest.approx(float(expected), rel=1e-6)
-    mean, deviation = kernel_distance(a, b, subsets=4, subset_size=1000)  # subsets of all rows: no spread
-    assert (mean, deviation) == (pytest.approx(float(expected), rel=1e-6), pytest.approx(0, abs=1e-6))
+    mean, deviation = kernel_distance(a, b, subsets=2000, subset_size=1000)  # of 15 rows: half of all
+    assert abs(mean - float(expected)) < 4 * deviation / 2000**0.5 and deviation > 0
 
 
 def test_kid_of_equal_distributions_is_unbiased():
