@@ -101,6 +101,7 @@ def read_coco(
         FileNotFoundError: if there is no such file.
         UserError: listing every annotation that cannot be read.
     """
+    coco_masks()  # one message if it is missing, not one an annotation
     content = read_json(path)
     if isinstance(content, list):
         if truth is None:
