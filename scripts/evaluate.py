@@ -4,7 +4,8 @@
 real test tiles) and a floor (the pictures against masks that are not theirs). `reference_following` compares colour
 statistics of pictures painted for the same masks in the look of two sets of references. `consistency` is the gate for
 faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. `segmentor`
-scores a segmentor on real test tiles. All write results.json and results.md.
+scores a segmentor on real test tiles. `distribution` (FID, KID) and `diversity` (LPIPS) are in evaluate_images.py. All
+write results.json and results.md.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.util import UserError, run_entry_point  # noqa: E402
+from scripts.evaluate_images import add_commands  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,19 +88,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     references.add_argument("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
     references.set_defaults(measure=measure_reference_following)
+<<<<<<< HEAD
 
     segmentor = commands.add_parser("segmentor", help="OA, mIoU, mAcc and IoU of every class on real tiles", **style)
     segmentor.add_argument("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="which one")
     segmentor.add_argument("--real", required=True, help="manifest of real test tiles")
     segmentor.add_argument("--real_root", help="where the paths of --real start; default: its folder")
     segmentor.set_defaults(measure=measure_segmentor, run=None)
+=======
+    add_commands(commands, style)
+>>>>>>> buildings
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and write results.json and results.md."""
     args = build_parser().parse_args(argv)
-    for flag in ("batch_size", "num_threads", "shuffles", "draws"):
+    for flag in ("batch_size", "num_threads", "shuffles", "draws", "subsets"):
         if getattr(args, flag, 1) < 1:
             raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least 1.")
     results, table = args.measure(args)

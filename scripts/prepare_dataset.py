@@ -49,13 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument_group("source").add_argument
-    add("--preset", choices=("folders", "loveda", "gid", "shared"), default="folders", help="how the source lies on "
-        "disk: folders = --images and --masks; loveda = ROOT/{Train,Val}/{Rural,Urban}/{images_png,masks_png}; gid = "
-        "large images in ROOT/image*, masks named *_label in ROOT/label* or ROOT/annotation*; shared = "
-        "ROOT/{img,label}_{train,val,test} (default: %(default)s)")
-    add("--root", type=Path, help="folder of the source, for loveda, gid and shared")
-    add("--images", type=Path, help="folder of images (folders; gid: when ROOT has several)")
-    add("--masks", type=Path, help="folder of masks with the stems of the images (folders; gid: when ROOT has several)")
+    add("--preset", choices=("folders", "loveda", "gid", "shared", "images_masks", "data_mask"), default="folders",
+        help="how the source lies on disk: folders = --images and --masks; loveda = "
+        "ROOT/{Train,Val}/{Rural,Urban}/{images_png,masks_png}; gid = large images in ROOT/image*, masks named *_label "
+        "in ROOT/label* or ROOT/annotation*; shared = ROOT/{img,label}_{train,val,test}; images_masks = ROOT/images "
+        "and ROOT/masks, or both in ROOT/{train,val,test}; data_mask = IMAGES/{train,val,test} and "
+        "MASKS/all/{train,val,test} (default: %(default)s)")
+    add("--root", type=Path, help="folder of the source, for loveda, gid, shared and images_masks")
+    add("--images", type=Path, help="folder of images (folders, data_mask; gid: when ROOT has several)")
+    add("--masks", type=Path, help="folder of masks with the stems of the images (as --images)")
     add("--image_suffix", default="", help="ending of image stems that mask stems do not have, as _RGB (default: none)")
     add("--mask_suffix", help="ending of mask stems that image stems do not have (default: none; gid: _label)")
     add("--domains", nargs="+", default=["Rural", "Urban"], help="loveda: domains to take (default: %(default)s)")
@@ -109,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other or are out of range."""
     pairs = args.pair or []
+    is_pair = args.preset in ("folders", "data_mask")
     rules = [
         (args.tile < 0, f"--tile {args.tile}: expected 0 or more"),
         ((args.stride or 1) < 1 or (args.eval_stride or 1) < 1, "--stride, --eval_stride: expected 1 or more"),
@@ -123,13 +126,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         (args.ref_dir and "folder" not in pairs, "--ref_dir: is used by --pair folder only. Add that"),
         (len(set(pairs)) < len(pairs), f"--pair {' '.join(pairs)}: expected each kind once"),
         ("none" in pairs and len(pairs) > 1, f"--pair {' '.join(pairs)}: none goes with no other kind"),
-        (args.preset == "folders" and not (args.images and args.masks), "--preset folders: needs --images and --masks"),
-        (args.preset == "folders" and args.root, "--root: is not used by --preset folders"),
-        (args.preset != "folders" and not args.root, f"--preset {args.preset}: needs --root"),
-        (args.preset in ("loveda", "shared") and (args.images or args.masks),
+        (is_pair and not (args.images and args.masks), f"--preset {args.preset}: needs --images and --masks"),
+        (is_pair and args.root, f"--root: is not used by --preset {args.preset}"),
+        (not is_pair and not args.root, f"--preset {args.preset}: needs --root"),
+        (args.preset in ("loveda", "shared", "images_masks") and (args.images or args.masks),
          f"--images, --masks: are not used by --preset {args.preset}"),
         (args.bands and min(args.bands) < 0, f"--bands {args.bands}: expected three numbers from 0"),
-        (args.preset in ("folders", "gid") and not args.classes, "--classes: expected a class table of the masks"),
+        (args.preset not in ("loveda", "shared") and not args.classes, "--classes: expected the table of the masks"),
     ]
     wrong = [text for is_wrong, text in rules if is_wrong]
     for flag, pattern in (("--group_regex", args.group_regex), ("--offset_regex", args.offset_regex)):
@@ -166,10 +169,23 @@ def list_folders(args: argparse.Namespace) -> list[tuple[str, Path, Path]]:
     if args.preset == "loveda":
         return [(split, root / part / domain / "images_png", root / part / domain / "masks_png")
                 for split, part in (("train", "Train"), ("val", "Val")) for domain in args.domains]
-    found = [(split, root / f"img_{split}", root / f"label_{split}") for split in SPLITS
-             if (root / f"img_{split}").exists() or (root / f"label_{split}").exists()]
+    if args.preset == "images_masks" and (root / "images").is_dir():
+        return [("train", root / "images", root / "masks")]
+    layout = {"shared": ("img_{}", "label_{}"), "images_masks": ("{}/images", "{}/masks"),
+              "data_mask": ("{}", "all/{}")}[args.preset]
+    roots = (args.images, args.masks) if args.preset == "data_mask" else (root, root)
+    found = [(split, *(folder / name.format(split) for folder, name in zip(roots, layout, strict=True)))
+             for split in SPLITS]
+    if args.preset == "data_mask":  # masks alone, to sample from, are common there
+        for _, images, masks in found:
+            if masks.exists() and not images.exists():
+                print(f"{masks}: left out, there are no images in {images}")
+        found = [row for row in found if row[1].exists()]
+    found = [row for row in found if row[1].exists() or row[2].exists()]
     if not found:
-        raise UserError(f"--root {root}: none of img_train, img_val, img_test with its label_* folder. Check the path.")
+        names = " and ".join(str(folder / name.format("train")) for folder, name in zip(roots, layout, strict=True))
+        raise UserError(f"--preset {args.preset}: neither train nor val nor test is there. Expected {names}. Check the "
+                        "path.")
     return found
 
 

@@ -257,3 +257,31 @@ def test_merge_rewrites_paths_below_one_root(source: Path, table: str, tmp_path:
     with pytest.raises(FileExistsError):
         main(arguments)
     main([*arguments, "--overwrite"])
+
+
+def test_folders_of_the_pixel_space_generators(tmp_path: Path, table: str):
+    for split in ("train", "test"):
+        for place in range(2):
+            name = f"{split}{place}"
+            write_pair(tmp_path / f"a/{split}/images", tmp_path / f"a/{split}/masks", name, place, size=32)
+            write_pair(tmp_path / f"b/{split}", tmp_path / f"c/all/{split}", name, place, size=32, ext=".jpg")
+    write_pair(tmp_path / "unused", tmp_path / "c/all/val", "v", 0)  # masks to sample from, without images
+    flags = ["--classes", table, "--tile", "0", "--val_fraction", "0"]
+    main(["--preset", "images_masks", "--root", str(tmp_path / "a"), "--out", str(tmp_path / "one"), *flags])
+    pair = ["--preset", "data_mask", "--images", str(tmp_path / "b"), "--masks", str(tmp_path / "c")]
+    main([*pair, "--out", str(tmp_path / "two"), *flags])
+    for out in ("one", "two"):
+        for split in ("train", "test"):
+            rows = read_rows(tmp_path / out / f"{split}_set_items.json")
+            assert [row["source"] for row in rows] == [f"label_{split}/{split}{place}.png" for place in range(2)]
+            original = tmp_path / f"c/all/{split}/{split}1.png"
+            assert (tmp_path / out / rows[1]["source"]).is_file()
+            written = read_mask(tmp_path / out / rows[1]["source"], ClassTable.load(TABLE))
+            assert (written == np.asarray(Image.open(original))).all()
+    mask = tmp_path / "c/all/train/train0.png"
+    Image.open(mask).save(mask.with_suffix(".jpg"), quality=100)
+    mask.unlink()
+    with pytest.raises(UserError, match="a JPEG mask. JPEG changes pixel values"):
+        main([*pair, "--out", str(tmp_path / "three"), *flags])
+    with pytest.raises(UserError, match="neither train nor val nor test"):
+        main(["--preset", "images_masks", "--root", str(tmp_path / "b"), "--out", str(tmp_path / "four"), *flags])

@@ -1,0 +1,232 @@
+r"""Building annotations to masks and back, label files of synthetic pairs for detectors, and F1 of predicted buildings.
+
+    python scripts/convert_buildings.py coco_to_masks --coco train.json --out data/buildings
+    python scripts/convert_buildings.py export --run outputs/mine --instances data/buildings/instances --out data/yolo
+    python scripts/convert_buildings.py score --truth val.json --predicted results.json
+
+`coco_to_masks` writes masks/ (class ids), instances/0/, 1/, ... (see post_processing/buildings.py) and classes.yaml.
+`export` writes annotations.json (COCO), and for pairs of images and masks images/, labels/ and data.yaml (YOLO-seg).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
+
+from ldm.data.classes import ClassTable, read_mask, read_raw_mask  # noqa: E402
+from ldm.data.manifest import read_manifest  # noqa: E402
+from ldm.util import UserError, run_entry_point  # noqa: E402
+from post_processing.buildings import (  # noqa: E402
+    Scene,
+    find_class,
+    find_components,
+    from_layers,
+    read_coco,
+    score_instances,
+    to_coco,
+    to_layers,
+    yolo_lines,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of convert_buildings.py."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    classes = argparse.ArgumentParser(add_help=False)
+    classes.add_argument("--classes", help="class table of the masks (default: export --run: that of the run; else "
+                         "oam_building)")  # fmt: skip
+    classes.add_argument("--building", default="building", help="its class of buildings (default: %(default)s)")
+    classes.add_argument("--out", type=Path, required=True, help="output folder; must not exist or be empty")
+
+    masks = commands.add_parser("coco_to_masks", parents=[common, classes], help="COCO annotations to masks")
+    masks.add_argument("--coco", type=Path, required=True, help="COCO file")
+    masks.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
+                       "one)")  # fmt: skip
+    masks.add_argument("--background", default="background", help="class of all other pixels, or `ignore` (default: "
+                       "%(default)s)")  # fmt: skip
+    masks.set_defaults(run_command=coco_to_masks)
+
+    export = commands.add_parser("export", parents=[common, classes], help="masks or pairs to COCO and YOLO-seg")
+    export.add_argument("--run", dest="run_folder", type=Path, help="--outdir of inference.py")
+    export.add_argument("--txt_file", type=Path, help="manifest of pairs (source, target), as filtered and resampled")
+    export.add_argument("--masks", type=Path, help="folder of masks without images: COCO only")
+    export.add_argument("--data_root", type=Path, help="where the paths of the run's masks or of the manifest start "
+                        "(default: as noted in the run; the folder of the manifest)")  # fmt: skip
+    export.add_argument("--instances", type=Path, help="instances/ of coco_to_masks, by stems of masks: keeps "
+                        "touching buildings apart (default: connected regions of the masks)")  # fmt: skip
+    export.add_argument("--min_area", type=int, default=1, help="smallest connected region in pixels (default: "
+                        "%(default)s)")  # fmt: skip
+    export.set_defaults(run_command=export_pairs)
+
+    score = commands.add_parser("score", parents=[common], help="F1 of predicted instances")
+    score.add_argument("--truth", type=Path, required=True, help="COCO file")
+    score.add_argument("--predicted", type=Path, required=True, help="COCO file, or a COCO list of results")
+    score.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
+                       "one)")  # fmt: skip
+    score.add_argument("--iou", type=float, default=0.5, help="IoU from which a prediction is right (default: "
+                       "%(default)s)")  # fmt: skip
+    score.set_defaults(run_command=score_predictions)
+    return parser
+
+
+def prepare_out(out: Path) -> None:
+    """Make the output folder; FileExistsError if something is in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out {out}: exists and is not empty. Choose a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def check_stems(names: Sequence[str]) -> None:
+    """UserError if two files would be written under one name."""
+    stems = [Path(name).stem for name in names]
+    doubled = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
+    if doubled:
+        raise UserError(f"{len(doubled)} stems are used by more than one image ({', '.join(doubled[:3])}). Expected "
+                        "one each. Rename the files.")  # fmt: skip
+
+
+def coco_to_masks(args: argparse.Namespace) -> dict[str, Any]:
+    """Write class masks and instance layers of a COCO file; returns the counts."""
+    table = ClassTable.load(args.classes or "oam_building").without_source_ids()
+    building = find_class(table, args.building, "--building")
+    background = find_class(table, args.background, "--background")
+    scenes = list(read_coco(args.coco, args.categories).values())
+    check_stems([scene.file_name for scene in scenes])
+    prepare_out(args.out)
+    (args.out / "masks").mkdir()
+    summary = {"images": len(scenes), "empty_images": 0, "instances": 0, "without_a_pixel": 0, "layers": 0}
+    for scene in tqdm(scenes, disable=None):
+        name = f"{Path(scene.file_name).stem}.png"
+        layers = to_layers(scene)
+        mask = np.where(np.any(layers, axis=0), building, background).astype(np.uint8)
+        Image.fromarray(mask).save(args.out / "masks" / name)
+        for number, layer in enumerate(layers):
+            folder = args.out / "instances" / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(layer).save(folder / name)
+        summary["instances"] += len(scene.instances)
+        summary["empty_images"] += not scene.instances
+        summary["layers"] = max(summary["layers"], len(layers))
+        drawn = sum(not one.is_crowd for one in from_layers(layers))
+        summary["without_a_pixel"] += sum(not one.is_crowd for one in scene.instances) - drawn
+    text = yaml.safe_dump(table.to_dict(), sort_keys=False)
+    (args.out / "classes.yaml").write_text(text, encoding="utf-8")
+    return summary
+
+
+def collect_pairs(args: argparse.Namespace) -> tuple[list[tuple[Path | None, Path]], ClassTable]:
+    """(image, mask) files to export, each once, and the class table of the masks."""
+    from post_processing.run_index import read_run
+
+    sources = [flag for flag in ("run_folder", "txt_file", "masks") if getattr(args, flag)]
+    if len(sources) != 1:
+        raise UserError(f"export: {len(sources)} sources. Expected one of --run, --txt_file and --masks.")
+    table = ClassTable.load(args.classes or "oam_building")
+    if args.run_folder:
+        samples, run = read_run(args.run_folder, args.data_root)
+        if not args.classes and run.get("class_table"):
+            table = ClassTable.load(run["class_table"])
+        pairs = [(sample.image, sample.mask) for sample in samples]
+    elif args.txt_file:
+        root = args.data_root or args.txt_file.parent
+        pairs = [(row.image, row.mask) for row in read_manifest(args.txt_file, root, need=("image",), table=table)]
+    elif args.masks.is_dir():
+        pairs = [(None, path) for path in sorted(args.masks.glob("*.png"))]
+    else:
+        raise FileNotFoundError(f"--masks: folder not found: {args.masks}. Check the path.")
+    if not pairs:
+        raise UserError(f"--masks {args.masks}: no .png files. Expected masks. Check the path.")
+    return list(dict.fromkeys(pairs)), table
+
+
+def read_instance_layers(folder: Path, stem: str) -> list[np.ndarray]:
+    """Instance layers of a mask by its stem; FileNotFoundError if there are none."""
+    paths = sorted(folder.glob("*/"), key=lambda path: path.name.zfill(9))
+    layers = [read_raw_mask(path / f"{stem}.png") for path in paths if (path / f"{stem}.png").is_file()]
+    if not layers:
+        raise FileNotFoundError(f"--instances: no {stem}.png in {folder}/0. Expected instances/ of coco_to_masks.")
+    return layers
+
+
+def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bring an integer array (h, w) to a size (height, width) as inference.py does with masks."""
+    if values.shape == tuple(size):
+        return values
+    picture = Image.fromarray(values.astype(np.int32))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def read_scene(image: Path | None, mask: Path, table: ClassTable, args: argparse.Namespace) -> Scene:
+    """Buildings of a pair, at the size of its image."""
+    values = read_mask(mask, table)
+    size = values.shape
+    if image is not None:
+        with Image.open(image) as picture:
+            size = (picture.height, picture.width)
+    inside = resize_nearest(values, size) == find_class(table, args.building, "--building")
+    if args.instances:
+        layers = [resize_nearest(layer, size) for layer in read_instance_layers(args.instances, mask.stem)]
+        found = from_layers(layers, inside)
+    else:
+        found = find_components(inside, args.min_area)
+    return Scene((image or mask).name, size, found)
+
+
+def export_pairs(args: argparse.Namespace) -> dict[str, Any]:
+    """Write annotations.json and, for pairs, images/, labels/ and data.yaml; returns the counts."""
+    pairs, table = collect_pairs(args)
+    check_stems([(image or mask).name for image, mask in pairs])
+    prepare_out(args.out)
+    scenes = [read_scene(image, mask, table, args) for image, mask in tqdm(pairs, disable=None)]
+    if pairs[0][0] is not None:
+        for folder in ("images", "labels"):
+            (args.out / folder).mkdir()
+        for (image, _), scene in zip(pairs, scenes, strict=True):
+            place_file(image, args.out / "images" / image.name)
+            text = "".join(f"{line}\n" for line in yolo_lines(scene))  # an empty file: an image without buildings
+            (args.out / "labels" / f"{image.stem}.txt").write_text(text, encoding="utf-8")
+        content = {"path": str(args.out.resolve()), "train": "images", "val": "images", "names": {0: args.building}}
+        (args.out / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (args.out / "annotations.json").write_text(json.dumps(to_coco(scenes, args.building)), encoding="utf-8")
+    return {"images": len(scenes), "empty_images": sum(not scene.instances for scene in scenes),
+            "instances": sum(len(scene.instances) for scene in scenes)}  # fmt: skip
+
+
+def place_file(source: Path, target: Path) -> None:
+    """Link a file to a second place, or copy it where links are not possible."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def score_predictions(args: argparse.Namespace) -> dict[str, Any]:
+    """F1, precision, recall and counts (see score_instances)."""
+    if not 0 < args.iou <= 1:
+        raise UserError(f"--iou {args.iou}: expected a number above 0, up to 1.")
+    truth = read_coco(args.truth, args.categories)
+    return score_instances(truth, read_coco(args.predicted, args.categories, truth=args.truth), args.iou)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and print what it counted, as JSON."""
+    args = build_parser().parse_args(argv)
+    print(json.dumps(args.run_command(args), indent=1))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

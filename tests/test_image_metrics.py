@@ -1,0 +1,139 @@
+"""FID, KID and diversity against independent implementations and cases worked out by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm.models.perceptual import VGG16
+from ldm.util import UserError
+from post_processing.image_metrics import compare_sets, frechet_distance, kernel_distance, squared_discrepancy
+from post_processing.inception import InceptionFeatures
+from scripts.evaluate import main
+
+
+def sets(rows: int, others: int, columns: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(columns, columns))
+    return rng.normal(size=(rows, columns)) @ mix, rng.normal(size=(others, columns)) + 0.3
+
+
+@pytest.mark.parametrize(("rows", "others"), [(200, 300), (200, 7), (5, 6)])  # more and fewer images than features
+def test_fid_equals_the_root_of_the_matrix_product(rows: int, others: int):
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = sets(rows, others)
+    one, two = np.cov(a.T), np.cov(b.T)
+    # the root of singular covariances is inexact; a little on the diagonal is what others add, too
+    root = linalg.sqrtm((one + 1e-9 * np.eye(12)) @ (two + 1e-9 * np.eye(12)))
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(one + two - 2 * root.real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_fid_of_two_gaussians_on_a_line():
+    a = np.array([[-1.0], [1.0]])  # variance 2
+    assert frechet_distance(a, 3 * a + 5) == pytest.approx(25 + (18**0.5 - 2**0.5) ** 2)
+
+
+def test_kid_equals_torchmetrics():
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    a, b = sets(30, 30)
+    expected = kid.poly_mmd(torch.from_numpy(a), torch.from_numpy(b))
+    assert squared_discrepancy(a, b) == pytest.approx(float(expected), rel=1e-6)
+    mean, deviation = kernel_distance(a, b, subsets=2000, subset_size=1000)  # of 15 rows: half of all
+    assert abs(mean - float(expected)) < 4 * deviation / 2000**0.5 and deviation > 0
+
+
+def test_kid_of_equal_distributions_is_unbiased():
+    a, b = np.random.default_rng(1).normal(size=(2, 400, 8))
+    mean, _ = kernel_distance(a, b, subsets=400, subset_size=20)
+    assert abs(mean) < 0.02 < kernel_distance(a, b + 0.5, subsets=400, subset_size=20)[0]
+
+
+def test_floor_is_far_below_another_distribution():
+    rng = np.random.default_rng(2)
+    real, other = rng.normal(size=(40, 6)), rng.normal(size=(30, 6)) + 2
+    results = compare_sets(real, other, subsets=10)
+    assert [results[key]["images"] for key in ("all", "same_size", "floor")] == [[40, 30], [20, 20], [20, 20]]
+    assert results["floor"]["fid"] < 3 < 20 < results["same_size"]["fid"]
+    with pytest.raises(ValueError, match="3 real"):
+        compare_sets(real[:3], other)
+
+
+def test_inception_has_the_layout_of_the_published_file(tmp_path: Path):
+    with torch.device("meta"):
+        names = InceptionFeatures().state_dict()
+    assert sum(t.numel() for n, t in names.items() if n.endswith(("weight", "bias"))) == 21_785_568  # fc not counted
+    shapes = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
+              "Mixed_6a.branch3x3dbl_3.bn.running_var": (96,), "Mixed_6c.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
+              "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+              "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1)}  # fmt: skip
+    assert {name: tuple(names[name].shape) for name in shapes} == shapes
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match="tensors are missing"):
+        InceptionFeatures(tmp_path / "part.pth")
+
+
+@pytest.fixture
+def vgg(tmp_path: Path) -> Path:
+    """A file as convert_lpips.py writes it, with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    widths = [3, *(w for w in VGG16 if w != "pool")]
+    tensors = {}
+    for i in range(13):
+        scale = (2 / (9 * widths[i])) ** 0.5
+        tensors[f"convs.{i}.weight"] = torch.randn(widths[i + 1], widths[i], 3, 3, generator=generator) * scale
+        tensors[f"convs.{i}.bias"] = torch.zeros(widths[i + 1])
+    for i, width in enumerate((64, 128, 256, 512, 512)):
+        tensors[f"heads.{i}"] = torch.rand(1, width, 1, 1, generator=generator) / width
+    save_file(tensors, tmp_path / "vgg.safetensors")
+    return tmp_path / "vgg.safetensors"
+
+
+def paint_run(root: Path, pictures: list[tuple[str, np.ndarray]]) -> Path:
+    """A run as inference.py leaves it: (mask name, image)."""
+    (root / "run/images").mkdir(parents=True)
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(root / "0.png")
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(root / "1.png")
+    lines = []
+    for number, (mask, image) in enumerate(pictures):
+        Image.fromarray(image).save(root / f"run/images/{number}.png")
+        lines.append(json.dumps({"image": f"images/{number}.png", "mask": mask, "width": 32, "height": 32}))
+    (root / "run/index.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "run/run.json").write_text(json.dumps({"data_root": str(root)}))
+    return root / "run"
+
+
+def test_distribution_and_diversity_of_a_run(tmp_path: Path, vgg: Path):
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "real").mkdir()
+    rows = []
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"real/{number}.png")
+        rows.append(json.dumps({"source": "0.png", "target": f"real/{number}.png", "prompt": "a"}))
+    (tmp_path / "real.json").write_text("\n".join(rows) + "\n")
+    dark = images // 4
+    run = paint_run(tmp_path, [("0.png", dark[0]), ("0.png", dark[0]), ("1.png", dark[1]), ("1.png", dark[2])])
+    flags = ["--run", str(run), "--device", "cpu", "--vgg", str(vgg)]
+    main(["distribution", *flags, "--real", str(tmp_path / "real.json"), "--subsets", "5"])
+    results = json.loads((run / "distribution/results.json").read_text())
+    assert results["same_size"]["images"] == [3, 3] and results["all"]["fid"] > 2 * results["floor"]["fid"]
+    text = (run / "distribution/results.md").read_text()
+    assert "not the published FID" in text and "FID of 4 images in 512 features" in text
+
+    main(["diversity", *flags])
+    results = json.loads((run / "diversity/results.json").read_text())
+    from ldm.models.perceptual import PerceptualLoss
+
+    one, two = (torch.from_numpy(dark[n].copy()).permute(2, 0, 1)[None] / 127.5 - 1 for n in (1, 2))
+    expected = PerceptualLoss(vgg)(one, two).item() / 2  # the mean of two masks, the first of which has equal samples
+    assert results["lpips"] == pytest.approx(expected, rel=1e-5) and results["lpips"] > 0
+    assert (results["groups"], results["pairs"]) == (2, 2)
+    single = paint_run(tmp_path / "single", [("0.png", dark[0])])
+    with pytest.raises(UserError, match="--num_per_mask"):
+        main(["diversity", "--run", str(single), "--device", "cpu", "--vgg", str(vgg)])
