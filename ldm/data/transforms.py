@@ -10,13 +10,13 @@ from torch import Tensor
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 
-HINT_MODES = ("rgb_id", "palette", "one_hot")
+HINT_MODES = ("rgb_id", "palette", "one_hot", "single255")
 
 
 def hint_channels(mode: str, table: ClassTable) -> int:
     """Number of channels of a hint in the given mode (see encode_mask); UserError for an unknown mode."""
     check_hint_mode(mode)
-    return table.num_classes if mode == "one_hot" else 3
+    return {"one_hot": table.num_classes, "single255": 1}.get(mode, 3)
 
 
 def check_hint_mode(mode: str) -> None:
@@ -30,7 +30,8 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
 
     Args:
         mask: (B, H, W) int64, 0..K-1 or 255 = ignore.
-        mode: `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
+        mode: `single255`: id / 255 in one channel, ignore = 0 (published weights of segmentation-guided diffusion);
+            `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
             `palette`: the table's colours / 255, ignore = the table's ignore colour (black, all zero, by default);
             `one_hot`: K channels, ignore = all zero.
         table: gives K and the colours.
@@ -43,6 +44,8 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
     check_hint_mode(mode)
     if mask.ndim != 3 or mask.dtype != torch.int64:
         raise ValueError(f"encode_mask: mask is {tuple(mask.shape)} {mask.dtype}. Expected (B, H, W) int64.")
+    if mode == "single255":
+        return (mask.masked_fill(mask == 255, 0).float() / 255)[:, None]  # (B, 1, H, W)
     if mode == "rgb_id":
         return (mask.float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
     if mode == "palette":
@@ -50,6 +53,23 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         return palette[mask].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, 3, H, W)
     ids = torch.arange(table.num_classes, device=mask.device)[None, :, None, None]
     return (mask[:, None] == ids).float()  # (B, K, H, W)
+
+
+def draw_edges(ids: Tensor) -> Tensor:
+    """Mark both sides of every border between two ids.
+
+    Args:
+        ids: (B, H, W) int64, classes or objects.
+    Returns:
+        (B, 1, H, W) float32: 1 where one of the four neighbours has another id, else 0.
+    """
+    edges = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    across, down = ids[:, :, 1:] != ids[:, :, :-1], ids[:, 1:] != ids[:, :-1]
+    edges[:, :, 1:] |= across
+    edges[:, :, :-1] |= across
+    edges[:, 1:] |= down
+    edges[:, :-1] |= down
+    return edges[:, None].float()
 
 
 def normalize_batch(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
