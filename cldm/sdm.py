@@ -32,7 +32,7 @@ class SDM(PixelDiffusion):
                  spade_hidden: int = 128, norm_groups: int = 32, **pixel: Any) -> None:
         super().__init__(class_table, **{"guidance_scale": 1.5, **pixel})
         if self.prediction_type != "epsilon":
-            raise ValueError(f"SDM: prediction_type {self.prediction_type!r}. Expected epsilon, which its bound is for.")
+            raise ValueError(f"SDM: prediction_type {self.prediction_type!r}. Expected epsilon: its bound wants it.")
         self.model.diffusion_model = UNet(
             in_channels=self.image_channels, out_channels=2 * self.image_channels,
             parts=spade_parts(self.hint_channels, spade_hidden, head_dim), **unet)

@@ -24,6 +24,9 @@ class AutoencoderMethod(nn.Module):
             convolutional, and small windows give more variety for the same time.
     """
 
+    takes = ()
+    image_channels = 3
+
     def __init__(self, autoencoder: Mapping[str, Any], perceptual_weights: str | None = None,
                  perceptual_weight: float = 1.0, kl_weight: float = 1e-6, chroma_gain: float = 1.0,
                  crop: int | None = None) -> None:

@@ -147,14 +147,14 @@ class DiffusionMethod(nn.Module):
         return loss, parts
 
     @torch.no_grad()
-    def sample(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling = MODES["exact"],
+    def sample(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
                draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
         """Paint images.
 
         Args:
             batch: what `conditions` needs, after normalize_batch.
             noise: (B, *noise_shape) standard normal; decides the result together with the conditions.
-            sampling: solver, steps, guidance and savings.
+            sampling: solver, steps, guidance and savings; None = the method's own.
             draw: fresh noise for ddpm and for eta > 0, see ddim_sample.
         Returns:
             Images (B, image_channels, H, W) float32 in [-1, 1].
@@ -165,10 +165,10 @@ class DiffusionMethod(nn.Module):
         return torch.where(image.isfinite(), image, torch.nan).clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def sample_latent(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling = MODES["exact"],
+    def sample_latent(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
                       draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
         """Latents of images, (B, C, h, w) float32; arguments as for `sample`."""
-        conditions = self.conditions(batch)
+        conditions, sampling = self.conditions(batch), sampling or self.own_sampling
         own = self.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
         scales = [(own, None), (sampling.hint_scale, ["prompt", "mask"]), (sampling.reference_scale, ["reference"])]
         scales = [(scale, drops) for scale, drops in scales if scale != 1]

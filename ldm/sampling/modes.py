@@ -76,7 +76,8 @@ class Sampling:
         return asdict(self) | {"guidance_interval": list(self.guidance_interval)}
 
 
-# `exact` is upstream's walk, and stands for the walk that a model's config asks for. What `scripts/evaluate.py consistency` said of the others stands in README.
+# `exact` is upstream's walk, and stands for the walk that a model's config asks for. What `scripts/evaluate.py
+# consistency` said of the others stands in README.
 MODES = {
     "exact": Sampling(),
     "fast": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first"),
@@ -88,7 +89,8 @@ DEFAULT_MODE = "exact"
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Add --mode and a flag for every field of Sampling; those that are not given leave the mode as it is."""
     modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
-    group.add_argument("--mode", choices=list(MODES), default=DEFAULT_MODE, help=f"settings to start from ({modes}; exact: or as the model's config has it)")
+    group.add_argument("--mode", choices=list(MODES), default=DEFAULT_MODE,
+                       help=f"settings to start from ({modes}; exact: as the model's config has it, else as said)")
 
     def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
         options |= {} if kind is None else {"type": kind}
