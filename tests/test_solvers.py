@@ -173,9 +173,9 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
 
 @pytest.mark.parametrize(
     "change",
-    [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5}, {"solver": "ddpm", "end": "first"},
-     {"spacing": "uniform", "end": "first"},
-     {"spacing": "karras"}, {"guidance_scale": 0}, {"hint_scale": float("nan")}, {"guidance_interval": (0.7, 0.1)},
+    [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5},
+     {"solver": "ddpm", "end": "first"}, {"spacing": "uniform", "end": "first"}, {"spacing": "karras"},
+     {"guidance_scale": 0}, {"hint_scale": float("nan")}, {"guidance_interval": (0.7, 0.1)},
      {"guidance_rescale": 2}, {"reuse_every": 0}],
 )  # fmt: skip
 def test_impossible_settings_are_named(change):
