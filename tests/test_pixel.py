@@ -15,6 +15,7 @@ from tiny import ROOT
 
 import inference
 import train
+from ldm.checkpoint import save_safetensors
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset, read_image
 from ldm.data.manifest import ManifestError, read_manifest
@@ -24,7 +25,7 @@ from ldm.models.pixel import erase_classes
 from ldm.models.training import learning_rate_factor
 from ldm.sampling.noise import SampleNoise
 from ldm.util import UserError, load_config, run_entry_point
-from scripts import convert_checkpoint
+from scripts import convert_checkpoint, preview
 
 MINI = ClassTable.load("mini")
 
@@ -302,6 +303,31 @@ def test_training_by_epochs_then_finetuning_then_sampling(name: str, fit: Callab
     own = paint(method, {"mask": torch.from_numpy(mask.copy()).long()[None]}, [42])[0]
     painted = np.asarray(Image.open(tmp_path / "out1/images/8_seed_42.png")).astype(int)
     assert np.abs(painted - ((own + 1) * 127.5).clamp(0, 255).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_inference_with_instances_and_bands(tmp_path: Path):
+    """Two bands go out as arrays, instance maps come in; a second run finds all done."""
+    model = config("sdm_tiny", edge="instance", image_channels=2)
+    save_safetensors(tmp_path / "model.safetensors", make("sdm_tiny", edge="instance", image_channels=2).state_dict(),
+                     OmegaConf.create({"model": model}))
+    random = np.random.default_rng(0)
+    for i in (0, 1):
+        Image.fromarray(random.integers(0, 5, (8, 12), np.uint8)).save(tmp_path / f"mask{i}.png")
+        Image.fromarray(random.integers(0, 9, (8, 12)).astype(np.uint16) + 24000).save(tmp_path / f"object{i}.png")
+    manifest = write_manifest(tmp_path, [{"source": f"mask{i}.png", "instance": f"object{i}.png"} for i in (0, 1)])
+    command = ["--ckpt", str(tmp_path / "model.safetensors"), "--data_root", str(tmp_path), "--txt_file",
+               str(manifest), "--outdir", str(tmp_path / "out"), "--num_steps", "3", "--device", "cpu", "--shard_size",
+               "1"]  # fmt: skip
+    for _ in range(2):
+        assert inference.main(command) == 0
+        arrays = {path.name: np.load(path) for path in (tmp_path / "out/images").iterdir()}
+        assert sorted(arrays) == ["mask0_seed_42.npy", "mask1_seed_43.npy"]
+        assert all(array.shape == (8, 12, 2) and array.dtype == np.uint8 for array in arrays.values())
+    preview.main([str(tmp_path / "out"), "--tile", "16"])
+    assert (tmp_path / "out/contact_sheet.png").is_file()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "object1.png")
+    with pytest.raises(ManifestError, match="line 2: instance .* is 8x8, its mask 8x12"):
+        inference.main([*command, "--outdir", str(tmp_path / "new")])
 
 
 def test_a_dataset_smaller_than_a_batch_trains(fit: Callable, tmp_path: Path):
