@@ -123,8 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program name; None = sys.argv[1:].
 
     Returns:
-        0 if all images are there; 3 if some samples failed (see failures.jsonl) or --verify found damage; 4 if the
-        output cannot be written; 130 or 143 after a signal. The same command goes on where this one ended.
+        0 if this process is done with its shards; 3 if samples failed (see failures.jsonl; --status says 3 then, too)
+        or --verify found damage; 4 if the output cannot be written; 130 or 143 after a signal. The same command goes on
+        where this one ended.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -181,9 +182,9 @@ def report(folder: Path, is_verify: bool) -> int:
     """Print the state of an output folder; returns the exit code."""
     from ldm.sampling.report import describe_run, verify_run
 
-    text, damaged = verify_run(folder) if is_verify else (describe_run(folder), 0)
+    text, bad = (verify_run if is_verify else describe_run)(folder)
     print(text)
-    return EXIT_DAMAGED if damaged else 0
+    return EXIT_DAMAGED if bad else 0
 
 
 if __name__ == "__main__":

@@ -88,22 +88,22 @@ def test_stems_and_text_are_computed_once_for_all_steps():
 
 
 def test_a_mask_that_guidance_drops_has_a_stem_of_its_own():
-    method, counts = make_method("tisynth_mini"), {}
+    method, counts = make_method("tisynth_mini", guidance_drops=("prompt", "mask")), {}
     count_calls(method.control_model.input_hint_block, counts, "hint")
     count_calls(method.ssl_stage_model.input_hint_block, counts, "reference")
     method.sample_latent(make_batch(), make_noise(method), Sampling(num_steps=2))
-    assert method.guidance_drops == ("prompt", "mask") and counts == {"hint": [3, 3], "reference": [3]}
+    assert counts == {"hint": [3, 3], "reference": [3]}
 
 
 def test_shared_control_runs_once_where_the_halves_have_the_same_condition():
     sampling, shared = Sampling(num_steps=2), Sampling(num_steps=2, share_control=True)
-    for name, expected in (("tisynth_sd15", {"mask": [3, 3], "reference": [3, 3]}),
-                           ("tisynth_mini", {"mask": [6, 6], "reference": [3, 3]})):  # fmt: skip
-        method, counts = make_method(name), {}
+    for drops, expected in ((("prompt",), {"mask": [3, 3], "reference": [3, 3]}),
+                            (("prompt", "mask"), {"mask": [6, 6], "reference": [3, 3]})):  # fmt: skip
+        method, counts = make_method("tisynth_sd15", guidance_drops=drops), {}
         count_calls(method.control_model.middle_block, counts, "mask")
         count_calls(method.ssl_stage_model.middle_block, counts, "reference")
         result = method.sample_latent(make_batch(), make_noise(method), shared)
-        assert counts == expected, name
+        assert counts == expected, drops
         plain = method.sample_latent(make_batch(), make_noise(method), sampling)
         assert not torch.equal(result, plain)  # an approximation
         same_text = make_batch([""] * 3)  # of which nothing is left when the text of both halves is the same

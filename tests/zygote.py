@@ -7,11 +7,15 @@ torch's is lost in a fork.
 import json
 import os
 import resource
+import select
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
+PATIENCE = 120  # seconds
 
 
 class Zygote:
@@ -21,36 +25,63 @@ class Zygote:
         paths = os.pathsep.join((str(TESTS.parent), str(TESTS)))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment,
             cwd=TESTS.parent,
         )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
+        assert self.answer() == "ready"
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.stdout.close()
+        self.process.kill()
+        self.process.wait()
+
+    def answer(self) -> str:
+        """Next line of the helper."""
+        assert select.select([self.process.stdout], [], [], PATIENCE)[0], "no answer"
+        return self.process.stdout.readline().decode().strip()
 
     def start(self, argv: list[str], log: Path, file_limit: int | None = None) -> int:
         """Begin a command; returns its process id. Its output goes to `log`; no file may exceed file_limit bytes."""
-        self.process.stdin.write(json.dumps([argv, str(log), file_limit]) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        log.write_text("")
+        self.process.stdin.write((json.dumps([argv, str(log), file_limit]) + "\n").encode())
+        self.pid = int(self.answer())
+        return self.pid
 
     def wait(self) -> int:
         """Exit code of the command, negative for the signal that killed it."""
-        return int(self.process.stdout.readline())
+        self.process.stdin.write(b"wait\n")
+        return int(self.answer())
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 def serve() -> None:
-    """Fork a child for every line of stdin."""
+    """Fork a child for every command on stdin, and wait for it when asked to."""
+    from painting import MODEL
+    from PIL import Image
+
     import inference
     from ldm.models import worker  # noqa: F401  imports all that a run needs
+    from ldm.models.loading import build_skeleton
     from ldm.sampling import modes  # noqa: F401
     from ldm.util import run_entry_point
 
+    build_skeleton({"model": MODEL})  # torch imports hundreds of modules at the first tensor without memory
+    Image.init()
+    pid = 0
     print("ready", flush=True)
     for line in sys.stdin:
+        if line == "wait\n":
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            continue
         argv, log, file_limit = json.loads(line)
         pid = os.fork()
         if pid == 0:
@@ -62,7 +93,6 @@ def serve() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
             run_entry_point(inference.main, argv)
         print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def make_plan(
     layout = plan_layout(settings)
     numbers = find_unfinished(settings, layout)
     rows, bad_rows = read_rows(settings, table, method, numbers, layout)
-    fingerprint = make_fingerprint(settings, config, rows, use_autocast, sampling)
+    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
     return plan
@@ -313,18 +313,27 @@ def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, numbe
     return rows, list(found.values())
 
 
-def make_fingerprint(settings: RunSettings, config: dict[str, Any], rows: Sequence[Row], use_autocast: bool,
-                     sampling: Sampling) -> dict[str, Any]:
-    """What decides the pictures; two runs may share an output folder only if they agree in it."""
+def hash_of(value: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
+                     use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
+    """What decides the pictures; two runs may share an output folder only if they agree in it.
+
+    Not part of it: what changes rounding at most (device, batch size, --compile) or nothing (processes, engine, number
+    of copies). Of the files that rows name, sizes are compared, not contents: reading a million would take hours.
+    """
     inputs = hashlib.sha256(Path(settings.txt_file).read_bytes())
     if settings.bad_rows == "stop":  # with "skip", a file that is mended later must not make it another run
         for path in sorted({path for row in rows for path in files_of(row)}):
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),
-        "config_sha256": hashlib.sha256(repr(config).encode()).hexdigest(),
+        "config_sha256": hash_of(config),
         "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
-        "dataset": settings.dataset, "H": settings.height, "W": settings.width,
+        "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,
         "fixed_code": settings.fixed_code, "ext": settings.extension, "format": settings.format,
         **sampling.to_dict(),

@@ -20,6 +20,7 @@ from ldm.models.synthesis import ConditionDataset, Job, Painter, make_loader, pl
 from ldm.sampling.run import open_run
 from ldm.sampling.shards import Claim, ShardStore, mask_name
 from ldm.sampling.writer import ImageWriter, Record
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Worker:
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
         self.loader = make_loader(ConditionDataset(plan.rows, plan.table, settings.size), num_workers, is_cuda)
+        if num_workers:
+            list(self.loader)  # starts its processes now: later they would inherit a lock and could outlive us with it
         self.old = {number: self.store.statistics_time(number) for number in plan.numbers}
 
     def paint_shard(self, number: int) -> bool:
@@ -161,6 +164,9 @@ def run(plan: Plan) -> int:
 def begin(plan: Plan) -> None:
     """Create or join the output folder, and say how much there is to do."""
     layout = open_run(plan.folder, plan.fingerprint, plan.details(), plan.layout)
+    if layout["shard_size"] != plan.layout["shard_size"]:
+        raise UserError(f"--outdir: {plan.folder} was begun by another process a moment ago, with "
+                        f"{layout['shard_size']} rows a shard. Expected {plan.layout['shard_size']}. Start this again.")
     rows = sum(end - first for first, end in map(plan.bounds, plan.numbers))
     logger.info("%d shards to paint, %d rows, %d images each", len(plan.numbers), rows, layout["copies"])
     height, width = plan.settings.size or (512, 512)
@@ -173,6 +179,7 @@ def begin(plan: Plan) -> None:
 def finish(plan: Plan) -> int:
     """Leave the lists of the output folder complete and in order; returns the exit code."""
     store: ShardStore = plan.store()
+    store.sweep(lambda statistics: not is_unfinished(statistics, plan.settings.num_per_mask))
     store.settle()
     first, step = plan.settings.shard
     size = plan.layout["shard_size"]
@@ -181,4 +188,6 @@ def finish(plan: Plan) -> int:
     if not failures:
         return 0
     logger.error("error: %d samples have no image, see %s", len(failures), store.failures.path)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would stop the other ranks; --status has the exit code
+        return 0
     return EXIT_FAILED_SAMPLES

@@ -23,32 +23,36 @@ def open_store(folder: Path) -> tuple[ShardStore, dict[str, Any]]:
     return ShardStore(folder, run["fingerprint"].get("format") == "tar"), run
 
 
-def describe_run(folder: Path) -> str:
-    """Shards done, running, interrupted and waiting, with rates and the time left."""
+def describe_run(folder: Path) -> tuple[str, int]:
+    """Shards done, running, interrupted and to do, with rates and the time left; and the number of failed samples."""
     store, run = open_store(folder)
     layout = run["layout"]
     count = -(-layout["rows"] // layout["shard_size"])
     finished = list(store.all_statistics())
     done = {part["shard"] for part in finished if part["copies"] >= layout["copies"]}
+    with_failures = sum(part["failed"] > 0 for part in finished)
     images, failed = (sum(part[key] for part in finished) for key in ("images", "failed"))
     lines, running, stopped, under_way = [], 0, 0, 0
     for path in sorted((folder / "shards").glob("*.lock")):
+        if int(path.stem) in done:
+            continue
         progress = read_progress(path)
         state = "running" if is_locked(path) else "interrupted"
         running, stopped = running + (state == "running"), stopped + (state != "running")
-        under_way += progress.get("done", 0) if int(path.stem) not in done else 0
+        under_way += progress.get("done", 0)
         lines.append(f"  shard {path.stem} {state}, {progress.get('done', 0)} of {progress.get('total', '?')} images, "
                      f"{progress.get('host', '?')} pid {progress.get('pid', '?')}")
     total = layout["rows"] * layout["copies"]
     head = [f"{folder}: {count} shards of {layout['shard_size']} rows, {layout['copies']} images each row",
-            f"  {len(done)} done, {running} running, {stopped} interrupted, {count - len(done) - running} to do",
+            f"  {len(done)} done ({with_failures} with failures), {running} running, {stopped} interrupted, "
+            f"{count - len(done) - running - stopped} to do",
             f"  {images} images in finished shards, {failed} failed"]  # fmt: skip
     seconds = sum(part["seconds"] for part in finished if part["painted"])
     if seconds:
         rate = sum(part["painted"] for part in finished) / seconds
         left = timedelta(seconds=round(max(0, total - images - failed - under_way) / rate / max(running, 1)))
         head.append(f"  {3600 * rate:.0f} images/hour a process, about {left} left with {max(running, 1)} processes")
-    return "\n".join(head + lines[:SHOWN] + [f"  and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN))
+    return "\n".join(head + lines[:SHOWN] + [f"  and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN)), failed
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -74,7 +78,9 @@ def verify_run(folder: Path) -> tuple[str, int]:
             problems = pool.map(lambda entry: find_damage(folder / entry["image"], entry), files)
             bad = {entry["image"]: problem for entry, problem in zip(files, problems, strict=True) if problem}
             if bad:
-                requeue(store, part["shard"], bad)
+                with store.claim(part["shard"]) as claim:
+                    if claim:  # else a process is at work on it
+                        requeue(store, part["shard"], bad)
                 lines += [f"  {name}: {problem}" for name, problem in bad.items()]
     store.settle()
     text = f"{folder}: {checked} files checked, {len(lines)} damaged"

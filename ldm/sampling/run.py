@@ -32,12 +32,14 @@ def open_run(
     try:
         for name in ("images", "shards"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        with locked(folder / "run.json"):
+        with locked(folder):
             check_run(folder, fingerprint, details)
             old = read_run(folder).get("layout", {})
             layout = {**layout, **old, "copies": max(layout["copies"], old.get("copies", 0))}
             if layout != old:
                 write_json(folder / "run.json", {"fingerprint": fingerprint, "layout": layout, **details})
+    except FileExistsError:  # another run was begun a moment ago
+        raise
     except OSError as error:
         raise OutputError(f"--outdir: {folder} cannot be written ({error}). Expected a folder that can be. "
                           "Choose another --outdir.") from error

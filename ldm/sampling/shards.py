@@ -16,7 +16,7 @@ import shutil
 import socket
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,16 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from ldm.sampling.writer import ImageWriter, Record, RecordFile, with_retries, write_atomic, write_json
+from ldm.sampling.writer import (
+    ImageWriter,
+    OutputError,
+    Record,
+    RecordFile,
+    take_flock,
+    with_retries,
+    write_atomic,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +195,23 @@ class ShardStore:
     def unpack(self, number: int) -> None:
         """Bring the images of a published tar back into the work folder, to add to them."""
         path, work = self.folder / "tars" / f"{number:06d}.tar", self.path(number, "partial")
-        if path.is_file():
+        if not path.is_file():
+            return
+        try:
             with tarfile.open(path) as archive:
                 archive.extractall(work, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise OutputError(f"{path}: cannot be read ({error}). Expected the tar of a finished shard. Run "
+                              "inference.py --verify, which removes it if it is damaged, then this again.") from error
+
+    def sweep(self, is_finished: Callable[[Record | None], bool]) -> None:
+        """Remove what killed processes left of shards with finished statistics."""
+        folder = self.folder / "shards"
+        for number in sorted({int(path.stem) for path in [*folder.glob("*.lock"), *folder.glob("*.partial")]}):
+            if is_finished(self.statistics(number)):
+                with self.claim(number) as claim:
+                    if claim and is_finished(self.statistics(number)):
+                        shutil.rmtree(self.path(number, "partial"))
 
     def settle(self) -> None:
         """Leave index.jsonl and failures.jsonl complete and in order, as the statistics of the shards say."""
@@ -204,19 +227,17 @@ class ShardStore:
 
 def take_lock(path: Path) -> IO[bytes] | None:
     """Open and lock a file; None if another process has the lock."""
-    for attempt in range(LOCK_TRIES):
+    for _ in range(LOCK_TRIES):
         file = open(path, "ab+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            take_flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         except BlockingIOError:
-            if attempt + 1 < LOCK_TRIES:
-                time.sleep(LOCK_WAIT)
-        except OSError as error:
-            logger.warning("%s: no locks on this file system (%s); give every process its own --shard", path, error)
-            return file
-        file.close()  # locked by another process, or removed by it a moment ago
+            time.sleep(LOCK_WAIT)
+        except FileNotFoundError:
+            logger.debug("%s: removed by the process that had it a moment ago", path)
+        file.close()  # no use: it is, or was, another process's
     return None
 
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0)  # seconds; what a network folder needs to come back
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 JPEG_QUALITY = 95
 
 
@@ -37,9 +39,10 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any], temporary: Path 
     Args:
         path: where it ends up; its folder exists.
         write: receives the open binary file.
-        temporary: name until it is complete, on the same file system; default: a hidden one beside it.
+        temporary: name until it is complete, on the same file system; default: a hidden one beside it, always the
+            same, so that the next write takes away what a killed one left. Then only one process may write.
     """
-    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -83,15 +86,32 @@ def with_retries(action: Callable[[], Any], path: Path, size: int) -> Any:
             time.sleep(delay)
 
 
+def take_flock(file: IO[bytes], operation: int) -> None:
+    """flock() of a file; where the file system has no locks, as some network file systems, only a warning."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_of_no_locks(Path(file.name).parent, error.strerror)
+
+
+@cache  # once
+def warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Say that nothing keeps processes apart."""
+    logger.warning("%s: no locks on this file system (%s); give every process a --shard of its own, and run the "
+                   "command once more when all have ended", folder, reason)
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other processes, on this and other machines, out of the block; waits for them.
 
     Args:
-        path: the file that the block changes; the lock is a file of its own beside it, since the block may replace it.
+        folder: the output folder whose lists and record the block changes.
     """
-    with open(path.with_name(f".{path.name}.lock"), "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(folder / ".lock", "wb") as lock:
+        take_flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -130,7 +150,7 @@ class RecordFile:
         text = b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
         def add() -> None:
-            with locked(self.path), open(self.path, "ab+") as file:
+            with locked(self.path.parent), open(self.path, "ab+") as file:
                 is_torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write((b"\n" if is_torn else b"") + text)
 
@@ -138,20 +158,19 @@ class RecordFile:
             with_retries(add, self.path, len(text))
 
     def replace(self, collect: Callable[[], Iterable[Record]]) -> None:
-        """Rewrite the file with one line a sample, sorted; remove it when there is none.
+        """Rewrite the file; remove it when there is no record.
 
         Args:
-            collect: gives the records; runs while no other process can add any.
+            collect: gives the records, each sample once, in order; runs while no other process can add any. They are
+                written as they come: those of a million images need not fit into memory.
         """
 
         def rewrite() -> None:
-            with locked(self.path):
-                records = {record_key(record): record for record in collect()}
-                text = "".join(json.dumps(records[key]) + "\n" for key in sorted(records)).encode()
-                if text:
-                    write_atomic(self.path, lambda file: file.write(text))
-                else:
-                    self.path.unlink(missing_ok=True)
+            with locked(self.path.parent):
+                write_atomic(self.path, lambda file: file.writelines(json.dumps(record).encode() + b"\n"
+                                                                     for record in collect()))
+                if self.path.stat().st_size == 0:
+                    self.path.unlink()
 
         with_retries(rewrite, self.path, 0)
 

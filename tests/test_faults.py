@@ -1,0 +1,305 @@
+"""Twenty faults that a long run meets, each injected.
+
+| fault | test |
+|---|---|
+| 1 kill -9 at 20 random moments | test_scale_out: fault_1; several processes, one dies: test_several_processes_...; Ray: test_ray_... |
+| 2 SIGTERM, SIGUSR1, Ctrl-C | test_scale_out: fault_2 |
+| 3 other batch size, loaders, order, shards, copies | test_scale_out: fault_1, test_static_shards_...; test_inference: test_a_sample_does_not_depend_..., test_more_copies_... |
+| 4 two processes on one folder | test_scale_out: fault_4, test_several_processes_... |
+| 5 disk full | fault_5 here |
+| 6 output folder gone or read-only | fault_6 here; test_writer: test_a_folder_that_comes_back_... |
+| 7 truncated, empty, HTML as image | faults_7_to_14 and fault_7 here |
+| 8 decompression bombs | faults_7_to_14 here |
+| 9 paths and links out of the data root | faults_7_to_14 here |
+| 10 equal stems, case, one mask with several references | faults_10_and_11 here |
+| 11 names: NFC, NFD, emoji, 255 bytes, half characters | faults_10_and_11, faults_7_to_14 here |
+| 12 damaged manifests | faults_7_to_14 here; strict: test_manifest, test_inference: test_ten_kinds_... |
+| 13 odd sizes | faults_7_to_14, fault_13 here |
+| 14 unsuitable masks | faults_7_to_14 here; test_classes |
+| 15 masks without a class, or with one | fault_15 here |
+| 16 malicious weights | test_checkpoint: test_bad_files_are_refused_..., test_segmentor_refuses_...; test_evaluate: test_checkpoint_with_code_... |
+| 17 NaN and infinity | fault_17 here; test_inference: test_samples_that_are_not_finite_... |
+| 18 out of memory | fault_18 here |
+| 19 other inputs into the same folder | fault_19 here; test_inference: test_another_setting_... |
+| 20 damaged output, dead loader or writer | fault_20 here; test_writer: test_the_queue_is_bounded_... |
+"""  # noqa: E501
+
+import json
+import os
+import shutil
+import signal
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from painting import arguments, contents, finished_shards, make_workspace, pixels, read_lines, run, write_rows
+from PIL import Image
+from zygote import Zygote
+
+from ldm.models import synthesis
+from ldm.sampling import writer
+
+pytest.importorskip("tokenizers")
+
+GOOD = {"source": "mask_0.png", "prompt": "road", "ref_image": "ref_0.png"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def finished(workspace):
+    assert run(workspace, workspace / "finished") == 0
+    return workspace / "finished"
+
+
+@pytest.fixture
+def sample(monkeypatch):
+    """Replaces the function that paints; the new one gets the old one as its first argument."""
+    whole = synthesis.sample_images
+
+    def replace(function):
+        monkeypatch.setattr(synthesis, "sample_images", lambda *given, **named: function(whole, *given, **named))
+
+    return replace
+
+
+def png(width, height, *chunks):
+    """A grey PNG of a claimed size without pixels."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    parts = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+             for name, data in (header, *chunks, (b"IDAT", b""), (b"IEND", b""))]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_fault_5_a_full_disk(workspace, tmp_path, caplog, monkeypatch):
+    flags = ["--H", "48", "--W", "48"]
+    with Zygote() as zygote:
+        zygote.start(arguments(workspace, tmp_path / "out", *flags), tmp_path / "log", file_limit=6_000)
+        assert zygote.wait() == 4
+    text = (tmp_path / "log").read_text()
+    assert "error: " in text and "_seed_4" in text and "the disk is full" in text and "bytes were needed" in text
+    assert not list((tmp_path / "out").rglob("*tmp*")) and finished_shards(tmp_path / "out") == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 9 << 20))
+    monkeypatch.setattr("ldm.models.worker.PNG_SHARE", 1000)
+    assert run(workspace, tmp_path / "out", *flags) == 0
+    assert "9 MB are free, about 19 MB may be needed" in caplog.text
+    assert len(pixels(tmp_path / "out")) == 3
+
+
+def test_fault_6_a_folder_that_vanishes_or_was_never_there(workspace, tmp_path, capsys, monkeypatch, sample):
+    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01, 0.01))
+    assert run(workspace, "/proc/absent/out") == 4
+    assert "--outdir: /proc/absent/out cannot be written" in capsys.readouterr().err
+
+    def paint(whole, *arguments):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return whole(*arguments)
+
+    sample(paint)
+    assert run(workspace, tmp_path / "out") == 4
+    assert "tried 3 times" in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
+
+
+def make_bad_rows(root):
+    """Rows that cannot be painted, each with a part of the reason."""
+    random = np.random.default_rng(1)
+    (root / "cut.png").write_bytes((root / "ref_0.png").read_bytes()[:300])
+    (root / "empty.png").touch()
+    (root / "page.jpg").write_text("<html><body>404</body></html>")
+    (root / "bomb169.png").write_bytes(png(13_000, 13_000))
+    (root / "bomb400.png").write_bytes(png(20_000, 20_000))
+    text = b"comment\0\0" + zlib.compress(bytes(200 << 20))
+    (root / "bomb_text.png").write_bytes(png(8, 8, (b"zTXt", text)))
+    (root.parent / "secret.png").write_bytes((root / "mask_0.png").read_bytes())
+    (root / "link.png").symlink_to(root.parent / "secret.png")
+    for name, size in (("odd", (10, 8)), ("dot", (1, 1))):
+        Image.fromarray(np.zeros(size, np.uint8)).save(root / f"{name}.png")
+    Image.fromarray(random.integers(0, 255, (8, 8, 4), np.uint8)).save(root / "clear.png")
+    Image.fromarray(np.full((8, 8), 700, np.uint16)).save(root / "deep.png")
+    Image.fromarray(np.full((8, 8), 5, np.uint8)).save(root / "five.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "lossy.jpg")
+    mask, reference = (lambda name: GOOD | {"source": name}), (lambda name: GOOD | {"ref_image": name})
+    return [
+        (reference("cut.png"), "not readable"), (reference("empty.png"), "not readable"),
+        (reference("page.jpg"), "not readable"), (mask("empty.png"), "not readable"),  # 7
+        (mask("bomb169.png"), "13000x13000 pixels"), (reference("bomb400.png"), "decompression bomb"),
+        (reference("bomb_text.png"), "not readable"),  # 8
+        (mask("../secret.png"), "leaves the data root"), (mask(str(root / "mask_0.png")), "absolute"),
+        (mask("..\\secret.png"), "leaves the data root"), (mask("C:\\secret.png"), "absolute"),
+        (mask("a\0b.png"), "zero byte"), (mask("link.png"), "a link out of the data root"),  # 9
+        (GOOD | {"prompt": "\ud83d"}, "half a character"), (mask("ö" * 200 + ".png"), "file not found"),  # 11
+        ("{bad", "not valid JSON"), (b"\xff\xfe{}", "not valid JSON"), ({"source": "mask_0.png"}, "missing key"),
+        (GOOD | {"source": 3}, "(int)"), (GOOD | {"prompt": "x" * (10 << 20)}, "at most 1,048,576"),  # 12
+        (mask("odd.png"), "multiples of 4"), (mask("dot.png"), "multiples of 4"),  # 13
+        (mask("clear.png"), "mode RGBA"), (mask("deep.png"), "ids 700"), (mask("five.png"), "ids 5"),
+        (mask("lossy.jpg"), "a JPEG mask"),  # 14
+    ]  # fmt: skip
+
+
+def test_faults_7_to_14_bad_rows_are_set_aside_or_stop_the_run(workspace, tmp_path, capsys):
+    bad = make_bad_rows(workspace)
+    lines = [b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), b""]  # a byte order mark and a blank line are no fault
+    lines += [row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
+              for row, _ in bad]  # fmt: skip
+    (workspace / "bad.json").write_bytes(b"\n".join([*lines, json.dumps(GOOD | {"prompt": "water"}).encode()]))
+    assert run(workspace, tmp_path, "--bad_rows", "skip", manifest="bad.json") == 3
+    failures = {record["row"]: record["reason"] for record in read_lines(tmp_path / "failures.jsonl")}
+    for number, (row, reason) in enumerate(bad, start=1):
+        assert reason in failures.pop(number), (str(row)[:80], reason)
+    assert not failures
+    assert [record["row"] for record in read_lines(tmp_path / "index.jsonl")] == [0, len(bad) + 1]
+    assert len(pixels(tmp_path)) == 2
+    capsys.readouterr()
+    assert run(workspace, tmp_path, "--status") == 3
+    assert "(1 with failures)" in (text := capsys.readouterr().out) and f"{len(bad)} failed" in text
+    assert run(workspace, tmp_path / "strict", manifest="bad.json") == 2
+    text = capsys.readouterr().err
+    assert all(f"line {number}: " in text for number in range(3, 3 + len(bad))) and "line 1: " not in text
+    assert not (tmp_path / "strict").exists()
+
+
+def test_fault_7_a_file_that_breaks_during_the_run_is_painted_once_it_is_mended(workspace, finished, tmp_path, sample):
+    content = (workspace / "ref_2.png").read_bytes()
+
+    def paint(whole, *arguments):
+        (workspace / "ref_2.png").write_bytes(content[:100])
+        return whole(*arguments)
+
+    sample(paint)
+    try:
+        assert run(workspace, tmp_path, "--shard_size", "1") == 3
+    finally:
+        (workspace / "ref_2.png").write_bytes(content)
+    assert [record["row"] for record in read_lines(tmp_path / "failures.jsonl")] == [2]
+    sample(lambda whole, *arguments: whole(*arguments))
+    assert run(workspace, tmp_path, "--shard_size", "1") == 0
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_faults_10_and_11_every_sample_has_a_file_of_its_own_whatever_its_name(workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    names = ["a/same.png", "b/same.png", "b/Same.png", "caf\u00e9.png", "cafe\u0301.png", "\U0001f6f0 of two.png",
+             "ö" * 125 + ".png"]  # fmt: skip
+    for folder in "ab":
+        (workspace / folder).mkdir()
+    for name in names:
+        shutil.copy(workspace / "mask_0.png", workspace / name)
+    rows = [GOOD | {"source": name} for name in names] + [GOOD | {"source": names[0], "ref_image": "ref_1.png"}]
+    write_rows(workspace / "names.json", rows)
+    assert run(workspace, tmp_path, manifest="names.json") == 0
+    index = read_lines(tmp_path / "index.jsonl")
+    assert [record["mask"] for record in index] == [row["source"] for row in rows]
+    assert len({record["image"].casefold() for record in index}) == len(rows) == len(pixels(tmp_path))
+    assert all((tmp_path / record["image"]).is_file() for record in index)
+
+
+def test_fault_13_resizing_is_recorded(workspace, tmp_path):
+    Image.fromarray(np.zeros((10, 6), np.uint8)).save(workspace / "tall.png")
+    write_rows(workspace / "tall.json", [GOOD | {"source": "tall.png"}, GOOD | {"source": "mask_1.png"}])
+    assert run(workspace, tmp_path, "--H", "8", "--W", "16", manifest="tall.json") == 0
+    tall, fitting = read_lines(tmp_path / "index.jsonl")
+    assert tall["resized_from"] == [10, 6] and (tall["height"], tall["width"]) == (8, 16)
+    assert "resized_from" not in fitting
+
+
+def test_fault_15_masks_of_no_class_and_of_one_are_painted(workspace, tmp_path):
+    for value in (255, 3):
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(workspace / f"only_{value}.png")
+    write_rows(workspace / "only.json", [GOOD | {"source": f"only_{value}.png"} for value in (255, 3)])
+    assert run(workspace, tmp_path, manifest="only.json") == 0
+    assert len(pixels(tmp_path)) == 2
+
+
+def test_fault_17_what_bfloat16_breaks_is_painted_in_float32(workspace, finished, tmp_path, sample, caplog):
+    def paint(whole, painter, batch, seeds, chosen, use_autocast):
+        images = whole(painter, batch, seeds, chosen, use_autocast)
+        return torch.full_like(images, torch.inf) if use_autocast else images
+
+    sample(paint)
+    assert run(workspace, tmp_path, "--precision", "autocast") == 0
+    assert "not finite in bfloat16, painted again in float32" in caplog.text
+    for name, image in pixels(finished).items():
+        assert np.array_equal(pixels(tmp_path)[name], image)
+
+
+def test_fault_18_memory_that_runs_out_halves_the_batch(workspace, finished, tmp_path, sample, caplog, capsys):
+    most = 1
+
+    def paint(whole, painter, *arguments):
+        if painter.batch_size > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return whole(painter, *arguments)
+
+    sample(paint)
+    assert run(workspace, tmp_path / "a") == 0
+    assert "out of memory: going on with 1 images at once" in caplog.text
+    for name, image in pixels(finished).items():
+        assert np.abs(pixels(tmp_path / "a")[name].astype(int) - image).max() <= 1
+    most = 0
+    assert run(workspace, tmp_path / "b") == 2
+    assert "not even one image fits into the memory" in capsys.readouterr().err
+
+
+def test_fault_19_what_decides_the_pictures_must_stay_and_nothing_else(workspace, tmp_path, capsys):
+    root = make_workspace(tmp_path)
+    assert run(root, tmp_path / "out") == 0
+    before = contents(tmp_path / "out")
+    for flags in (["--batch_size", "3"], ["--num_workers", "1"], ["--shard", "0/2"], ["--follow_links"]):
+        assert run(root, tmp_path / "out", *flags) == 0
+    for flags, text in ((["--seed", "1"], "seed was 42, is 1"), (["--precision", "autocast"], 'precision was "full"'),
+                        (["--solver", "unipc"], 'solver was "ddim"'), (["--shard_size", "1"], "--shard_size: 1")):  # fmt: skip
+        assert run(root, tmp_path / "out", *flags) == 2
+        assert text in capsys.readouterr().err
+    rows = [json.loads(line) for line in (root / "rows.json").read_text().splitlines()]
+    write_rows(root / "rows.json", rows[::-1])
+    assert run(root, tmp_path / "out") == 2
+    write_rows(root / "rows.json", rows)
+    (root / "ref_0.png").write_bytes((root / "ref_0.png").read_bytes() + b"more")
+    assert run(root, tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("inputs_sha256 was") == 2
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_fault_20_damaged_output_is_found_and_painted_again(workspace, tmp_path, capsys, form):
+    flags = ["--shard_size", "1", "--format", form]
+    assert run(workspace, tmp_path, *flags) == 0
+    before = contents(tmp_path)
+    first, second, _ = sorted([*tmp_path.glob("images/*"), *tmp_path.glob("tars/*")])
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    second.unlink()
+    assert run(workspace, tmp_path, "--verify") == 3
+    text = capsys.readouterr().out
+    assert "3 files checked, 2 damaged" in text and f"{second.name}: missing" in text
+    assert f"{first.name}: other contents than were written" in text
+    assert finished_shards(tmp_path) == ["000002.json"] and len(read_lines(tmp_path / "index.jsonl")) == 1
+    assert run(workspace, tmp_path, *flags) == 0
+    assert contents(tmp_path) == before
+    assert run(workspace, tmp_path, "--verify") == 0
+
+
+def test_fault_20_a_loader_process_that_dies_ends_the_run(workspace, tmp_path, monkeypatch):
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(synthesis.ConditionDataset, "__getitem__", die)
+    with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
+        run(workspace, tmp_path, "--num_workers", "1")
+    assert finished_shards(tmp_path) == []
+
+
+def test_fault_20_a_writer_that_fails_ends_the_run(workspace, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no room to encode")
+
+    monkeypatch.setattr(writer, "encode_image", fail)
+    with pytest.raises(MemoryError, match="no room to encode"):
+        run(workspace, tmp_path)
+    assert finished_shards(tmp_path) == []
