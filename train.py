@@ -81,6 +81,9 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
             raise UserError("-r: takes config and weights from the run folder. Drop --config_model, --base, "
                             "--pretrain_path, --actual_resume and --finetune, or start a new run without -r.")
         files = [find_run(args.resume)[0] / "config.yaml"]
+    if (args.finetune and (args.pretrain_path or args.actual_resume)) or (args.finetune_ema and not args.finetune):
+        raise UserError("--finetune: fills the whole model, with --finetune_ema for its average. Expected none of "
+                        "--pretrain_path, --actual_resume beside it, and --finetune_ema only with it. Drop one.")
     if not files:
         raise UserError("train.py: no config. Give --config_model YAML and -b YAML, or -r RUN_DIR.")
     flags = {"data.params.data_root": args.data_root, "data.params.train_manifest": args.train_txt_file,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tiny import ROOT
 
 import inference
 import train
+from cldm.callbacks import AveragedWeights
 from ldm.checkpoint import save_safetensors
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset, read_image
@@ -328,6 +330,21 @@ def test_inference_with_instances_and_bands(tmp_path: Path):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "object1.png")
     with pytest.raises(ManifestError, match="line 2: instance .* is 8x8, its mask 8x12"):
         inference.main([*command, "--outdir", str(tmp_path / "new")])
+
+
+def test_finetuning_from_published_files(tmp_path: Path):
+    """Weights and their average from two files of bare names."""
+    networks = [make("sdm_tiny", std) for std in (0.1, 0.2)]
+    prefix, files = "model.diffusion_model.", (tmp_path / "model000100.pt", tmp_path / "ema_0.9999_000100.pt")
+    for network, file in zip(networks, files, strict=True):
+        torch.save({k.removeprefix(prefix): v for k, v in network.state_dict().items() if k.startswith(prefix)}, file)
+    args = train.parse_arguments(["--finetune", str(files[0]), "--finetune_ema", str(files[1])])
+    method, average = make("sdm_tiny", std=None), AveragedWeights(0.9)
+    train.start_finetuning(method, args, SimpleNamespace(callbacks=[average]))
+    for found, network in ((method.state_dict(), networks[0]), (average.start, networks[1])):
+        assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
+    with pytest.raises(UserError, match="--finetune: fills the whole model"):
+        train.main(["--config_model", str(ROOT / "configs/model/sdm_tiny.yaml"), "--finetune_ema", str(files[1])])
 
 
 def test_a_dataset_smaller_than_a_batch_trains(fit: Callable, tmp_path: Path):
