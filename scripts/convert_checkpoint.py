@@ -91,6 +91,9 @@ def diffusers_configs(skeleton: nn.Module) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: if a part computes something that diffusers cannot express.
     """
+    if not hasattr(skeleton, "first_stage_model"):
+        raise UserError(f"diffusers folder: cannot be written for {type(skeleton).__name__}. Expected a TISynth. Give "
+                        "an output that ends in .safetensors.")
     unet, vae, text = skeleton.model.diffusion_model, skeleton.first_stage_model, skeleton.cond_stage_model
     if not hasattr(text, "transformer"):
         raise UserError(f"diffusers folder: the text encoder is a {type(text).__name__}. Expected ClipTextEncoder.")
