@@ -20,8 +20,10 @@ case ${GPUS:-} in
         processes="$processes $!"
         index=$((index + 1))
     done
+    trap 'kill $processes 2>/dev/null || true' TERM USR1 # they stop and leave whole files
     status=0
     for process in $processes; do wait "$process" || status=$?; done
+    wait # for what a signal interrupted
     exit "$status" ;;
 "") exec "$PYTHON" inference.py "$@" ;;
 *) CUDA_VISIBLE_DEVICES=$GPUS exec "$PYTHON" inference.py "$@" ;;

@@ -1,6 +1,7 @@
-"""How far each solver, at each number of steps, ends from DDIM with nearly all timesteps: the table behind the modes.
+"""How far each solver, at each number of steps, ends from DDIM with nearly all timesteps.
 
-    python benchmarks/compare_solvers.py --ckpt models/tisynth_mini.safetensors --data_root demo --txt_file demo/demo.json
+    python benchmarks/compare_solvers.py --ckpt models/tisynth_mini.safetensors --data_root demo
+        --txt_file demo/demo.json
 
 The same noise, conditions and guidance everywhere. Distances are root mean square differences of latents, in units of
 the reference's standard deviation, as mean over the samples.
@@ -41,7 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     method = load_method(args.ckpt, read_model_config(args.ckpt, args.config), args.device)
     rows = read_manifest(args.txt_file, args.data_root, need=("reference", "prompt"), table=method.class_table)
-    dataset = PairDataset(rows[:: max(1, len(rows) // args.count)][: args.count], method.class_table, reference="manifest")
+    rows = rows[:: max(1, len(rows) // args.count)][: args.count]
+    dataset = PairDataset(rows, method.class_table, reference="manifest")
     batch = normalize_batch(torch.utils.data.default_collate([dataset[i] for i in range(len(dataset))]), args.device)
     noise = sample_noise(method.noise_shape(*batch["mask"].shape[-2:]), range(len(dataset)), args.device)
 

@@ -6,7 +6,7 @@
 | 2 SIGTERM, SIGUSR1, Ctrl-C | test_scale_out: fault_2 |
 | 3 other batch size, loaders, order, shards, copies | test_scale_out: fault_1, test_static_shards_...; test_inference: test_a_sample_does_not_depend_..., test_more_copies_... |
 | 4 two processes on one folder | test_scale_out: fault_4, test_several_processes_... |
-| 5 disk full | fault_5 here |
+| 5 disk full | test_scale_out: fault_5; a warning before it: fault_5 here |
 | 6 output folder gone or read-only | fault_6 here; test_writer: test_a_folder_that_comes_back_... |
 | 7 truncated, empty, HTML as image | faults_7_to_14 and fault_7 here |
 | 8 decompression bombs | faults_7_to_14 here |
@@ -34,9 +34,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from painting import arguments, contents, finished_shards, make_workspace, pixels, read_lines, run, write_rows
+from painting import contents, finished_shards, make_workspace, pixels, read_lines, run, write_rows
 from PIL import Image
-from zygote import Zygote
 
 from ldm.models import synthesis
 from ldm.sampling import writer
@@ -76,19 +75,11 @@ def png(width, height, *chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def test_fault_5_a_full_disk(workspace, tmp_path, caplog, monkeypatch):
-    flags = ["--H", "48", "--W", "48"]
-    with Zygote() as zygote:
-        zygote.start(arguments(workspace, tmp_path / "out", *flags), tmp_path / "log", file_limit=6_000)
-        assert zygote.wait() == 4
-    text = (tmp_path / "log").read_text()
-    assert "error: " in text and "_seed_4" in text and "the disk is full" in text and "bytes were needed" in text
-    assert not list((tmp_path / "out").rglob("*tmp*")) and finished_shards(tmp_path / "out") == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 9 << 20))
+def test_fault_5_a_warning_when_the_disk_may_not_suffice(workspace, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1 << 20))
     monkeypatch.setattr("ldm.models.worker.PNG_SHARE", 1000)
-    assert run(workspace, tmp_path / "out", *flags) == 0
-    assert "9 MB are free, about 19 MB may be needed" in caplog.text
-    assert len(pixels(tmp_path / "out")) == 3
+    assert run(workspace, tmp_path, "--H", "16", "--W", "16") == 0
+    assert "1 MB are free, about 2 MB may be needed" in caplog.text
 
 
 def test_fault_6_a_folder_that_vanishes_or_was_never_there(workspace, tmp_path, capsys, monkeypatch, sample):
@@ -252,7 +243,7 @@ def test_fault_19_what_decides_the_pictures_must_stay_and_nothing_else(workspace
     for flags in (["--batch_size", "3"], ["--num_workers", "1"], ["--shard", "0/2"], ["--follow_links"]):
         assert run(root, tmp_path / "out", *flags) == 0
     for flags, text in ((["--seed", "1"], "seed was 42, is 1"), (["--precision", "autocast"], 'precision was "full"'),
-                        (["--solver", "unipc"], 'solver was "ddim"'), (["--shard_size", "1"], "--shard_size: 1")):  # fmt: skip
+                        (["--solver", "unipc"], "solver was"), (["--shard_size", "1"], "--shard_size: 1")):  # fmt: skip
         assert run(root, tmp_path / "out", *flags) == 2
         assert text in capsys.readouterr().err
     rows = [json.loads(line) for line in (root / "rows.json").read_text().splitlines()]

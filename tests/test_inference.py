@@ -1,9 +1,11 @@
 """inference.py, really run on a tiny TISynth: what it writes, what it skips, what it refuses."""
 
 import ast
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from PIL import Image
 
 import inference
 from ldm.sampling.modes import Sampling
+from ldm.util import UserError
+from post_processing.run_index import read_run
 from scripts import preview
 
 pytest.importorskip("tokenizers")
@@ -94,6 +98,31 @@ def test_more_copies_are_added_to_a_finished_run(workspace, finished, tmp_path):
     for copies in ("1", "2", "1"):
         assert run(workspace, tmp_path, "--num_per_mask", copies) == 0
     assert contents(tmp_path) == contents(finished)
+
+
+def test_tars_hold_the_same_pictures_in_the_order_that_webdataset_groups(workspace, finished, tmp_path):
+    flags = ["--format", "tar", "--shard_size", "2"]
+    for copies in ("1", "2"):  # copies are added to tars, too
+        assert run(workspace, tmp_path, *flags, "--num_per_mask", copies) == 0
+    assert run(workspace, tmp_path / "at_once", *flags, "--num_per_mask", "2") == 0
+    members = []
+    for path in sorted((tmp_path / "tars").iterdir()):
+        assert path.read_bytes() == (tmp_path / "at_once" / "tars" / path.name).read_bytes()
+        with tarfile.open(path) as archive:
+            members += [(path.name, *entry.name.split(".", 1), archive.extractfile(entry).read()) for entry in archive]
+    index = read_lines(tmp_path / "index.jsonl")
+    expected = read_lines(finished / "index.jsonl")
+    for number, (record, other) in enumerate(zip(index, expected, strict=True)):  # webdataset: equal keys in a row
+        image, mask, text = members[3 * number : 3 * number + 3]
+        assert (image[2], mask[2], text[2]) == ("png", "mask.png", "json")
+        assert {(tar, key) for tar, key, _, _ in (image, mask, text)} == {(Path(record["tar"]).name, image[1])}
+        assert image[3] == (finished / other["image"]).read_bytes() and f"{image[1]}.png" == record["image"]
+        painted_for = np.asarray(Image.open(workspace / other["mask"]))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask[3]))), painted_for)
+        assert json.loads(text[3])["prompt"] == record["prompt"]
+    assert len(members) == 3 * len(index)
+    with pytest.raises(UserError, match="images are in tars. Expected files. Paint with --format folder"):
+        read_run(tmp_path)
 
 
 def test_another_setting_is_refused_in_the_same_folder(workspace, finished, capsys):

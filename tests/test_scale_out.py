@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, shared by several processes: the files at the end are always the same.
 
-Faults 1 to 4 of the table in test_faults.py.
+Faults 1 to 5 of the table in test_faults.py.
 """
 
 import errno
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 import pytest
 from painting import REPOSITORY, arguments, contents, finished_shards, make_workspace, run
@@ -67,7 +67,7 @@ def test_fault_1_killed_at_random_and_continued_in_other_batches(workspace, zygo
         for _ in range(5):
             extra = ["--batch_size", str(dice.randint(1, 9)), "--num_workers", str(dice.randint(0, 1))]
             pid = zygote.start(arguments(workspace, outdir, *flags, *extra), tmp_path / "log")
-            time.sleep(dice.uniform(0.1, 1) * seconds)
+            time.sleep(dice.uniform(0.1, 0.9) * seconds)
             with suppress(ProcessLookupError):  # it was faster
                 os.kill(pid, signal.SIGKILL)
             killed += zygote.wait() == -signal.SIGKILL
@@ -77,7 +77,7 @@ def test_fault_1_killed_at_random_and_continued_in_other_batches(workspace, zygo
         assert zygote.wait() == 0, (tmp_path / "log").read_text()
         assert contents(outdir) == contents(reference)
         assert finished_shards(outdir) == finished_shards(reference)
-    assert killed >= 2 * runs
+    assert killed >= runs
 
 
 def test_fault_1_killed_between_publishing_and_tidying_up(workspace, finished, tmp_path):
@@ -101,9 +101,9 @@ def test_fault_2_a_signal_stops_a_run_within_a_step(workspace, zygote, finished,
     time.sleep(0.3)
     begun = time.monotonic()
     os.kill(pid, getattr(signal, number))
-    assert zygote.wait() == code
+    wait_until(lambda: f"stopped by {number}; the same command goes on" in (tmp_path / "log").read_text())
     assert time.monotonic() - begun < 5
-    assert f"stopped by {number}; the same command goes on" in (tmp_path / "log").read_text()
+    assert zygote.wait() == code
     assert finished_shards(tmp_path / "slow") == []
 
 
@@ -117,17 +117,24 @@ def test_fault_2_what_is_finished_stays(workspace, zygote, finished, tmp_path):
     assert before and all(path.stat().st_mtime_ns == moment for path, moment in before.items())
 
 
+def test_fault_5_a_full_disk(workspace, zygote, tmp_path):
+    flags = ["--H", "48", "--W", "48"]
+    zygote.start(arguments(workspace, tmp_path / "out", *flags), tmp_path / "log", file_limit=6_000)
+    assert zygote.wait() == 4
+    text = (tmp_path / "log").read_text()
+    assert "error: " in text and "_seed_4" in text and "the disk is full" in text and "bytes were needed" in text
+    assert not list((tmp_path / "out").rglob("*tmp*")) and finished_shards(tmp_path / "out") == []
+    assert run(workspace, tmp_path / "out", *flags) == 0
+    assert len(list((tmp_path / "out/images").iterdir())) == 7
+
+
 def test_several_processes_share_one_folder_and_one_of_them_dies(workspace, zygote, finished, tmp_path):
-    with ExitStack() as stack:
-        others = [stack.enter_context(Zygote()) for _ in range(2)]
-        workers = [zygote, *others]
-        argv = arguments(workspace, tmp_path / "out", *FLAGS)
-        pids = [worker.start(argv, tmp_path / f"log{number}") for number, worker in enumerate(workers)]
-        wait_until(lambda: list((tmp_path / "out").glob("images/*.png")))
-        os.kill(pids[0], signal.SIGKILL)
-        codes = [worker.wait() for worker in workers]
-    assert codes[1:] == [0, 0]
-    if len(finished_shards(tmp_path / "out")) != 3 or "000000.lock" in finished_shards(tmp_path / "out"):
+    argv = arguments(workspace, tmp_path / "out", *FLAGS)
+    pids = [zygote.start(argv, tmp_path / f"log{number}") for number in range(3)]
+    wait_until(lambda: list((tmp_path / "out").glob("images/*.png")))
+    os.kill(pids[0], signal.SIGKILL)
+    assert [zygote.wait(pid) for pid in pids] == [-signal.SIGKILL, 0, 0]
+    if finished_shards(tmp_path / "out") != finished_shards(finished[0]):
         assert run(workspace, tmp_path / "out", *FLAGS) == 0  # the others had left before it died
     assert contents(tmp_path / "out") == contents(finished[0])
     assert finished_shards(tmp_path / "out") == finished_shards(finished[0])
@@ -140,6 +147,7 @@ def test_static_shards_give_the_same_files(workspace, finished, tmp_path):
 
 
 def test_fault_4_a_lock_keeps_others_off_whatever_the_clock_says(workspace, finished, tmp_path, caplog):
+    caplog.set_level("INFO")
     assert run(workspace, tmp_path, *FLAGS, "--shard", "0/3") == 0
     store = ShardStore(tmp_path)
     with store.claim(2) as claim:
@@ -221,6 +229,28 @@ def test_torchrun_ranks_take_their_shards(workspace, finished, tmp_path):
     assert finished_shards(tmp_path) == finished_shards(finished[0])
 
 
+@pytest.mark.parametrize(("ending", "requeued"), [("late", ["requeue 7_3"]), ("cancelled", []), ("finished", [])])
+def test_the_slurm_script_passes_flags_on_and_requeues_at_the_time_limit(tmp_path, ending, requeued):
+    log = tmp_path / "log"
+    for name, text in (
+        ("srun", 'exec "$@"'),
+        ("scontrol", f'echo "$@" >> {log}'),
+        ("stub", f'trap "sleep 0.2; echo stopped >> {log}; exit 143" USR1 TERM\necho "$@" >> {log}\n'
+                 "for i in $(seq 600); do [ $ENDING = finished ] && exit 0; sleep 0.1; done"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "stub", "ENDING": ending,
+                                "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}  # fmt: skip
+    job = subprocess.Popen(["bash", REPOSITORY / "scripts/synthesize.sbatch", "--outdir", "a b"], env=environment)
+    wait_until(lambda: log.exists() and log.read_text())
+    if ending != "finished":
+        job.send_signal(signal.SIGUSR1 if ending == "late" else signal.SIGTERM)
+    assert job.wait(60) == (0 if ending == "finished" else 143)
+    stopped = [] if ending == "finished" else ["stopped"]
+    assert log.read_text().splitlines() == ["inference.py --outdir a b", *stopped, *requeued]
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray is not installed: requirements/ray.txt")
 def test_ray_paints_the_same_files_though_a_worker_dies(workspace, finished, tmp_path):
     code = """
@@ -243,7 +273,7 @@ ray_engine.RayWorker = Mortal
 run_entry_point(inference.main)
 """
     argv = arguments(workspace, tmp_path / "out", *FLAGS, "--engine", "ray", "--ray_workers", "2")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MARKER": str(tmp_path / "marker")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MARKER": str(tmp_path / "marker"), "RAY_worker_niceness": "0"}
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=REPOSITORY, capture_output=True, text=True,
                           env=environment, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr

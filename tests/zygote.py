@@ -19,7 +19,7 @@ PATIENCE = 120  # seconds
 
 
 class Zygote:
-    """Starts children one after another; use it as a context manager."""
+    """Starts children; use it as a context manager."""
 
     def __enter__(self) -> "Zygote":
         paths = os.pathsep.join((str(TESTS.parent), str(TESTS)))
@@ -49,9 +49,9 @@ class Zygote:
         self.pid = int(self.answer())
         return self.pid
 
-    def wait(self) -> int:
-        """Exit code of the command, negative for the signal that killed it."""
-        self.process.stdin.write(b"wait\n")
+    def wait(self, pid: int | None = None) -> int:
+        """Exit code of a command, by default of the last one, negative for the signal that killed it."""
+        self.process.stdin.write(f"{json.dumps(pid or self.pid)}\n".encode())
         return int(self.answer())
 
 
@@ -76,13 +76,13 @@ def serve() -> None:
 
     build_skeleton({"model": MODEL})  # torch imports hundreds of modules at the first tensor without memory
     Image.init()
-    pid = 0
     print("ready", flush=True)
     for line in sys.stdin:
-        if line == "wait\n":
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        request = json.loads(line)
+        if isinstance(request, int):
+            print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
             continue
-        argv, log, file_limit = json.loads(line)
+        argv, log, file_limit = request
         pid = os.fork()
         if pid == 0:
             with open(log, "wb") as file:

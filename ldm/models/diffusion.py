@@ -168,7 +168,13 @@ class DiffusionMethod(nn.Module):
     def sample_latent(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
                       draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
         """Latents of images, (B, C, h, w) float32; arguments as for `sample`."""
-        conditions, sampling = self.conditions(batch), sampling or self.own_sampling
+        return self.walk(self.conditions(batch), noise, sampling, draw)
+
+    @torch.no_grad()
+    def walk(self, conditions: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
+             draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
+        """Latents from what `conditions` returned, (B, C, h, w) float32; other arguments as for `sample`."""
+        sampling = sampling or self.own_sampling
         own = self.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
         scales = [(own, None), (sampling.hint_scale, ["prompt", "mask"]), (sampling.reference_scale, ["reference"])]
         scales = [(scale, drops) for scale, drops in scales if scale != 1]

@@ -137,7 +137,7 @@ class ShardStore:
             name, path = record["image"], self.target(claim.number, record)
             if not path.is_file() or (self.is_tar and not path.with_name(mask_name(name)).is_file()):
                 continue
-            if name in known:
+            if name in known and path.stat().st_size == known[name][0]:
                 claim.files[name] = known[name]
             elif is_sound(path):
                 claim.files[name] = sha256_of(path)
