@@ -37,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow_partial", action="store_true", help="go on where weights are missing, unused or of another shape")
     add("--clip_dir", help="local folder of CLIP ViT-L/14, weights and tokenizer, for the text encoder")
     add("--actual_resume", help="weights to start from that must fit completely")
+    add("--finetune", metavar="FILE", help="weights to go on from with a new optimizer, and their average if FILE is a "
+        ".ckpt of a run that kept one")
+    add("--finetune_ema", metavar="FILE", help="averaged weights for --finetune where they have a file of their own")
     add("-r", "--resume", help="run folder or its .ckpt: continue with optimizer, step and random state")
     add("-s", "--seed", type=int, help="base seed; each rank draws its own numbers (default: 23, or the run's with -r)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by accumulation x GPUs x batch size")
@@ -74,10 +77,13 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
     from ldm.util import load_config
     files = [*([args.config_model] if args.config_model else []), *args.base]
     if args.resume:
-        if files or args.pretrain_path or args.actual_resume:
+        if files or args.pretrain_path or args.actual_resume or args.finetune:
             raise UserError("-r: takes config and weights from the run folder. Drop --config_model, --base, "
-                            "--pretrain_path and --actual_resume, or start a new run without -r.")
+                            "--pretrain_path, --actual_resume and --finetune, or start a new run without -r.")
         files = [find_run(args.resume)[0] / "config.yaml"]
+    if (args.finetune and (args.pretrain_path or args.actual_resume)) or (args.finetune_ema and not args.finetune):
+        raise UserError("--finetune: fills the whole model, with --finetune_ema for its average. Expected none of "
+                        "--pretrain_path, --actual_resume beside it, and --finetune_ema only with it. Drop one.")
     if not files:
         raise UserError("train.py: no config. Give --config_model YAML and -b YAML, or -r RUN_DIR.")
     flags = {"data.params.data_root": args.data_root, "data.params.train_manifest": args.train_txt_file,
@@ -136,6 +142,8 @@ def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # 
     if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
         log.info(fill(method, [open_checkpoint(checkpoint)]))
         return method
+    if args.finetune:
+        return method
     own = method.state_dict()
     filled = {name for name in own if has_local_weights(config.model.params, name)}
     for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
@@ -157,6 +165,20 @@ def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # 
     return method
 
 
+def start_finetuning(method, args: argparse.Namespace, trainer) -> None:  # noqa: ANN001
+    """Load trained weights for training, and their average for the callback that goes on with it."""
+    from cldm.callbacks import AveragedWeights
+    from ldm.account import fill
+    from ldm.checkpoint import open_checkpoint
+    own = method.state_dict()
+    log.info(fill(method, [open_checkpoint(args.finetune_ema or args.finetune, own)]))
+    average = {name: value.clone() for name, value in method.state_dict().items()}
+    log.info(fill(method, [open_checkpoint(args.finetune, own, entries=("current_model_state", "state_dict"))]))
+    for callback in trainer.callbacks:
+        if isinstance(callback, AveragedWeights):
+            callback.start = average
+
+
 def has_local_weights(params, name: str) -> bool:  # noqa: ANN001
     """Whether the text encoder's config names a local folder or file that this tensor was filled from."""
     text = (params.get("text_encoder") or {}).get("params") or {}
@@ -166,6 +188,9 @@ def has_local_weights(params, name: str) -> bool:  # noqa: ANN001
 def cache_latents(method, data, trainer, folder: str) -> None:  # noqa: ANN001
     """Let the training set hand out latents of the frozen autoencoder instead of images."""
     from ldm.data.latents import build_latent_cache
+    if not hasattr(method, "first_stage_model"):
+        raise UserError(f"cache_latents: {type(method).__name__} has no autoencoder, there is nothing to encode. Set "
+                        "training.cache_latents=null.")
     if getattr(method, "reference_augment", None) is not None:
         raise UserError("cache_latents: references are augmented anew in every step and cannot be cached. Set "
                         "model.params.reference_augment=null or training.cache_latents=null.")
@@ -181,7 +206,7 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
 
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
-    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+    from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
     from cldm.callbacks import AveragedWeights, ImageGrid, RunCheckpoint, RunRecord, WeightExport
@@ -200,8 +225,10 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
                      "filename": "step-{step:07d}", "auto_insert_metric_name": False, "save_last": True,
                      "enable_version_counter": False, **settings.get("checkpoint", {})})]
     if training.get("ema_decay"):
-        callbacks.append(AveragedWeights(training.ema_decay))
+        callbacks.append(AveragedWeights(training.ema_decay, bool(training.get("ema_warmup"))))
     callbacks.append(WeightExport(run_dir, config))  # behind EMA, whose weights it exports
+    if training.get("patience"):
+        callbacks.append(EarlyStopping("loss_epoch", patience=training.patience, check_on_train_epoch_end=True))
     if training.get("preview_every") and data.val_set is not None:
         callbacks.append(ImageGrid(run_dir, data.val_set, training.preview_every))
     trainer = {"log_every_n_steps": 20, "enable_model_summary": False, "use_distributed_sampler": False,
@@ -230,15 +257,19 @@ def main(argv: list[str]) -> None:
     from ldm.models.training import TrainingModule
     from ldm.util import arguments_of, instantiate_from_config
     settings = OmegaConf.to_container(config.training, resolve=True)
-    others = ("ema_decay", "preview_every", "channels_last", "cache_latents")  # those that are not of TrainingModule
+    # those that are not of TrainingModule
+    others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents")
     check_keys("training", settings, [*others, *(set(arguments_of(TrainingModule)) - {"method", "seed"})])
     options = {k: v for k, v in settings.items() if k not in others}
-    size_factor = build_skeleton(OmegaConf.to_container(config, resolve=True)).size_factor
-    data = instantiate_from_config(config.data, seed=config.seed, size_factor=size_factor)
+    skeleton = build_skeleton(OmegaConf.to_container(config, resolve=True))
+    data = instantiate_from_config(config.data, seed=config.seed, size_factor=skeleton.size_factor,
+                                   takes=skeleton.takes, channels=skeleton.image_channels)
     data.setup("fit")  # reads and checks all input before the network is built
     trainer = build_trainer(config, args, run_dir, data)
     torch.manual_seed(config.seed)
     method = build_method(config, args, checkpoint)
+    if args.finetune:
+        start_finetuning(method, args, trainer)
     if args.scale_lr:
         options["learning_rate"] *= trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
         log.info("learning rate scaled to %g", options["learning_rate"])

@@ -22,7 +22,7 @@ from ldm.data.dataset import PairDataset  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
 from ldm.data.transforms import normalize_batch  # noqa: E402
 from ldm.models.loading import load_method, read_model_config  # noqa: E402
-from ldm.sampling.modes import SPACINGS, Sampling  # noqa: E402
+from ldm.sampling.modes import FROM_ZERO, SPACINGS, Sampling  # noqa: E402
 from ldm.sampling.noise import sample_noise  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     reference = latent(Sampling(num_steps=args.reference_steps))
     arms = [Sampling(num_steps=steps) for steps in (*args.steps, 50, 100)]
     for steps, solver, spacing, end in itertools.product(
-        args.steps, ("dpmpp_2m", "unipc"), SPACINGS, ("first", "clean")
+        args.steps, ("dpmpp_2m", "unipc"), [s for s in SPACINGS if s not in FROM_ZERO], ("first", "clean")
     ):
         arms.append(Sampling(solver, steps, spacing=spacing, end=end))
     print(f"| solver | steps | spacing | end | distance to DDIM-{args.reference_steps} |\n|---|---|---|---|---|")

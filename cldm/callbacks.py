@@ -66,10 +66,29 @@ class AveragedWeights(WeightAveraging):
 
     Args:
         decay: share of the old average that each optimizer step keeps.
+        use_warmup: keep less at the beginning, (1 + n) / (10 + n) after n updates, so that early averages forget the
+            random start.
+        start: averaged weights to go on from, by the names of the method; None = those that the training starts from.
     """
 
-    def __init__(self, decay: float) -> None:
-        super().__init__(avg_fn=lambda average, current, _: torch.lerp(average, current, 1.0 - decay))
+    def __init__(self, decay: float, use_warmup: bool = False, start: dict[str, torch.Tensor] | None = None) -> None:
+        def average(old: torch.Tensor, current: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            if not use_warmup:
+                return torch.lerp(old, current, 1.0 - decay)
+            kept = ((1.0 + count) / (10.0 + count)).clamp(max=decay)  # stays on the device
+            return torch.lerp(old, current, (1.0 - kept).to(old.dtype))
+
+        super().__init__(avg_fn=average)
+        self.start = start
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average, from `start` if there is one."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.start is not None:
+            self._average_model.module.method.load_state_dict(self.start)
+            # At 0 the first update would put the current weights in their place, and a warm-up soon after.
+            self._average_model.n_averaged.fill_(1_000_000)
+            self.start = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep both sets of weights."""
@@ -137,10 +156,12 @@ def draw_grid(columns: dict[str, torch.Tensor], gap: int = 4) -> Image.Image:
     """Grid of pictures with the names of the columns on top.
 
     Args:
-        columns: name -> (B, 3, H, W) float in [-1, 1].
+        columns: name -> (B, C, H, W) float in [-1, 1]; of more than three bands the first three are drawn.
         gap: pixels between pictures.
     """
-    pictures = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in columns.items()}
+    shown = {name: images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+             for name, images in columns.items()}
+    pictures = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in shown.items()}
     count, height, width, _ = next(iter(pictures.values())).shape
     canvas = np.full((14 + count * (height + gap), len(pictures) * (width + gap), 3), 255, np.uint8)
     for x, images in enumerate(pictures.values()):

@@ -12,6 +12,7 @@ from ldm.data.classes import ClassTable
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.models.diffusion import DiffusionMethod
 from ldm.modules.autoencoder import DiagonalGaussian
+from ldm.modules.blocks import set_norm_groups
 from ldm.util import instantiate_from_config
 
 GROUPS = ("unet", "all_in_attention", "control", "reference", "text")
@@ -230,13 +231,6 @@ class TISynth(DiffusionMethod):
         from_mask = self.control_model(latent, timestep, context, hint)
         from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent)
         return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference)
-
-
-def set_norm_groups(module: nn.Module, groups: int) -> None:
-    """Give all group norms whose channels it divides this number of groups; weights do not depend on it."""
-    for layer in module.modules():
-        if isinstance(layer, nn.GroupNorm) and layer.num_channels % groups == 0:
-            layer.num_groups = groups
 
 
 def check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, known: Iterable[str] = (), use_ema: bool = False,
-                    drop_objects: bool = False) -> Checkpoint:
+                    drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> Checkpoint:
     """Open weights of any layout that the method can use.
 
     Args:
@@ -55,7 +55,7 @@ def open_checkpoint(path: str | Path, known: Iterable[str] = (), use_ema: bool =
             TISynth, CLIP, diffusers, ours), or a diffusers folder, whole or of one part.
         known: names of the network to fill; only needed for a file that has nothing but averaged weights.
         use_ema: take averaged weights.
-        drop_objects: see ldm.weight_files.read_file.
+        drop_objects, entries: see ldm.weight_files.read_file.
     Returns:
         Its tensors under our names, not yet read.
     Raises:
@@ -65,7 +65,7 @@ def open_checkpoint(path: str | Path, known: Iterable[str] = (), use_ema: bool =
     path = Path(path)
     if path.is_dir():
         return open_folder(path)
-    raw = read_file(path, drop_objects)
+    raw = read_file(path, drop_objects, entries)
     names, notes = to_our_names(raw.tensors, known, use_ema)
     renamed = sum(ours != theirs for ours, theirs in names.items())
     notes += [f"renamed {renamed} of {len(raw.tensors)} tensors"] if renamed else []

@@ -179,7 +179,8 @@ def from_diffusers(part: str, names: Iterable[str]) -> dict[str, str]:
         blocks = 1 + largest(names, r"down_blocks\.0\.resnets\.(\d+)\.")
         attending = {int(m[1]) for name in names if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
         pairs = unet_pairs(1 + largest(names, r"down_blocks\.(\d+)\."), blocks, attending)
-        inner = {theirs: ours for ours, theirs in RESNET.items()}
+        # The attention of UNet2DModel has the names that it has there, of old those of OLD_VAE_ATTENTION.
+        inner = {theirs: ours for ours, theirs in RESNET.items()} | OLD_VAE_ATTENTION
     found = translate(names, [(theirs, ours) for ours, theirs in pairs], inner)
     return {name: PARTS[part] + found.get(name, name) for name in names}
 
@@ -199,7 +200,7 @@ def translate(names: Iterable[str], pairs: Iterable[tuple[str, str]], inner: Map
         if start is None:
             continue
         layer, _, leaf = name[len(start):].rpartition(".")
-        has_inner = "resnets" in start + table[start] or "attn_1" in start + table[start]
+        has_inner = any(part in start + table[start] for part in ("resnets", "attentions", "attn_1"))
         layer = inner.get(layer, layer) if has_inner else layer
         result[name] = f"{table[start]}{layer}.{leaf}" if layer else table[start] + leaf
     return result

@@ -3,7 +3,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,13 @@ def stand_in(name: str) -> Callable[..., Any]:
     return StandInDict if name.endswith(DICT_CLASSES) else StandIn
 
 
-def read_file(path: str | Path, drop_objects: bool = False) -> RawFile:
+def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> RawFile:
     """Open a weight file; what it is follows from its contents, not from its name.
 
     Args:
         path: safetensors, or a torch file of tensors, flat or under `state_dict`.
         drop_objects: put stand-ins in the place of all objects of a torch file instead of those known as harmless.
+        entries: of a torch file that holds several things, take the first of these that is there.
     Returns:
         Its tensors, not yet read, and what it says about them.
     Raises:
@@ -117,7 +118,7 @@ def read_file(path: str | Path, drop_objects: bool = False) -> RawFile:
     if is_safetensors:
         return read_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        return read_pickle(path, start[:2] == b"PK", drop_objects)
+        return read_pickle(path, start[:2] == b"PK", drop_objects, entries)
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         what = "is a web page, not weights. The download returned an error or login page. Fetch it again"
@@ -213,13 +214,13 @@ def read_bytes(path: Path, start: int, count: int) -> Tensor:
     return buffer
 
 
-def read_pickle(path: Path, is_zip: bool, drop_objects: bool) -> RawFile:
+def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> RawFile:
     """Open a torch file through torch's restricted reader, with stand-ins for what Lightning files hold beside weights.
 
     Args:
         path: the file.
         is_zip: whether it is of the format of torch 1.6 or later, which can be mapped instead of read.
-        drop_objects: see read_file.
+        drop_objects, entries: see read_file.
     """
     allowed: list[Any] = []
     try:
@@ -242,7 +243,7 @@ def read_pickle(path: Path, is_zip: bool, drop_objects: bool) -> RawFile:
         reason = " ".join(text.split())[:300] or type(error).__name__
         raise UserError(f"checkpoint {path}: cannot be read as tensors ({reason}). Nothing of it was run. "
                         "Expected safetensors or a complete torch file of tensors. Fetch it again.") from error
-    return unwrap(path, content)
+    return unwrap(path, content, entries)
 
 
 def is_harmless(name: str) -> bool:
@@ -250,11 +251,11 @@ def is_harmless(name: str) -> bool:
     return name in HARMLESS or name.startswith(HARMLESS_PREFIXES)
 
 
-def unwrap(path: Path, content: Any) -> RawFile:
-    """The state_dict in the contents of a torch file."""
+def unwrap(path: Path, content: Any, entries: Sequence[str]) -> RawFile:
+    """The tensors in the contents of a torch file: one of its entries, or the contents themselves."""
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of tensors.")
-    weights = content.get("state_dict", content)
+    weights = next((content[entry] for entry in entries if entry in content), content)
     if not isinstance(weights, Mapping):
         raise UserError(f"checkpoint {path}: its state_dict is a {type(weights).__name__}. Expected a dictionary.")
     check_count(path, len(weights))

@@ -5,6 +5,8 @@
     python scripts/convert_checkpoint.py run/checkpoints/last.safetensors delta.safetensors --only_trainable
     python scripts/convert_checkpoint.py v1-5.ckpt delta.safetensors whole.safetensors   # later inputs win
     python scripts/convert_checkpoint.py gid.safetensors gid_diffusers/                  # and with both swapped: back
+    python scripts/convert_checkpoint.py ema_0.9999_060204.pt isdm.safetensors --class_table loveda   # SDM, ISDM
+    python scripts/convert_checkpoint.py ddim-loveda-256-segguided/ sg.safetensors --class_table loveda
 """
 import argparse
 import json
@@ -19,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cldm.published import infer_model  # noqa: E402
 from ldm.account import SCHEDULE, fill, group_of  # noqa: E402
 from ldm.checkpoint import REST, Checkpoint, open_checkpoint, save_safetensors  # noqa: E402
+from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.key_maps import PARTS, to_diffusers  # noqa: E402
 from ldm.models.loading import build_skeleton, check_targets  # noqa: E402
 from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
@@ -37,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("paths", nargs="+", metavar="PATH", help="inputs, files or diffusers folders, then the output: .safetensors, "
         ".ckpt/.pth, or a folder (diffusers)")
     add("--config", help="model yaml; default: the config inside the last input that has one")
+    add("--class_table", help="published weights of SDM, ISDM or segmentation-guided diffusion: their classes, a name "
+        "in configs/classes or a yaml; the rest of the config follows from the shapes")
     add("--dtype", choices=sorted(DTYPES), help="precision of the output; default: as it is. Schedules stay float32")
     add("--ema", action="store_true", help="put averaged weights (model_ema.) in the place of the plain ones")
     add("--only_trainable", action="store_true", help="write only the groups that train; needs a config")
@@ -85,6 +91,9 @@ def diffusers_configs(skeleton: nn.Module) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: if a part computes something that diffusers cannot express.
     """
+    if not hasattr(skeleton, "first_stage_model"):
+        raise UserError(f"diffusers folder: cannot be written for {type(skeleton).__name__}. Expected a TISynth. Give "
+                        "an output that ends in .safetensors.")
     unet, vae, text = skeleton.model.diffusion_model, skeleton.first_stage_model, skeleton.cond_stage_model
     if not hasattr(text, "transformer"):
         raise UserError(f"diffusers folder: the text encoder is a {type(text).__name__}. Expected ClipTextEncoder.")
@@ -192,10 +201,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"convert_checkpoint: only one path ({target}). Expected inputs and an output.")
     if target.exists() and not args.overwrite:
         raise FileExistsError(f"{target} exists. Give another output or --overwrite.")
+    if args.config and args.class_table:
+        raise UserError("--class_table: the config of --config names the classes already. Give one of the two.")
     config = load_config([args.config]) if args.config else None
     known = build_skeleton(OmegaConf.to_container(config, resolve=True)).state_dict() if config else {}
     checkpoints = [open_checkpoint(source, known, args.ema, args.drop_objects) for source in sources]
     stored, inner = merge(checkpoints)
+    if args.class_table:
+        model = infer_model({name: tensor.shape for name, tensor in stored.items()}, ClassTable.load(args.class_table))
+        config = OmegaConf.create({"model": model})
     if config is None and inner is not None:
         check_targets(OmegaConf.to_container(inner.get("model"), resolve=True), str(sources[-1]))
         config = inner

@@ -88,7 +88,9 @@ class Sources:
         return Cell(self.table.colourise(mask), Path(record["mask"]).stem, is_mask=True)
 
     def reference(self, record: Record) -> Cell:
-        """Reference as it is."""
+        """Reference as it is; an empty tile where the method takes none."""
+        if record["reference"] is None:
+            return Cell(None)
         return Cell(_read_rgb(self.data_root / record["reference"]), Path(record["reference"]).stem)
 
     def result(self, record: Record | None, label: str) -> Cell:
@@ -104,6 +106,9 @@ class Sources:
 
 
 def _read_rgb(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":  # of many bands the first three
+        bands = np.load(path, allow_pickle=False)
+        return bands[..., np.minimum(range(3), bands.shape[2] - 1)]
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -130,14 +135,15 @@ def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) 
 
 
 def plan_list(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:
-    """A row per row of the manifest: mask, reference, then its copies."""
+    """A row per row of the manifest: mask, reference if it has one, then its copies."""
     groups: dict[int, list[Record]] = {}
     for record in records:
         groups.setdefault(record["row"], []).append(record)
     sheet = []
     for group in list(groups.values())[:rows]:
         results = [sources.result(record, f"seed {record['seed']}") for record in group[:columns]]
-        sheet.append([sources.mask(group[0]), sources.reference(group[0]), *results])
+        references = [sources.reference(group[0])] if group[0]["reference"] else []
+        sheet.append([sources.mask(group[0]), *references, *results])
     return sheet
 
 
@@ -217,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     sources = Sources(folder, args.data_root)
     pairs = {(record["mask"], record["reference"]) for record in records}
     possible = len({mask for mask, _ in pairs}) * len({reference for _, reference in pairs})
-    is_grid = args.layout == "grid" or (args.layout == "auto" and 2 * len(pairs) > possible)
+    has_references = any(record["reference"] for record in records)
+    is_grid = args.layout == "grid" or (args.layout == "auto" and has_references and 2 * len(pairs) > possible)
     plan = plan_grid if is_grid else plan_list
     sheet = plan(records, sources, args.rows, args.columns)
     shown = {line[0].label for line in sheet}

@@ -10,7 +10,7 @@ from test_sampling import DEVIATION, MEAN, gaussian_denoiser
 
 from ldm.diffusion.schedule import make_schedule, velocity
 from ldm.sampling.guidance import guide
-from ldm.sampling.modes import MODES, SPACINGS, Sampling, add_sampling_flags, choose_sampling
+from ldm.sampling.modes import FROM_ZERO, MODES, SPACINGS, Sampling, add_sampling_flags, choose_sampling
 from ldm.sampling.multistep import multistep_sample, spaced_timesteps
 from ldm.sampling.noise import sample_noise
 from ldm.sampling.sampler import sample
@@ -90,7 +90,7 @@ def test_spacings():
         for num_steps in (1, 2, 7, 20, 333, 999):
             timesteps = spaced_timesteps(num_steps, schedule, spacing)
             assert len(timesteps) == num_steps and timesteps == sorted(set(timesteps))
-            assert timesteps[0] >= 1 and timesteps[-1] <= 999
+            assert timesteps[0] >= (spacing not in FROM_ZERO) and timesteps[-1] <= 999
     alphas = schedule.alphas_cumprod[spaced_timesteps(10, schedule, "uniform_lambda")]
     gaps = np.diff(np.log(alphas / (1 - alphas)))
     assert gaps.std() < 0.1 * abs(gaps.mean())
@@ -100,7 +100,7 @@ def test_spacings():
         spaced_timesteps(20, schedule, "karras")
     for timesteps in ([], [21, 1], [0, 21], [1, 1000]):
         with pytest.raises(ValueError, match="ascending"):
-            multistep_sample(wavy, torch.zeros(1, 1, 2, 2), timesteps, schedule)
+            multistep_sample(wavy, torch.zeros(1, 1, 2, 2), timesteps, schedule, end="first")
 
 
 class Branches:
@@ -151,7 +151,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
     def choose(*flags):
         parser = argparse.ArgumentParser(allow_abbrev=False)
         add_sampling_flags(parser.add_argument_group("sampling"))
-        return choose_sampling(parser.parse_args([str(flag) for flag in flags]), guidance_scale=4.0)
+        return choose_sampling(parser.parse_args([str(flag) for flag in flags]), Sampling(guidance_scale=4.0))
 
     assert choose() == Sampling(guidance_scale=4.0) == choose("--mode", "exact")
     assert MODES["exact"].to_dict().items() >= {"solver": "ddim", "num_steps": 50, "eta": 0.0, "end": "first"}.items()
@@ -173,8 +173,9 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
 
 @pytest.mark.parametrize(
     "change",
-    [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5}, {"end": "clean"},
-     {"spacing": "karras"}, {"guidance_scale": 0}, {"hint_scale": float("nan")}, {"guidance_interval": (0.7, 0.1)},
+    [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5},
+     {"solver": "ddpm", "end": "first"}, {"spacing": "uniform", "end": "first"}, {"spacing": "karras"},
+     {"guidance_scale": 0}, {"hint_scale": float("nan")}, {"guidance_interval": (0.7, 0.1)},
      {"guidance_rescale": 2}, {"reuse_every": 0}],
 )  # fmt: skip
 def test_impossible_settings_are_named(change):

@@ -305,7 +305,6 @@ def test_two_processes(coupling: str, toy_data: Path, tmp_path: Path):
         (["model.params.hintmode=palette"], "Did you mean hint_mode?"),
         (["model.params.predictiontype=v"], "Did you mean prediction_type?"),
         (["data.params.size=[18,16]"], "18x16 (height x width). Expected multiples of 4"),
-        (["data.params.batch_size=9"], "8 rows do not fill a batch of 9"),
         (["lightning.trainer.max_steps=[1"], "lightning.trainer.max_steps=[1"),
         (["--data_root", "nowhere"], "nowhere"),
         (["--pretrain_path", "nowhere.ckpt"], "checkpoint not found: nowhere.ckpt"),

@@ -1,5 +1,6 @@
 """Lightning data module over a training and a validation manifest; a resumed run goes on in the middle of the data."""
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from ldm.data.dataset import PairDataset, collate_batch
 from ldm.data.manifest import read_manifest
 from ldm.util import UserError, is_rank_zero
 
+log = logging.getLogger(__name__)
+
 
 class RowSampler(DistributedSampler):
     """Shuffled rows of one rank as pairs (row, epoch): a stream that goes on where the training stands.
 
     Every iteration gives one epoch's number of full batches, beginning after the batches already trained on. So a
-    resumed run sees the rows of an uninterrupted one, wherever it was stopped. It is a DistributedSampler so that
-    Lightning leaves it in place.
+    resumed run sees the rows of an uninterrupted one, wherever it was stopped. Fewer rows than a batch needs are
+    repeated until they fill one. It is a DistributedSampler so that Lightning leaves it in place.
 
     Args:
         num_rows: rows of the dataset.
@@ -31,8 +34,9 @@ class RowSampler(DistributedSampler):
 
     def __init__(self, num_rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 0,
                  batches_done: Callable[[], int] = lambda: 0) -> None:
-        super().__init__(range(num_rows), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
-        self.batch_size, self.batches_done = batch_size, batches_done
+        repeated = range(num_rows * max(1, -(-num_replicas * batch_size // num_rows)))
+        super().__init__(repeated, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
+        self.num_rows, self.batch_size, self.batches_done = num_rows, batch_size, batches_done
 
     def __len__(self) -> int:
         return self.num_samples // self.batch_size * self.batch_size
@@ -44,7 +48,7 @@ class RowSampler(DistributedSampler):
             if epoch not in order:
                 self.set_epoch(epoch)
                 order = {epoch: list(super().__iter__())}
-            yield order[epoch][number], epoch
+            yield order[epoch][number] % self.num_rows, epoch
 
 
 class DataModule(LightningDataModule):
@@ -59,7 +63,8 @@ class DataModule(LightningDataModule):
         val_manifest: JSON-lines file of the validation rows; None = no validation.
         size: (height, width) of all items; None = the masks' own size.
         flip, random_crop, colour_jitter, reference: see PairDataset. Validation images are not changed at random.
-        size_factor: heights and widths must be multiples of it (the method's `size_factor`).
+        size_factor, takes, channels: of the method (`size_factor`, `takes`, `image_channels`): heights and widths are
+            multiples of the first; what it does not take, rows need not have.
         check_files: decode every file before training starts.
         seed: seed of order, flips and crops.
     """
@@ -67,7 +72,8 @@ class DataModule(LightningDataModule):
     def __init__(self, data_root: str, train_manifest: str, class_table: str | Mapping, batch_size: int,
                  num_workers: int = 2, val_manifest: str | None = None, size: tuple[int, int] | None = None,
                  flip: float = 0.5, random_crop: bool = False, colour_jitter: float = 0.0, reference: str = "target",
-                 size_factor: int | None = None, check_files: bool = True, seed: int = 23) -> None:
+                 size_factor: int | None = None, check_files: bool = True, seed: int = 23,
+                 takes: Sequence[str] = ("prompt", "reference"), channels: int = 3) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"data: batch_size={batch_size}, num_workers={num_workers}. Expected at least 1 and 0.")
@@ -76,7 +82,8 @@ class DataModule(LightningDataModule):
         self.table = ClassTable.load(class_table)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
-        self.flip, self.random_crop, self.colour_jitter, self.reference = flip, random_crop, colour_jitter, reference
+        self.flip, self.random_crop, self.colour_jitter = flip, random_crop, colour_jitter
+        self.takes, self.channels, self.reference = takes, channels, reference if "reference" in takes else "none"
         self.size_factor, self.check_files = size_factor, check_files
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
@@ -86,7 +93,6 @@ class DataModule(LightningDataModule):
 
         Raises:
             ManifestError: listing all bad rows.
-            UserError: if the training rows do not fill one batch on every rank.
         """
         if self.train_set is None:
             self.train_set = self.make_dataset(self.train_manifest, is_training=True)
@@ -94,15 +100,16 @@ class DataModule(LightningDataModule):
                 self.val_set = self.make_dataset(self.val_manifest, is_training=False)
         ranks = self.trainer.world_size if self.trainer else 1
         if len(self.train_set) < ranks * self.batch_size:
-            raise UserError(f"{self.train_manifest}: {len(self.train_set)} rows do not fill a batch of "
-                            f"{self.batch_size} on {ranks} ranks. Lower batch_size or add rows.")
+            log.warning("%s: %d rows do not fill a batch of %d on %d ranks: rows are repeated within a batch",
+                        self.train_manifest, len(self.train_set), self.batch_size, ranks)
 
     def make_dataset(self, manifest: str, is_training: bool) -> PairDataset:
         """Dataset over one manifest; flips and random windows only in training."""
-        need = {"image", "prompt"} | ({"reference"} if self.reference == "manifest" else set())
+        need = {"image", *self.takes} - ({"reference"} if self.reference != "manifest" else set())
         rows = read_manifest(manifest, self.data_root, need=need, table=self.table, size_factor=self.size_factor,
                              size=self.size, check_files=self.check_files and is_rank_zero())
         return PairDataset(rows, self.table, size=self.size, reference=self.reference, seed=self.seed,
+                           channels=self.channels,
                            flip=self.flip if is_training else 0.0, random_crop=self.random_crop and is_training,
                            colour_jitter=self.colour_jitter if is_training else 0.0,
                            centre_crop=self.random_crop and not is_training)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from ldm.data.classes import ClassTable, read_mask
+from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.manifest import Row
 from ldm.data.transforms import change_colours, draw_colour_change, fit_pair, fit_reference, resize_mask
 from ldm.util import UserError
@@ -19,8 +19,9 @@ REFERENCE_MODES = ("target", "manifest", "none")
 class PairDataset(Dataset):
     """Images, masks, references and prompts of a manifest.
 
-    An item has the keys `image` (3, H, W) uint8 (left out when the row has none), `mask` (H, W) uint8, 0..K-1 or 255,
-    `reference` (3, H, W) uint8 (left out with reference="none"), `prompt`, `name` str (stem of the mask), `row` int.
+    An item has the keys `image` (C, H, W) uint8 (left out when the row has none), `mask` (H, W) uint8, 0..K-1 or 255,
+    `reference` (3, H, W) uint8 (left out with reference="none"), `instance` (H, W) int32 where the row
+    has one, `prompt`, `name` str (stem of the mask), `row` int.
     Its random draws depend on (seed, epoch, row) alone: not on workers, ranks, order or restarts.
 
     Args:
@@ -36,13 +37,14 @@ class PairDataset(Dataset):
             by its masks and need not look at the reference.
         reference: `target` = the image itself, `manifest` = the row's ref_image, `none`.
         seed: base seed of the draws.
+        channels: C of the images: 3 = RGB, 1 = grey, others = arrays of so many bands (see read_image).
     Raises:
         UserError: if the rows lack what `reference` asks for, or a value is out of range.
     """
 
     def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None = None, flip: float = 0.0,
                  random_crop: bool = False, centre_crop: bool = False, colour_jitter: float = 0.0,
-                 reference: str = "target", seed: int = 0) -> None:
+                 reference: str = "target", seed: int = 0, channels: int = 3) -> None:
         if reference not in REFERENCE_MODES:
             raise UserError(f"reference: {reference!r} is unknown. Expected one of {', '.join(REFERENCE_MODES)}.")
         if not 0 <= flip <= 1:
@@ -52,6 +54,9 @@ class PairDataset(Dataset):
         if (random_crop or centre_crop) and (size is None or random_crop == centre_crop):
             raise UserError(f"random_crop={random_crop}, centre_crop={centre_crop}, size={size}. Expected a size and "
                             "only one of the two crops.")
+        if channels != 3 and (colour_jitter or reference != "none"):
+            raise UserError(f"colour_jitter={colour_jitter}, reference={reference}, channels={channels}. Expected no "
+                            "jitter and no references of images that are not RGB.")
         lacking = {"target": "image", "manifest": "reference"}.get(reference)
         bad = [row.line for row in rows if lacking and getattr(row, lacking) is None]
         if bad:
@@ -60,7 +65,7 @@ class PairDataset(Dataset):
         self.rows, self.table, self.flip, self.reference, self.seed = list(rows), table, flip, reference, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.crop, self.random_crop = random_crop or centre_crop, random_crop
-        self.colour_jitter = colour_jitter
+        self.colour_jitter, self.channels = colour_jitter, channels
         self.latents = None
 
     def __len__(self) -> int:
@@ -73,14 +78,16 @@ class PairDataset(Dataset):
         random = np.random.default_rng((self.seed, epoch, row.index))
         if self.latents is not None:
             return self.cached_item(row, random)
-        image = None if row.image is None else read_image(row.image)
+        image = None if row.image is None else read_image(row.image, self.channels)
         mask = read_mask(row.mask, self.table)
+        instance = None if row.instance is None else read_instances(row.instance)
         size = self.size or mask.shape
         position = random if self.random_crop else None
-        image, mask = fit_pair(image, mask, size, self.crop, position)
+        image, mask, instance = fit_pair(image, mask, size, self.crop, position, instance)
         if self.flip and random.random() < self.flip:
-            image, mask = None if image is None else image[:, ::-1], mask[:, ::-1]
-        item = {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
+            image, mask, instance = (None if part is None else part[:, ::-1] for part in (image, mask, instance))
+        item = {} if instance is None else {"instance": torch.from_numpy(instance.copy())}
+        item |= {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
         pictures = {} if image is None else {"image": image}
         if self.reference == "manifest":
             pictures["reference"] = fit_reference(read_image(row.reference), size, self.crop, position)
@@ -116,19 +123,44 @@ class PairDataset(Dataset):
         return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Read an image of any 8-bit colour mode as (H, W, 3) uint8; UserError when it cannot be decoded."""
+def read_image(path: Path, channels: int = 3) -> np.ndarray:
+    """Read an image.
+
+    Args:
+        path: an image of any 8-bit colour mode, or with another number of channels than 1 and 3 a .npy array of
+            (H, W, channels) uint8.
+        channels: 3 = RGB, 1 = grey.
+    Returns:
+        (H, W, channels) uint8.
+    Raises:
+        UserError: when it cannot be decoded or has another number of bands.
+    """
     try:
+        if path.suffix == ".npy":
+            bands = np.load(path, allow_pickle=False)
+            if bands.shape[2:] != (channels,) or bands.dtype != np.uint8:
+                raise ValueError(f"{bands.shape} {bands.dtype}, expected (height, width, {channels}) uint8")
+            return bands
+        if channels not in (1, 3):
+            raise ValueError(f"expected a .npy array of {channels} bands")
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.atleast_3d(np.asarray(picture.convert("RGB" if channels == 3 else "L")))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
         raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
 
 
+def read_instances(path: Path) -> np.ndarray:
+    """Read a map of object numbers exactly, (H, W) int32; UserError for a picture in colours."""
+    numbers = read_raw_mask(path)
+    if numbers.ndim != 2:
+        raise UserError(f"{path}: an instance map in RGB. Expected one number a pixel: grey PNG of 8 or 16 bit.")
+    return numbers.astype(np.int32)
+
+
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 array -> (3, H, W) uint8 tensor with memory of its own."""
+    """(H, W, C) uint8 array -> (C, H, W) uint8 tensor with memory of its own."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)).copy())
 
 

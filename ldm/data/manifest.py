@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.util import UserError
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
-DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image"}
-NEEDS = ("image", "reference", "prompt")
+DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}
+NEEDS = ("image", "reference", "prompt", "instance")
 SHOWN_PROBLEMS = 100
 LONGEST_LINE = 1 << 20  # bytes
 MOST_PIXELS = 64_000_000  # of a mask or reference; some kilobytes of a damaged or malicious file can claim far more
@@ -53,6 +54,7 @@ class Row:
         prompt: the prompt; empty when the manifest has none and none was needed.
         reference: path of the reference.
         mask_name: the mask as the manifest writes it, relative to the data root.
+        instance: path of the map of object numbers; None unless it was asked for.
     """
 
     index: int
@@ -62,6 +64,7 @@ class Row:
     prompt: str
     reference: Path | None
     mask_name: str
+    instance: Path | None = None
 
 
 def read_manifest(
@@ -82,7 +85,8 @@ def read_manifest(
     Args:
         path: JSON-lines file with the keys source (mask), target (image), prompt, ref_image (reference).
         data_root: folder that the paths in the manifest are relative to.
-        need: which of image, reference, prompt every row must have; images and references not needed are not looked at.
+        need: which of image, reference, prompt, instance every row must have; files that are not needed are not
+            looked at.
         table: if given, every mask may hold only its ids.
         check_files: open and decode every file once (threaded); False = only look whether they exist.
         size_factor: if given, heights and widths must be multiples of it.
@@ -158,6 +162,7 @@ def make_row(entry: dict[str, str], index: int, line: int, data_root: Path, need
         prompt=entry.get("prompt", ""),
         reference=data_root / entry["ref_image"] if "reference" in need else None,
         mask_name=entry["source"],
+        instance=data_root / entry["instance"] if "instance" in need else None,
     )
 
 
@@ -203,14 +208,19 @@ def is_outside(name: str) -> bool:
 def leave_out_links(rows: list[Row], data_root: Path, problems: list[tuple[int, str]]) -> list[Row]:
     """Rows whose files, links followed, lie below the data root; the others go to `problems`."""
     root = data_root.resolve()
-    files = {file for row in rows for file in (row.mask, row.image, row.reference) if file}
+    files = {file for row in rows for file in files_of(row)}
     outside = {file: target for file in files if not (target := file.resolve()).is_relative_to(root)}
     if not outside:
         return rows
     problems += [(row.line, f"{file} is a link out of the data root, to {outside[file]}. Expected a file below it. "
                             "Copy it, or add --follow_links.")
-                 for row in rows for file in (row.mask, row.image, row.reference) if file in outside]
-    return [row for row in rows if not {row.mask, row.image, row.reference} & outside.keys()]
+                 for row in rows for file in files_of(row) if file in outside]
+    return [row for row in rows if not outside.keys() & files_of(row)]
+
+
+def files_of(row: Row) -> list[Path]:
+    """The files that a row names and its reader asked for."""
+    return [file for file in (row.mask, row.image, row.reference, row.instance) if file]
 
 
 def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tuple[int, str]]) -> None:
@@ -236,17 +246,24 @@ def check_rows(
     """
     whole = [row for row in rows if decode(row.index)]
     decoded = {row.mask for row in whole}, {file for row in whole for file in (row.image, row.reference) if file}
+    counted = {row.instance for row in whole}
 
     def probe_mask(file: Path) -> tuple[int, int] | str | None:
         return probe_mask_file(file, table) if file in decoded[0] else probe_existence(file)
+
+    def probe_instances(file: Path) -> tuple[int, int] | str | None:
+        return probe_mask_file(file, None) if file in counted else probe_existence(file)
 
     def probe_picture(file: Path) -> tuple[int, int] | str | None:
         return probe_image_file(file) if file in decoded[1] else probe_existence(file)
 
     masks = probe_all({row.mask for row in rows}, probe_mask)
     pictures = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_picture)
+    instances = probe_all({row.instance for row in rows if row.instance}, probe_instances)
     for row in rows:
         found = {"mask": masks[row.mask]}
+        if row.instance:
+            found["instance"] = instances[row.instance]
         if row.image:
             found["image"] = pictures[row.image]
         if row.reference:
@@ -255,9 +272,10 @@ def check_rows(
         if not isinstance(found["mask"], tuple):
             continue
         height, width = found["mask"]
-        if isinstance(found.get("image"), tuple) and found["image"] != found["mask"]:
-            problems.append((row.line, f"image {row.image} is {found['image'][0]}x{found['image'][1]}, its mask "
-                                       f"{height}x{width} (height x width). Expected equal sizes."))
+        for word, file in (("image", row.image), ("instance", row.instance)):
+            if isinstance(found.get(word), tuple) and found[word] != found["mask"]:
+                problems.append((row.line, f"{word} {file} is {found[word][0]}x{found[word][1]}, its mask "
+                                           f"{height}x{width} (height x width). Expected equal sizes."))
         if size_factor and (height % size_factor or width % size_factor):
             problems.append((row.line, f"mask {row.mask} is {height}x{width} (height x width). Expected multiples of "
                                        f"{size_factor}; cut it, or give --H and --W."))
@@ -311,6 +329,8 @@ def probe_image_file(file: Path) -> tuple[int, int] | str:
     problem = probe_existence(file) or probe_pixels(file)
     if problem:
         return problem
+    if file.suffix == ".npy":
+        return probe_bands(file)
     try:
         with Image.open(file) as picture:
             picture.load()
@@ -319,6 +339,17 @@ def probe_image_file(file: Path) -> tuple[int, int] | str:
             return picture.height, picture.width
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
         return f"{file}: not readable as an image ({error}). Write the file again."
+
+
+def probe_bands(file: Path) -> tuple[int, int] | str:
+    """Size (height, width) of an array of image bands, else the problem as text."""
+    try:
+        bands = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        return f"{file}: not readable as an array ({error}). Write the file again."
+    if bands.ndim != 3 or bands.dtype != np.uint8:
+        return f"{file}: {bands.shape} {bands.dtype}. Expected (height, width, bands) uint8."
+    return bands.shape[0], bands.shape[1]
 
 
 def format_ranges(numbers: list[int]) -> str:

@@ -10,13 +10,13 @@ from torch import Tensor
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 
-HINT_MODES = ("rgb_id", "palette", "one_hot")
+HINT_MODES = ("rgb_id", "palette", "one_hot", "single255")
 
 
 def hint_channels(mode: str, table: ClassTable) -> int:
     """Number of channels of a hint in the given mode (see encode_mask); UserError for an unknown mode."""
     check_hint_mode(mode)
-    return table.num_classes if mode == "one_hot" else 3
+    return {"one_hot": table.num_classes, "single255": 1}.get(mode, 3)
 
 
 def check_hint_mode(mode: str) -> None:
@@ -30,7 +30,8 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
 
     Args:
         mask: (B, H, W) int64, 0..K-1 or 255 = ignore.
-        mode: `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
+        mode: `single255`: id / 255 in one channel, ignore = 0 (published weights of segmentation-guided diffusion);
+            `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
             `palette`: the table's colours / 255, ignore = the table's ignore colour (black, all zero, by default);
             `one_hot`: K channels, ignore = all zero.
         table: gives K and the colours.
@@ -43,6 +44,8 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
     check_hint_mode(mode)
     if mask.ndim != 3 or mask.dtype != torch.int64:
         raise ValueError(f"encode_mask: mask is {tuple(mask.shape)} {mask.dtype}. Expected (B, H, W) int64.")
+    if mode == "single255":
+        return (mask.masked_fill(mask == 255, 0).float() / 255)[:, None]  # (B, 1, H, W)
     if mode == "rgb_id":
         return (mask.float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
     if mode == "palette":
@@ -52,27 +55,46 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
     return (mask[:, None] == ids).float()  # (B, K, H, W)
 
 
+def draw_edges(ids: Tensor) -> Tensor:
+    """Mark both sides of every border between two ids.
+
+    Args:
+        ids: (B, H, W) int64, classes or objects.
+    Returns:
+        (B, 1, H, W) float32: 1 where one of the four neighbours has another id, else 0.
+    """
+    edges = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    across, down = ids[:, :, 1:] != ids[:, :, :-1], ids[:, 1:] != ids[:, :-1]
+    edges[:, :, 1:] |= across
+    edges[:, :, :-1] |= across
+    edges[:, 1:] |= down
+    edges[:, :-1] |= down
+    return edges[:, None].float()
+
+
 def normalize_batch(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
     """Move a batch of the dataset to a device and give its tensors the types the methods expect.
 
     Args:
-        batch: `image`, `reference` (B, 3, H, W) uint8 and `mask` (B, H, W) uint8, as far as present; other entries
-            (`prompt`, `name`, ...) are kept as they are.
+        batch: `image`, `reference` (B, C, H, W) and `mask` (B, H, W) uint8, `instance` (B, H, W) int32, as far as
+            present; other entries (`prompt`, `name`, ...) are kept as they are.
         device: where the tensors go; they travel as uint8.
     Returns:
-        New dict; images float32 in [-1, 1], mask int64 0..K-1 or 255.
+        New dict; images float32 in [-1, 1], mask int64 0..K-1 or 255, instance int64.
     Raises:
         ValueError: if an image or mask is not uint8, since its range would be unknown.
     """
     result = dict(batch)
-    for key in ("image", "reference", "mask"):
+    for key in ("image", "reference", "mask", "instance"):
         if key not in batch:
             continue
-        if batch[key].dtype != torch.uint8:
-            raise ValueError(f"normalize_batch: {key} is {batch[key].dtype}. Expected uint8 as the dataset gives it.")
+        expected = torch.int32 if key == "instance" else torch.uint8
+        if batch[key].dtype != expected:
+            raise ValueError(f"normalize_batch: {key} is {batch[key].dtype}. Expected {expected} as the dataset gives "
+                             "it.")
         values = batch[key].to(device, non_blocking=True)
         # channels_last: convolutions are up to eight times faster with it on a CPU, and need no transposes on a GPU.
-        result[key] = values.long() if key == "mask" else (
+        result[key] = values.long() if key in ("mask", "instance") else (
             values.to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1)
     return result
 
@@ -83,14 +105,17 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize an image (H, W, 3) uint8 to `size` = (height, width), bicubic; returned as it is if it has that size."""
+    """Resize an image (H, W, C) uint8 to `size` = (height, width), bicubic; returned as it is if it has that size."""
     if image.shape[:2] == tuple(size):
         return image
+    if image.shape[2] != 3:
+        bands = [Image.fromarray(band) for band in image.transpose(2, 0, 1)]
+        return np.stack([band.resize(size[::-1], Image.Resampling.BICUBIC) for band in bands], axis=-1)
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask (H, W) uint8 to `size` = (height, width), nearest, so that no new ids appear."""
+    """Resize a mask (H, W) uint8, or object numbers int32, to `size` = (height, width), nearest: no new ids appear."""
     if mask.shape == tuple(size):
         return mask
     return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
@@ -153,22 +178,25 @@ def fit_pair(
     size: tuple[int, int],
     crop: bool,
     random: np.random.Generator | None = None,
-) -> tuple[np.ndarray | None, np.ndarray]:
+    instance: np.ndarray | None = None,
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
     """Bring an image and its mask to one size together.
 
     Args:
-        image: (H, W, 3) uint8 of the mask's size, or None.
+        image: (H, W, C) uint8 of the mask's size, or None.
         mask: (H, W) uint8.
         size: (height, width) wanted.
         crop: cut one window from both (both enlarged first when smaller); otherwise resize both whole.
         random: source of the window's position; None = the centre.
+        instance: (H, W) int32 object numbers, or None.
     Returns:
-        Image (height, width, 3) or None, and mask (height, width).
+        Image (height, width, C) or None, mask (height, width), and instance likewise or None.
     """
     whole = cover_size(mask.shape, size, shrink=False) if crop else tuple(size)
     window = draw_window(whole, size, random)
     image = None if image is None else resize_image(image, whole)[window]
-    return image, resize_mask(mask, whole)[window]
+    instance = None if instance is None else resize_mask(instance, whole)[window]
+    return image, resize_mask(mask, whole)[window], instance
 
 
 def draw_colour_change(random: np.random.Generator, strength: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Noise schedules of a discrete-time diffusion process, and conversions between what a network can predict."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,7 @@ class Schedule:
 
     Args:
         betas: variance added at each timestep, (T,) float64 in (0, 1).
+        cumprod: products of 1 - betas where they are known exactly (see respace); None = computed.
 
     Raises:
         ValueError: if betas is not a non-empty vector with all values in (0, 1).
@@ -38,6 +40,7 @@ class Schedule:
     """
 
     betas: np.ndarray
+    cumprod: np.ndarray | None = None
     _values: dict[str, np.ndarray] = field(init=False, repr=False)
     _tensors: dict[tuple[str, str], Tensor] = field(init=False, repr=False, default_factory=dict)
 
@@ -49,7 +52,7 @@ class Schedule:
                 " Check start, end and num_timesteps."
             )
         object.__setattr__(self, "betas", betas)
-        object.__setattr__(self, "_values", _derive(betas))
+        object.__setattr__(self, "_values", _derive(betas, self.cumprod))
 
     @property
     def num_timesteps(self) -> int:
@@ -69,7 +72,7 @@ class Schedule:
         """Look up one value per sample, shaped to multiply a batch.
 
         Args:
-            name: one of BUFFER_NAMES.
+            name: one of BUFFER_NAMES, `log_betas` or `log_least_variance` (see learned_log_variance).
             timestep: (B,) int64 in [0, T).
             like: the batch, (B, ...); gives device and number of axes.
 
@@ -98,9 +101,9 @@ class Schedule:
         return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _derive(betas: np.ndarray) -> dict[str, np.ndarray]:
+def _derive(betas: np.ndarray, cumprod: np.ndarray | None = None) -> dict[str, np.ndarray]:
     alphas = 1.0 - betas
-    cumprod = np.cumprod(alphas)
+    cumprod = np.cumprod(alphas) if cumprod is None else cumprod
     previous = np.append(1.0, cumprod[:-1])
     posterior_variance = betas * (1.0 - previous) / (1.0 - cumprod)
     return {
@@ -115,6 +118,10 @@ def _derive(betas: np.ndarray) -> dict[str, np.ndarray]:
         "posterior_variance": posterior_variance,
         # The first posterior variance is exactly 0, its logarithm is not a number one can store.
         "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
+        "log_betas": np.log(betas),
+        # The first posterior variance is 0; a network that learns variances takes the next one's place for it.
+        "log_least_variance": np.log(np.append(posterior_variance[1:2], posterior_variance[1:]) if len(betas) > 1
+                                     else betas),
         "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - cumprod),
         "posterior_mean_coef2": (1.0 - previous) * np.sqrt(alphas) / (1.0 - cumprod),
     }
@@ -160,6 +167,41 @@ def make_schedule(
         signal = np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2
         betas = np.clip(1.0 - signal[1:] / signal[:-1], 1e-8, 0.999)
     return Schedule(betas)
+
+
+def respace(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
+    """The process that only knows some of the timesteps; at these its noise levels are those of the whole process.
+
+    Args:
+        schedule: the process that the network was trained on.
+        timesteps: ascending, in [0, T).
+
+    Returns:
+        A schedule of len(timesteps) steps; the very same object when these are all.
+    Source: Nichol and Dhariwal 2021, section 4.
+    """
+    if len(timesteps) == schedule.num_timesteps:
+        return schedule
+    cumprod = schedule.alphas_cumprod[list(timesteps)]
+    return Schedule(1.0 - cumprod / np.append(1.0, cumprod[:-1]), cumprod)
+
+
+def learned_log_variance(values: Tensor, timestep: Tensor, schedule: Schedule) -> Tensor:
+    """Logarithm of the variance of a step back, where the network learns it.
+
+    Args:
+        values: outputs of the network, (B, C, h, w): 1 = the largest sensible variance (beta), -1 = the least (the
+            posterior's when the clean latent is known).
+        timestep: (B,) int64 in [0, schedule.num_timesteps).
+        schedule: the process that is walked back, respaced or not.
+
+    Returns:
+        (B, C, h, w).
+    Source: Nichol and Dhariwal 2021, Eq. 15.
+    """
+    share = (values + 1) / 2
+    least = schedule.gather("log_least_variance", timestep, values)
+    return share * schedule.gather("log_betas", timestep, values) + (1 - share) * least
 
 
 def q_sample(latent: Tensor, timestep: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:

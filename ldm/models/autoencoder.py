@@ -26,6 +26,9 @@ class AutoencoderMethod(nn.Module):
             stays valid while its pictures become sharper (as sd-vae-ft-mse does for SD1.5).
     """
 
+    takes = ()
+    image_channels = 3
+
     def __init__(self, autoencoder: Mapping[str, Any], perceptual_weights: str | None = None,
                  perceptual_weight: float = 1.0, kl_weight: float = 1e-6, chroma_gain: float = 1.0,
                  crop: int | None = None, trained: str = "all") -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm.checkpoint import file_sha256
 from ldm.data.classes import ClassTable
-from ldm.data.manifest import Row, read_manifest
+from ldm.data.manifest import Row, files_of, read_manifest
 from ldm.models.loading import build_skeleton, read_model_config
 from ldm.models.machine import choose_device
 from ldm.models.synthesis import Job
@@ -174,12 +174,14 @@ def _below(path: Path | None, root: str) -> str | None:
     return None if path is None else Path(os.path.relpath(path, root)).as_posix()
 
 
-def make_plan(settings: RunSettings, choose_sampling: Callable[[float], Sampling], has_gpu: bool | None = None) -> Plan:
+def make_plan(
+    settings: RunSettings, choose_sampling: Callable[[Sampling], Sampling], has_gpu: bool | None = None
+) -> Plan:
     """Check a command line and the files that it names.
 
     Args:
         settings: the command line.
-        choose_sampling: gives the sampler's settings for the model's own guidance scale.
+        choose_sampling: gives the sampler's settings from the model's own.
         has_gpu: whether the machines that will paint have GPUs; None = this machine paints.
 
     Raises:
@@ -191,12 +193,17 @@ def make_plan(settings: RunSettings, choose_sampling: Callable[[float], Sampling
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
-    sampling = choose_sampling(method.guidance_scale)
+    if method.image_channels not in (1, 3):
+        settings = replace(settings, extension="npy")
+    sampling = choose_sampling(method.own_sampling)
     check_settings(settings, sampling, method)
+    ignored = sorted({"prompt", "reference"} - set(method.takes))
+    if ignored:
+        logger.info("%s does not look at the manifest's %s", type(method).__name__, " and ".join(ignored))
     table = choose_table(settings.dataset, method.class_table)
     layout = plan_layout(settings)
     numbers = find_unfinished(settings, layout)
-    rows, bad_rows = read_rows(settings, table, method.size_factor, numbers, layout)
+    rows, bad_rows = read_rows(settings, table, method, numbers, layout)
     fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
@@ -226,8 +233,8 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module)
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
     spaced_timesteps(sampling.num_steps, method.schedule, sampling.spacing)
-    # The tokenizer is loaded at its first use; missing files should show now.
-    method.text_encoder.tokenizer([""])
+    if "prompt" in method.takes:  # the tokenizer is loaded at its first use; missing files should show now
+        method.text_encoder.tokenizer([""])
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
@@ -276,7 +283,7 @@ def is_unfinished(statistics: Record | None, copies: int) -> bool:
     return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
-def read_rows(settings: RunSettings, table: ClassTable, size_factor: int, numbers: Sequence[int],
+def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, numbers: Sequence[int],
               layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
     """Rows of the manifest; the files of those that this process paints are checked.
 
@@ -286,7 +293,7 @@ def read_rows(settings: RunSettings, table: ClassTable, size_factor: int, number
     open_shards = set(numbers)
     problems: list[tuple[int, str]] | None = [] if settings.bad_rows == "skip" else None
     rows = read_manifest(
-        settings.txt_file, settings.data_root, need=("reference", "prompt"), table=table, size_factor=size_factor,
+        settings.txt_file, settings.data_root, need=method.takes, table=table, size_factor=method.size_factor,
         size=settings.size, decode=lambda row: row // layout["shard_size"] in open_shards, problems=problems,
         follow_links=settings.follow_links,
     )  # fmt: skip
@@ -320,7 +327,7 @@ def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: Class
     """
     inputs = hashlib.sha256(Path(settings.txt_file).read_bytes())
     if settings.bad_rows == "stop":  # with "skip", a file that is mended later must not make it another run
-        for path in sorted({path for row in rows for path in (row.mask, row.reference) if path}):
+        for path in sorted({path for row in rows for path in files_of(row)}):
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),

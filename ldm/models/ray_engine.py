@@ -124,7 +124,7 @@ def connect() -> Any:
     return ray
 
 
-def run_on_ray(settings: RunSettings, choose_sampling: Callable[[float], Sampling], workers: int | None) -> int:
+def run_on_ray(settings: RunSettings, choose_sampling: Callable[[Sampling], Sampling], workers: int | None) -> int:
     """Check everything, then paint with actors; returns the exit code.
 
     Args:

@@ -22,7 +22,7 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-TENSOR_KEYS = ("mask", "reference")
+TENSOR_KEYS = ("mask", "reference", "instance")  # of these, what the method takes
 LIST_KEYS = ("prompt", "reference_key", "slot")
 # On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the pictures.
 CPU_BATCH = 2
@@ -54,7 +54,9 @@ class Request(NamedTuple):
 
 
 class ConditionDataset(Dataset):
-    """Conditions of jobs, as uint8: mask, reference, prompt, `reference_key` and `slot`, the number of the job.
+    """Conditions of jobs: mask, reference, instance map, prompt, `reference_key` and `slot`, the number of the job.
+
+    References and instance maps are there if the rows have them. All but the maps (int32) are uint8.
 
     A file that cannot be read gives `slot` and `error` instead: one bad file does not end a run.
 
@@ -65,7 +67,8 @@ class ConditionDataset(Dataset):
     """
 
     def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None) -> None:
-        self.pairs = PairDataset(rows, table, size=size, reference="manifest")
+        reference = "manifest" if rows and rows[0].reference else "none"
+        self.pairs = PairDataset(rows, table, size=size, reference=reference)
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         """Conditions for one request (see PairDataset for shapes and ranges)."""
@@ -77,7 +80,7 @@ class ConditionDataset(Dataset):
         if tuple(item["mask"].shape) != request.size:
             return {"slot": request.slot, "error": f"{row.mask}: its size changed since the run began"}
         return {"slot": request.slot, "prompt": row.prompt, "reference_key": str(row.reference),
-                **{key: item[key] for key in TENSOR_KEYS}}  # fmt: skip
+                **{key: item[key] for key in TENSOR_KEYS if key in item}}  # fmt: skip
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,7 +88,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     good = [item for item in items if "error" not in item]
     batch = {"errors": {item["slot"]: item["error"] for item in items if "error" in item}}
     batch |= {key: [item[key] for item in good] for key in LIST_KEYS}
-    return batch | {key: default_collate([item[key] for item in good]) for key in TENSOR_KEYS if good}
+    present = [key for key in TENSOR_KEYS if good and key in good[0]]
+    return batch | {key: default_collate([item[key] for item in good]) for key in present}
 
 
 class BatchPlan:
@@ -158,11 +162,11 @@ class Painter:
         """Paint one batch.
 
         Args:
-            batch: from the loader: mask (B, H, W) uint8, reference (B, 3, H, W) uint8, lists of B.
+            batch: from the loader: mask (B, H, W) uint8, what else the method takes, lists of B.
             seeds: seed of each sample's noise.
 
         Returns:
-            Images, (B, 3, H, W) float32 in [-1, 1]; NaN where the network failed, in full precision too.
+            Images, (B, C, H, W) float32 in [-1, 1]; NaN where the network failed, in full precision too.
 
         Raises:
             UserError: if not even one image fits into memory.
@@ -218,13 +222,13 @@ def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int],
         use_autocast: see Painter.
 
     Returns:
-        Images, (len(chosen), 3, H, W) float32 in [-1, 1] unless something went wrong inside the network.
+        Images, (len(chosen), C, H, W) float32 in [-1, 1] unless something went wrong inside the network.
     """
     method, device = painter.method, painter.device
     filled = [*chosen, *[chosen[-1]] * (painter.batch_size - len(chosen))]
     draw = SampleNoise([seeds[i] for i in filled], device)
     noise = draw(method.noise_shape(*batch["mask"].shape[-2:]))  # (B, C, h, w)
-    part = {key: batch[key][filled] for key in TENSOR_KEYS}
+    part = {key: batch[key][filled] for key in TENSOR_KEYS if key in batch}
     part |= {key: [batch[key][i] for i in filled] for key in ("prompt", "reference_key")}
     conditions = normalize_batch(part, device)
     cache = method.condition_cache

@@ -41,7 +41,7 @@ def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps:
         step: optimizer steps done.
         warmup_steps: steps of linear rise from 0.
         schedule: `constant` or `cosine` (falls to 1 % at max_steps).
-        max_steps: length of the training; only for `cosine`.
+        max_steps: length of the training in optimizer steps; only for `cosine`.
     Returns:
         Factor in [0, 1].
     Raises:
@@ -50,7 +50,7 @@ def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps:
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"training.schedule: {schedule!r} is unknown. Expected constant or cosine.")
     if schedule == "cosine" and max_steps <= 0:
-        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0.")
+        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0 or max_epochs.")
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
@@ -89,6 +89,8 @@ class TrainingModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None)
         max_steps = self.trainer.max_steps
+        if max_steps < 0 and (self.trainer.max_epochs or 0) > 0:
+            max_steps = self.trainer.estimated_stepping_batches  # optimizer steps, accumulation considered
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.warmup_steps, self.schedule, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -105,7 +107,10 @@ class TrainingModule(pl.LightningModule):
         """Loss of a batch; logs its parts."""
         loss, parts = self.method.training_loss(batch)
         self.micro_batches += 1
-        self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True, batch_size=len(batch["prompt"]))
+        size = len(batch["prompt"])
+        self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True, batch_size=size)
+        # The mean over an epoch is what lightning.checkpoint.monitor and training.patience can look at.
+        self.log("loss_epoch", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -126,13 +126,14 @@ def to_pixels(images: Tensor) -> tuple[list[bool], np.ndarray]:
     """Pictures as they are written.
 
     Args:
-        images: (B, 3, H, W) float32 in [-1, 1].
+        images: (B, C, H, W) float32 in [-1, 1].
 
     Returns:
-        Whether each is finite, and (B, H, W, 3) uint8.
+        Whether each is finite, and (B, H, W, C) uint8, grey ones (B, H, W).
     """
     finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-    return finite, to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
+    return finite, pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
 def device_name(device: torch.device) -> str:

@@ -150,3 +150,57 @@ class SpatialTransformer(nn.Module):
             x = block(x, **conditions)
         x = x.transpose(1, 2).unflatten(2, (height, width))  # (B, C, h, w)
         return h + self.proj_out(x)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of a feature map, added to it; its weights are called as in diffusers' UNet2DModel.
+
+    Args:
+        channels: feature width.
+        head_dim: width of a head, divides channels.
+    """
+
+    def __init__(self, channels: int, head_dim: int = 8) -> None:
+        super().__init__()
+        self.heads = count_heads(channels, head_dim)
+        self.group_norm = group_norm(channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.Sequential(zero_module(nn.Linear(channels, channels)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        x = self.group_norm(h).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for linear in (self.to_q, self.to_k, self.to_v))  # (B, heads, h*w, d)
+        out = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return h + out.transpose(1, 2).unflatten(2, h.shape[-2:])
+
+
+class FusedSelfAttention(nn.Module):
+    """The same with one projection, as in ADM and SDM: a head's queries, keys and values lie side by side in `qkv`.
+
+    Args:
+        channels: feature width.
+        head_dim: width of a head, divides channels.
+    """
+
+    def __init__(self, channels: int, head_dim: int = 64) -> None:
+        super().__init__()
+        self.heads = count_heads(channels, head_dim)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        qkv = self.qkv(self.norm(h).flatten(2)).unflatten(1, (self.heads, 3, -1))  # (B, heads, 3, d, h*w)
+        q, k, v = qkv.transpose(-1, -2).unbind(2)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)  # (B, C, h*w)
+        return h + self.proj_out(out).unflatten(2, h.shape[-2:])
+
+
+def count_heads(channels: int, head_dim: int) -> int:
+    """Heads of this width in so many channels; ValueError if it does not divide them."""
+    if channels % head_dim:
+        raise ValueError(f"attention: head_dim {head_dim} does not divide {channels} channels. Change head_dim.")
+    return channels // head_dim

@@ -13,12 +13,19 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5, affine: bool = True) -> nn.GroupNorm:
     """GroupNorm with 32 groups, or fewer where that would leave less than four channels a group (small models)."""
     groups = 32
     while groups > 1 and (channels % groups or channels < 4 * groups):
         groups //= 2
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return nn.GroupNorm(groups, channels, eps=eps, affine=affine)
+
+
+def set_norm_groups(module: nn.Module, groups: int) -> None:
+    """Give all group norms whose channels it divides this number of groups; weights do not depend on it."""
+    for layer in module.modules():
+        if isinstance(layer, nn.GroupNorm) and layer.num_channels % groups == 0:
+            layer.num_groups = groups
 
 
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -40,7 +47,7 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
 
 
 class TimestepSequential(nn.Sequential):
-    """Sequential whose members take what they need: ResBlock the embedding, transformers the conditions.
+    """Sequential whose members take what they need: residual blocks the embedding, transformers the conditions.
 
     Upstream's checkpoints number the members of each block (`input_blocks.4.1`), hence a Sequential.
     """
@@ -48,12 +55,8 @@ class TimestepSequential(nn.Sequential):
     def forward(self, h: Tensor, embedding: Tensor, **conditions: Tensor | None) -> Tensor:
         """Pass (B, C, h, w) features through all members."""
         for layer in self:
-            if isinstance(layer, ResBlock):
-                h = layer(h, embedding)
-            elif getattr(layer, "takes_conditions", False):
-                h = layer(h, **conditions)
-            else:
-                h = layer(h)
+            own = (embedding,) if getattr(layer, "takes_embedding", False) else ()
+            h = layer(h, *own, **conditions) if getattr(layer, "takes_conditions", False) else layer(h, *own)
         return h
 
 
@@ -81,28 +84,49 @@ class Downsample(nn.Module):
         return self.op(h)
 
 
+def resampler(kind: str | None) -> nn.Module:
+    """Resampling inside a residual block, without weights: `down` (mean of 2 x 2), `up` (nearest) or None."""
+    return {None: nn.Identity, "down": lambda: nn.AvgPool2d(2), "up": lambda: nn.Upsample(scale_factor=2.0)}[kind]()
+
+
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the timestep embedding added in between and a skip connection.
+    """Two 3x3 convolutions with the timestep embedding brought in between and a skip connection.
 
     Args:
         in_channels, out_channels: feature widths.
         embedding_dim: width of the timestep embedding.
         dropout: probability before the second convolution.
+        use_scale_shift: the embedding scales and shifts the second norm's output instead of being added before it.
+        resample: `down` or `up` changes the resolution in front of the first convolution, and of the skip; None = not.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0) -> None:
+    takes_embedding = True
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0,
+                 use_scale_shift: bool = False, resample: str | None = None) -> None:
         super().__init__()
+        self.use_scale_shift = use_scale_shift
         self.in_layers = nn.Sequential(
             group_norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_channels * (1 + use_scale_shift)))
         self.out_layers = nn.Sequential(
             group_norm(out_channels), nn.SiLU(), nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.resample = resampler(resample)
         self.skip_connection = (
             nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        """(B, C_in, h, w) and (B, E) -> (B, C_out, h, w)."""
-        residual = self.in_layers(h)
-        residual = residual + self.emb_layers(embedding)[:, :, None, None].to(residual.dtype)
-        return self.skip_connection(h) + self.out_layers(residual)
+        """(B, C_in, h, w) and (B, E) -> (B, C_out, h, w); with resample (B, C_out, h/2, w/2) or (B, C_out, 2h, 2w)."""
+        norm, activation, convolution = self.in_layers
+        residual = convolution(self.resample(activation(norm(h))))
+        embedding = self.emb_layers(embedding)[:, :, None, None].to(residual.dtype)
+        norm, *rest = self.out_layers
+        if self.use_scale_shift:
+            scale, shift = embedding.chunk(2, dim=1)
+            residual = norm(residual) * (1 + scale) + shift
+        else:
+            residual = norm(residual + embedding)
+        for layer in rest:
+            residual = layer(residual)
+        return self.skip_connection(self.resample(h)) + residual

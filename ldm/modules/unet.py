@@ -1,5 +1,6 @@
 """The U-Net of latent diffusion under its CompVis key names: encoder half, and the whole network."""
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,27 @@ def plain_block(channels: int, heads: int, head_dim: int, context_dim: int, skip
     return BasicTransformerBlock(channels, heads, head_dim, context_dim)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a U-Net is built of: functions that make its layers. The defaults are Stable Diffusion's.
+
+    Attributes:
+        residual: `(in, out, embedding_dim)`, a block of the encoder.
+        late_residual: the same for middle and decoder.
+        downsample, upsample: `(width, embedding_dim)`, the change to the next level.
+        attention: `(width)`, in the place of the transformers; None = these, which attend to a context.
+    """
+
+    residual: Callable[[int, int, int], nn.Module] = ResBlock
+    late_residual: Callable[[int, int, int], nn.Module] = ResBlock
+    downsample: Callable[[int, int], nn.Module] = lambda width, embedding_dim: Downsample(width)
+    upsample: Callable[[int, int], nn.Module] = lambda width, embedding_dim: Upsample(width)
+    attention: Callable[[int], nn.Module] | None = None
+
+
+STABLE_DIFFUSION = Parts()
+
+
 class UNetEncoder(nn.Module):
     """Timestep embedding, input blocks and middle block.
 
@@ -39,17 +61,19 @@ class UNetEncoder(nn.Module):
         context_dim: width of the text embedding.
         use_checkpoint: recompute activations in the backward pass to save memory.
         middle_factory: makes the middle transformer block.
+        parts: makes the layers.
     """
 
     def __init__(self, in_channels: int = 4, model_channels: int = 320, num_res_blocks: int = 2,
                  attention_resolutions: Sequence[int] = (4, 2, 1), channel_mult: Sequence[int] = (1, 2, 4, 4),
                  num_heads: int = 8, context_dim: int = 768, use_checkpoint: bool = False,
-                 middle_factory: BlockFactory = plain_block) -> None:
+                 middle_factory: BlockFactory = plain_block, parts: Parts = STABLE_DIFFUSION) -> None:
         super().__init__()
         widths = [model_channels * multiple for multiple in channel_mult]
-        odd = [w for w in widths if w % num_heads]
+        odd = [w for w in widths if w % num_heads and parts.attention is None]
         if odd:
             raise ValueError(f"U-Net: num_heads={num_heads} does not divide the widths {odd}. Change num_heads.")
+        self.parts = parts
         self.in_channels, self.model_channels, self.num_heads = in_channels, model_channels, num_heads
         self.context_dim, self.use_checkpoint = context_dim, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)
@@ -61,20 +85,22 @@ class UNetEncoder(nn.Module):
         width = model_channels
         for level, level_width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [ResBlock(width, level_width, self.embedding_dim)]
+                layers: list[nn.Module] = [parts.residual(width, level_width, self.embedding_dim)]
                 width = level_width
                 if 2**level in attention_resolutions:
                     layers.append(self.make_transformer(width, plain_block, width))
                 self.add_input_block(layers, width)
             if level < len(widths) - 1:
-                self.add_input_block([Downsample(width)], width)
+                self.add_input_block([parts.downsample(width, self.embedding_dim)], width)
         self.middle_block = TimestepSequential(
-            ResBlock(width, width, self.embedding_dim), self.make_transformer(width, middle_factory, width),
-            ResBlock(width, width, self.embedding_dim))
+            parts.late_residual(width, width, self.embedding_dim), self.make_transformer(width, middle_factory, width),
+            parts.late_residual(width, width, self.embedding_dim))
         self.feature_channels.append(width)
 
-    def make_transformer(self, channels: int, factory: BlockFactory, skip_channels: int) -> SpatialTransformer:
-        """A transformer at this width, its block made by the factory."""
+    def make_transformer(self, channels: int, factory: BlockFactory, skip_channels: int) -> nn.Module:
+        """A transformer at this width, its block made by the factory; or the attention that `parts` has instead."""
+        if self.parts.attention is not None:
+            return self.parts.attention(channels)
         block = factory(channels, self.num_heads, channels // self.num_heads, self.context_dim, skip_channels)
         return SpatialTransformer(channels, block)
 
@@ -93,14 +119,14 @@ class UNetEncoder(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, **conditions)
         return block(*args, **conditions)
 
-    def encode(self, latent: Tensor, embedding: Tensor, context: Tensor,
+    def encode(self, latent: Tensor, embedding: Tensor, context: Tensor | None,
                stem: Tensor | None = None) -> Iterator[Tensor]:
         """Features of every input block in order.
 
         Args:
             latent: (B, in_channels, h, w).
             embedding: (B, E) of the timestep.
-            context: (B, L, context_dim).
+            context: (B, L, context_dim), None without transformers.
             stem: (B, model_channels, h, w), added behind the first convolution.
         Yields:
             (B, feature_channels[i], h_i, w_i).
@@ -133,29 +159,32 @@ class UNet(UNetEncoder):
         for level, multiple in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
                 skip = skips.pop()
-                layers: list[nn.Module] = [ResBlock(width + skip, self.model_channels * multiple, self.embedding_dim)]
-                width = self.model_channels * multiple
+                out = self.model_channels * multiple
+                layers: list[nn.Module] = [self.parts.late_residual(width + skip, out, self.embedding_dim)]
+                width = out
                 if 2**level in attention_resolutions:
                     layers.append(self.make_transformer(width, decoder_factory, skip))
                 if level and i == num_res_blocks:
-                    layers.append(Upsample(width))
+                    layers.append(self.parts.upsample(width, self.embedding_dim))
                 self.output_blocks.append(TimestepSequential(*layers))
         self.out = nn.Sequential(
             group_norm(width), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1)))
 
-    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """Prediction without any control.
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor | None = None,
+                **conditions: Tensor) -> Tensor:
+        """Prediction without any control branch.
 
         Args:
             latent: (B, in_channels, h, w), h and w multiples of `downsampling`.
             timestep: (B,) int64.
-            context: (B, L, context_dim).
+            context: (B, L, context_dim), None without transformers.
+            conditions: what else the layers of middle and decoder take.
         Returns:
             (B, out_channels, h, w).
         """
         embedding = self.embed_timestep(timestep)
         skips = list(self.encode(latent, embedding, context))
-        h = self.run(self.middle_block, skips[-1], embedding, context=context)
+        h = self.run(self.middle_block, skips[-1], embedding, context=context, **conditions)
         for block in self.output_blocks:
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context, **conditions)
         return self.out(h)

@@ -40,20 +40,22 @@ def ddim_sample(
     prediction_type: str = "epsilon",
     draw: Callable[[Sequence[int]], Tensor] | None = None,
     progress: bool = False,
+    end: str = "first",
 ) -> Tensor:
     """Walk from noise to a latent.
 
-    The walk ends at the variance of timestep 0, not at zero, as latent diffusion has always done it.
+    By default the walk ends at the variance of timestep 0, not at zero, as latent diffusion has always done it.
 
     Args:
         denoise: `denoise(latent (B, C, h, w), timestep (B,) int64 on the CPU) -> prediction (B, C, h, w)`.
         noise: standard normal to start from, (B, C, h, w) float32.
-        timesteps: ascending, from ddim_timesteps.
+        timesteps: ascending, from ddim_timesteps; 0 only with end `clean`.
         schedule: the forward process the network was trained on.
         eta: share of fresh noise in each step, [0, 1]: 0 is deterministic, 1 has the variance of DDPM.
         prediction_type: what denoise returns: `epsilon`, `x0` or `v`.
         draw: gives fresh noise (B, C, h, w) for the shape (C, h, w), as SampleNoise does; needed if eta > 0.
         progress: show a bar over the steps.
+        end: `first` or `clean`, which walks to zero noise.
 
     Returns:
         Latent, (B, C, h, w) float32.
@@ -62,9 +64,9 @@ def ddim_sample(
         ValueError: if timesteps are empty, unordered or out of range, eta is outside [0, 1], or draw is missing.
     Source: Song et al. 2021 (DDIM), Eq. 12 and 16.
     """
-    _check_arguments(timesteps, schedule, eta, draw)
+    _check_arguments(timesteps, schedule, eta, draw, end)
     alphas = schedule.alphas_cumprod[list(timesteps)]
-    previous = [schedule.alphas_cumprod[0], *alphas[:-1]]
+    previous = [1.0 if end == "clean" else schedule.alphas_cumprod[0], *alphas[:-1]]
     latent = noise.float()
     for index in tqdm(range(len(timesteps) - 1, -1, -1), desc="DDIM", leave=False, disable=not progress):
         alpha, alpha_prev = float(alphas[index]), float(previous[index])
@@ -81,13 +83,19 @@ def ddim_sample(
     return latent
 
 
-def _check_arguments(timesteps: Sequence[int], schedule: Schedule, eta: float, draw: object) -> None:
+def check_timesteps(where: str, timesteps: Sequence[int], schedule: Schedule, end: str) -> None:
+    """ValueError unless a sampler can walk these timesteps; from 0 only if it ends beyond that, at zero noise."""
+    least = 0 if end == "clean" else 1
     ordered = all(first < second for first, second in zip(timesteps, timesteps[1:], strict=False))
-    if not timesteps or not ordered or timesteps[0] < 1 or timesteps[-1] >= schedule.num_timesteps:
+    if not timesteps or not ordered or timesteps[0] < least or timesteps[-1] >= schedule.num_timesteps:
         raise ValueError(
-            f"ddim_sample: timesteps {list(timesteps)} cannot be walked. Expected ascending values in"
-            f" [1, {schedule.num_timesteps}). Use ddim_timesteps."
+            f"{where}: timesteps {list(timesteps)} cannot be walked. Expected ascending values in"
+            f" [{least}, {schedule.num_timesteps}). Use spaced_timesteps."
         )
+
+
+def _check_arguments(timesteps: Sequence[int], schedule: Schedule, eta: float, draw: object, end: str) -> None:
+    check_timesteps("ddim_sample", timesteps, schedule, end)
     if not 0 <= eta <= 1:
         raise ValueError(f"ddim_sample: eta is {eta}. Expected a value in [0, 1]. 0 is deterministic.")
     if eta > 0 and draw is None:

@@ -26,7 +26,7 @@ def guide(
 
     Args:
         predict: answers for the last n branches (see PredictBranches); branch i does without condition i, the last one
-            has all.
+            has all. Channels beyond those of the latent, a learned variance, are taken from the last one as they are.
         scales: one for every branch but the last.
         interval: guide only at timesteps in [low, high] * num_timesteps; elsewhere the conditional branch runs alone.
         rescale: share in [0, 1] of bringing each sample's standard deviation back to that of the conditional answer.
@@ -52,14 +52,16 @@ def guide(
         if not is_guided:
             return predict(latent, timestep, 1)
         count = len(scales) + 1
-        *without, full = predict(latent.repeat(count, 1, 1, 1), timestep.repeat(count), count).chunk(count)
+        answers = predict(latent.repeat(count, 1, 1, 1), timestep.repeat(count), count)
+        answers, variance = answers.tensor_split([latent.shape[1]], dim=1)
+        *without, full = answers.chunk(count)
         result = without[0] + scales[0] * (full - without[0])
         for scale, branch in zip(scales[1:], without[1:], strict=True):
             result = result + (scale - 1) * (full - branch)
         if rescale:
             spread = full.float().std((1, 2, 3), keepdim=True) / result.float().std((1, 2, 3), keepdim=True)
             result = result * (rescale * spread + 1 - rescale)
-        return result
+        return torch.cat([result, variance.chunk(count)[-1]], dim=1) if variance.shape[1] else result
 
     return denoise
 

@@ -8,8 +8,9 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-SOLVERS = ("ddim", "dpmpp_2m", "unipc")
-SPACINGS = ("leading", "trailing", "uniform_lambda")
+SOLVERS = ("ddim", "dpmpp_2m", "unipc", "ddpm")
+SPACINGS = ("leading", "trailing", "uniform_lambda", "uniform", "leading0")
+FROM_ZERO = ("uniform", "leading0")  # spacings that ask the network at timestep 0 too
 ENDS = ("clean", "first")
 
 
@@ -18,11 +19,13 @@ class Sampling:
     """How to walk from noise to a latent.
 
     Args:
-        solver: `ddim`, `dpmpp_2m` (DPM-Solver++) or `unipc`.
+        solver: `ddim`, `dpmpp_2m` (DPM-Solver++), `unipc`, or `ddpm` (ancestral, with learned variance where the
+            network has it).
         num_steps: network evaluations.
         eta: share of fresh noise in each step of ddim, [0, 1].
-        spacing: of the timesteps: `leading`, `trailing` or `uniform_lambda` (see spaced_timesteps).
-        end: `first` (variance of timestep 0; the only one of ddim) or `clean` (none).
+        spacing: of the timesteps: `leading`, `trailing`, `uniform_lambda`, `uniform` or `leading0` (see
+            spaced_timesteps).
+        end: `first` (variance of timestep 0) or `clean` (none; the only one of ddpm and of spacings from 0).
         guidance_scale: weight of what guidance_drops of the model names, 1 = off; None = the model's own.
         hint_scale, reference_scale: weight of the mask (with the prompt, which names its classes) and of the reference
             on top of that; 1 = no branch of its own.
@@ -59,7 +62,8 @@ class Sampling:
             ("eta", self.eta == 0 or self.solver == "ddim", "0, since only ddim has random steps"),
             ("spacing", self.spacing in SPACINGS, f"one of {', '.join(SPACINGS)}"),
             ("end", self.end in ENDS, f"one of {', '.join(ENDS)}"),
-            ("end", self.end == "first" or self.solver != "ddim", "first, since ddim cannot end otherwise"),
+            ("end", self.end == "clean" or self.solver != "ddpm", "clean, since ddpm cannot end otherwise"),
+            ("end", self.end == "clean" or self.spacing not in FROM_ZERO, f"clean with spacing {self.spacing}"),
             ("guidance_interval", 0 <= low <= high <= 1, "0 <= low <= high <= 1"),
             ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "a value in [0, 1]"),
             ("reuse_every", self.reuse_every >= 1, "at least 1"),
@@ -72,7 +76,8 @@ class Sampling:
         return asdict(self) | {"guidance_interval": list(self.guidance_interval)}
 
 
-# `exact` is upstream's walk. What `scripts/evaluate.py consistency` said of the others stands in README.
+# `exact` is upstream's walk, and stands for the walk that a model's config asks for. What `scripts/evaluate.py
+# consistency` said of the others stands in README.
 MODES = {
     "exact": Sampling(),
     "fast": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first"),
@@ -84,7 +89,8 @@ DEFAULT_MODE = "exact"
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Add --mode and a flag for every field of Sampling; those that are not given leave the mode as it is."""
     modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
-    group.add_argument("--mode", choices=list(MODES), default=DEFAULT_MODE, help=f"settings to start from ({modes})")
+    group.add_argument("--mode", choices=list(MODES), default=DEFAULT_MODE,
+                       help=f"settings to start from ({modes}; exact: as the model's config has it, else as said)")
 
     def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
         options |= {} if kind is None else {"type": kind}
@@ -109,12 +115,12 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="approximation: encoder and control branches at every n-th step only; default: the mode's")  # fmt: skip
 
 
-def choose_sampling(args: argparse.Namespace, guidance_scale: float) -> Sampling:
+def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     """Settings of a command line.
 
     Args:
         args: parsed with add_sampling_flags.
-        guidance_scale: the model's own.
+        own: the model's own, which `exact` stands for; its guidance scale is that of all modes.
 
     Returns:
         Settings without any None.
@@ -124,5 +130,5 @@ def choose_sampling(args: argparse.Namespace, guidance_scale: float) -> Sampling
     """
     given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    sampling = replace(MODES[args.mode], **{name: value for name, value in given.items() if value is not None})
-    return sampling if sampling.guidance_scale is not None else replace(sampling, guidance_scale=guidance_scale)
+    mode = own if args.mode == DEFAULT_MODE else replace(MODES[args.mode], guidance_scale=own.guidance_scale)
+    return replace(mode, **{name: value for name, value in given.items() if value is not None})

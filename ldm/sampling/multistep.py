@@ -15,22 +15,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.diffusion.schedule import Schedule, to_x0
-from ldm.sampling.ddim import ddim_timesteps
+from ldm.sampling.ddim import check_timesteps, ddim_timesteps
 from ldm.sampling.guidance import Denoise
-from ldm.sampling.modes import ENDS, SPACINGS
+from ldm.sampling.modes import ENDS, FROM_ZERO, SPACINGS
 
 
 def spaced_timesteps(num_steps: int, schedule: Schedule, spacing: str = "leading") -> list[int]:
     """Choose the timesteps that the network is asked at.
 
     Args:
-        num_steps: how many, from 1 to T - 1.
+        num_steps: how many, from 1 to T - 1, or to T with a spacing from 0.
         schedule: the forward process the network was trained on.
-        spacing: `leading` (upstream's, 1, 51, ...), `trailing` (equally spaced and starting at T - 1) or
-            `uniform_lambda` (equally spaced in the log of the signal-to-noise ratio, from T - 1 to 1).
+        spacing: `leading` (upstream's, 1, 51, ...), `trailing` (equally spaced and starting at T - 1),
+            `uniform_lambda` (equally spaced in the log of the signal-to-noise ratio, from T - 1 to 1), `uniform`
+            (equally spaced from T - 1 to 0) or `leading0` (diffusers' default, 0, 50, ...).
 
     Returns:
-        Exactly num_steps ascending timesteps, all at least 1.
+        Exactly num_steps ascending timesteps, all at least 1 but for the last two spacings.
 
     Raises:
         ValueError: for an unknown spacing, or a count that is not possible.
@@ -39,9 +40,16 @@ def spaced_timesteps(num_steps: int, schedule: Schedule, spacing: str = "leading
     if spacing not in SPACINGS:
         raise ValueError(f"spacing: {spacing!r} is unknown. Expected one of {', '.join(SPACINGS)}.")
     total = schedule.num_timesteps
+    if spacing in FROM_ZERO and num_steps == total:
+        return list(range(total))
     leading = ddim_timesteps(num_steps, total)  # refuses impossible counts
     if spacing == "leading":
         return leading
+    if spacing == "leading0":
+        return [timestep - 1 for timestep in leading]
+    if spacing == "uniform":
+        return [round(index * (total - 1) / (num_steps - 1)) for index in range(num_steps)] if num_steps > 1 else [
+            total - 1]
     if spacing == "trailing":
         chosen = [max(round(total - index * total / num_steps) - 1, 1) for index in reversed(range(num_steps))]
     else:
@@ -105,12 +113,7 @@ def multistep_sample(
         ValueError: if timesteps are empty, unordered or out of range, or end is unknown.
     Source: Lu et al. 2022 (DPM-Solver++), Algorithm 2; Zhao et al. 2023 (UniPC), Algorithms 5 and 6.
     """
-    ordered = all(first < second for first, second in zip(timesteps, timesteps[1:], strict=False))
-    if not timesteps or not ordered or timesteps[0] < 1 or timesteps[-1] >= schedule.num_timesteps:
-        raise ValueError(
-            f"multistep_sample: timesteps {list(timesteps)} cannot be walked. Expected ascending values in"
-            f" [1, {schedule.num_timesteps}). Use spaced_timesteps."
-        )
+    check_timesteps("multistep_sample", timesteps, schedule, end)
     if end not in ENDS:
         raise ValueError(f"end: {end!r} is unknown. Expected one of {', '.join(ENDS)}.")
     levels = [_Level.at(schedule, timestep) for timestep in reversed(timesteps)]

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from PIL import Image
 
 from ldm.sampling.writer import (
@@ -264,6 +265,9 @@ def leave(work: Path, lock: Path) -> None:
 def is_sound(path: Path) -> bool:
     """Whether an image file decodes completely."""
     try:
+        if path.suffix == ".npy":
+            np.load(path, allow_pickle=False)
+            return True
         with Image.open(path) as image:
             image.load()
     except Exception:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, ...

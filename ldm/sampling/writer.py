@@ -179,11 +179,14 @@ def encode_image(image: np.ndarray, extension: str) -> bytes:
     """Contents of an image file.
 
     Args:
-        image: (H, W, 3) or (H, W) uint8.
-        extension: `.png` (lossless) or `.jpg` (quality 95, colour at full resolution).
+        image: (H, W, 3) or (H, W) uint8; for `.npy` any bands.
+        extension: `.png` (lossless), `.jpg` (quality 95, colour at full resolution) or `.npy`.
     """
     jpeg = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
     buffer = io.BytesIO()
+    if extension == ".npy":
+        np.save(buffer, image)
+        return buffer.getvalue()
     Image.fromarray(image).save(buffer, **(jpeg if extension == ".jpg" else {"format": "PNG"}))
     return buffer.getvalue()
 
