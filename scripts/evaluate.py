@@ -88,16 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     references.add_argument("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
     references.set_defaults(measure=measure_reference_following)
-<<<<<<< HEAD
 
     segmentor = commands.add_parser("segmentor", help="OA, mIoU, mAcc and IoU of every class on real tiles", **style)
     segmentor.add_argument("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="which one")
     segmentor.add_argument("--real", required=True, help="manifest of real test tiles")
     segmentor.add_argument("--real_root", help="where the paths of --real start; default: its folder")
     segmentor.set_defaults(measure=measure_segmentor, run=None)
-=======
     add_commands(commands, style)
->>>>>>> buildings
     return parser
 
 
