@@ -77,7 +77,7 @@ class Sampling:
 
 
 # `exact` is upstream's walk, and stands for the walk that a model's config asks for. What `scripts/evaluate.py
-# consistency` said of the others stands in README.
+# consistency` said of the others stands in docs/speed.md.
 MODES = {
     "exact": Sampling(),
     "fast": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first"),
