@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains the small model from beginning to end, as models/tisynth_mini.safetensors was made; see models/README.md.
+# Trains the small model from beginning to end, in one go; how the shipped file came about stands in models/README.md.
 #   sh scripts/train_mini.sh DATA_DIR OUT
 # DATA_DIR: labelled sets as scripts/prepare_mini_data.sh wants them. OUT: everything that is made, about 1.5 GB.
 # A stage that is finished is skipped, an interrupted training is resumed. PYTHON chooses the interpreter.
@@ -38,12 +38,7 @@ train() {
 
 train autoencoder --config_model configs/model/autoencoder_mini.yaml -b configs/train/mini_autoencoder.yaml \
     model.params.perceptual_weights="$out/lpips_vgg16.safetensors"
-# Sharper pictures from the same latents: the decoder alone, with more weight on how textures look.
-train decoder --config_model configs/model/autoencoder_mini.yaml -b configs/train/mini_autoencoder.yaml \
-    --pretrain_path "$out/autoencoder/checkpoints/last.safetensors" \
-    model.params.perceptual_weights="$out/lpips_vgg16.safetensors" model.params.trained=decoder \
-    model.params.perceptual_weight=1.0 lightning.trainer.max_steps=3000 training.learning_rate=6e-4
-autoencoder=$out/decoder/checkpoints/last.safetensors
+autoencoder=$out/autoencoder/checkpoints/last.safetensors
 scale=$("$python" scripts/measure_scale.py "$autoencoder" --data_root "$out/data" \
     --txt_file "$out/data/train_set_items.json")
 train tisynth --config_model configs/model/tisynth_mini.yaml -b configs/train/mini.yaml \

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from cldm.all_in_attention import AllInAttentionBlock, AllInAttentionUNet
 from cldm.control import ControlBranch, Features
 from cldm.tisynth import TISynth
-from ldm.models.autoencoder import AutoencoderMethod
 from ldm.models.loading import build_skeleton
-from ldm.models.training import freeze_all_but
 from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm.modules.unet import UNet
@@ -233,21 +231,3 @@ def test_bad_settings_are_refused():
     text_encoder["params"]["frozen"] = True
     with pytest.raises(ValueError, match="text encoder is frozen"):
         TISynth(**model_params("tisynth_tiny", train=["text"], text_encoder=text_encoder))
-
-
-def test_training_the_decoder_leaves_the_latents_as_they_are():
-    torch.manual_seed(0)
-    network = {"target": "ldm.modules.autoencoder.AutoencoderKL",
-               "params": {"ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 2, "embed_dim": 3}}
-    method = AutoencoderMethod(network, perceptual_weight=0.0, trained="decoder")
-    freeze_all_but(method, method.trainable_groups())
-    image = torch.rand(2, 3, 16, 16) * 2 - 1
-    latent = method.first_stage_model.encode(image).mean
-    loss, _ = method.training_loss({"image": image})
-    loss.backward()
-    changed = {name for name, p in method.first_stage_model.named_parameters() if p.grad is not None and p.grad.any()}
-    torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1.0).step()
-    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
-    assert torch.equal(method.first_stage_model.encode(image).mean, latent)
-    with pytest.raises(ValueError, match="trained 'encoder' is unknown"):
-        AutoencoderMethod(network, perceptual_weight=0.0, trained="encoder")

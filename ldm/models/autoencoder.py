@@ -22,8 +22,6 @@ class AutoencoderMethod(nn.Module):
             vary some seven times less than its brightness and are learned as much later without it.
         crop: edge of a random window that is trained on (pixels); None = the whole image. The network is
             convolutional, and small windows give more variety for the same time.
-        trained: `all`, or `decoder`: the latents stay what they are, so that a generator that was trained on them
-            stays valid while its pictures become sharper (as sd-vae-ft-mse does for SD1.5).
     """
 
     takes = ()
@@ -31,11 +29,8 @@ class AutoencoderMethod(nn.Module):
 
     def __init__(self, autoencoder: Mapping[str, Any], perceptual_weights: str | None = None,
                  perceptual_weight: float = 1.0, kl_weight: float = 1e-6, chroma_gain: float = 1.0,
-                 crop: int | None = None, trained: str = "all") -> None:
+                 crop: int | None = None) -> None:
         super().__init__()
-        if trained not in ("all", "decoder"):
-            raise ValueError(f"autoencoder: trained {trained!r} is unknown. Expected all or decoder.")
-        self.trained = trained
         self.first_stage_model = instantiate_from_config(autoencoder)
         amplify_chroma(self.first_stage_model.encoder.conv_in.weight, chroma_gain)
         self.perceptual_weight, self.kl_weight, self.crop = perceptual_weight, kl_weight, crop
@@ -47,10 +42,7 @@ class AutoencoderMethod(nn.Module):
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of the parameters that train."""
-        network = self.first_stage_model
-        if self.trained == "decoder":
-            return {"decoder": [*network.post_quant_conv.parameters(), *network.decoder.parameters()]}
-        return {"autoencoder": list(network.parameters())}
+        return {"autoencoder": list(self.first_stage_model.parameters())}
 
     def training_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one batch.
