@@ -80,8 +80,8 @@ class Sampling:
 # consistency` said of the others stands in docs/speed.md.
 MODES = {
     "exact": Sampling(),
-    "fast": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first"),
-    "turbo": Sampling(solver="unipc", num_steps=20, spacing="leading", end="first", share_control=True, reuse_every=2),
+    "fast": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first"),
+    "turbo": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first", share_control=True, reuse_every=2),
 }
 DEFAULT_MODE = "exact"
 
