@@ -119,8 +119,8 @@ class WeightExport(pl.Callback):
 class ImageGrid(pl.Callback):
     """Paints the same few validation rows every `every` optimizer steps: run_dir/images/gs-000100.png.
 
-    Each line of the grid is one row of the manifest, each column one picture of `method.preview(batch)`. With EMA the
-    weights are those in training, not the averaged ones.
+    Each line of the grid is one row of the manifest, each column one picture of `method.preview(batch)`. With EMA they
+    are painted with the averaged weights, as the exported ones are.
 
     Args:
         run_dir: folder of the run.
@@ -142,10 +142,17 @@ class ImageGrid(pl.Callback):
             return
         self.last_step = step
         batch = normalize_batch(torch.utils.data.default_collate(self.items), pl_module.device)
-        pl_module.eval()
-        with torch.random.fork_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-            columns = pl_module.method.preview(batch)
-        pl_module.train()
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, AveragedWeights)]
+        for average in averages:
+            average._swap_models(pl_module)  # as Lightning does for validation; the average may be on another device
+        try:
+            pl_module.eval()
+            with torch.random.fork_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+                columns = pl_module.method.preview(batch)
+        finally:
+            pl_module.train()
+            for average in averages:
+                average._swap_models(pl_module)
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".gs-{step:06d}.{os.getpid()}.png"
         draw_grid(columns).save(temporary)

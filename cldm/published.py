@@ -7,7 +7,7 @@ from ldm.key_maps import PARTS
 from ldm.util import UserError
 
 
-def infer_model(shapes: Mapping[str, Sequence[int]], table: ClassTable) -> dict[str, Any]:
+def infer_model(shapes: Mapping[str, Sequence[int]], table: ClassTable, edge: str = "semantic") -> dict[str, Any]:
     """Config of the network that these weights belong to: SDM (ISDM), or segmentation-guided diffusion.
 
     The width of attention heads leaves no trace in the weights: it is taken to be that of the public code, as are
@@ -16,6 +16,7 @@ def infer_model(shapes: Mapping[str, Sequence[int]], table: ClassTable) -> dict[
     Args:
         shapes: of the tensors, by our names.
         table: the classes that the network was trained with.
+        edge: what SDM's channel of edges shows if there is one, see PixelDiffusion.
     Returns:
         `target` and `params`.
     Raises:
@@ -37,7 +38,7 @@ def infer_model(shapes: Mapping[str, Sequence[int]], table: ClassTable) -> dict[
     if width_out != 2 * width_in:
         raise UserError(f"--class_table: the network makes {width_out} channels of {width_in}. Expected twice as many, "
                         "as learn_sigma makes them.")
-    edge = check_classes(spade[1], table, {table.num_classes: None, table.num_classes + 1: "semantic"})
+    edge = check_classes(spade[1], table, {table.num_classes: None, table.num_classes + 1: edge})
     params |= {"image_channels": width_in, "edge": edge, "spade_hidden": spade[0],
                "sampling": {"solver": "ddpm", "num_steps": 300, "spacing": "uniform", "end": "clean"}}
     return {"target": "cldm.sdm.SDM", "params": params}
@@ -53,7 +54,11 @@ def check_classes(channels: int, table: ClassTable, meanings: Mapping[int, Any])
 
 
 def infer_unet(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Arguments of UNetEncoder from the shapes of a pixel-space U-Net, by its own names."""
+    """Arguments of UNetEncoder from the shapes of a pixel-space U-Net, by its own names.
+
+    Raises:
+        UserError: if its widths are no whole multiples of model_channels.
+    """
     count = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("output_blocks."))
     # The last block of a level in the decoder ends with the way up: a convolution, or a second residual block.
     endings = (".conv.weight", ".in_layers.1.weight")
@@ -62,8 +67,13 @@ def infer_unet(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     blocks = ups[0] if ups else count - 1  # of a level in the encoder; the decoder has one more
     firsts = [f"input_blocks.{1 + level * (blocks + 1)}." for level in range(count // (blocks + 1))]
     width = shapes["input_blocks.0.0.weight"][0]
-    mult = [shapes[f"{first}0.in_layers.2.weight"][0] // width for first in firsts]
+    widths = [shapes[f"{first}0.in_layers.2.weight"][0] for first in firsts]
+    base = shapes.get("time_embed.0.weight", (4 * width, width))[1]  # model_channels of the public code
+    if base != width or any(level % width for level in widths):
+        raise UserError(f"--class_table: the levels of the network are {', '.join(map(str, widths))} wide, the first "
+                        f"layer {width}, model_channels is {base}. Expected whole multiples of one width. A fraction "
+                        "in channel_mult (as of 512 pixels) cannot be loaded.")
     attending = [2**level for level, first in enumerate(firsts) if f"{first}1.norm.weight" in shapes
                  or f"{first}1.group_norm.weight" in shapes]
     return {"model_channels": width, "num_res_blocks": blocks, "attention_resolutions": attending,
-            "channel_mult": mult}
+            "channel_mult": [level // width for level in widths]}

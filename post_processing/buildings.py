@@ -11,7 +11,8 @@ In memory an instance is a run-length mask of pycocotools, which holds parts, ho
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def find_class(table: ClassTable, name: str, flag: str) -> int:
     if name not in table.names:
         raise UserError(f"{flag} {name}: not in class table {table.name}. Expected one of {', '.join(table.names)}.")
     return table.names.index(name)
+
+
+def repeated_stems(files: Iterable[str | Path]) -> list[str]:
+    """Stems that more than one of the files has, sorted."""
+    return sorted(stem for stem, count in Counter(Path(file).stem for file in files).items() if count > 1)
 
 
 def coco_masks() -> Any:
@@ -333,16 +339,29 @@ def match_instances(truth: Scene, predicted: Scene, threshold: float = 0.5) -> t
     return positives, wrong, crowds.count(0) - positives
 
 
+def key_by_stem(scenes: Mapping[str, Scene], what: str) -> dict[str, Scene]:
+    """The scenes by the stems of their file names; UserError if two have one stem."""
+    if doubled := repeated_stems(scenes):
+        raise UserError(f"{what}: {len(doubled)} stems are used by more than one image ({', '.join(doubled[:3])}). "
+                        "Expected the truth's file names in the predictions, or one image a stem. Rename.")  # fmt: skip
+    return {Path(name).stem: scene for name, scene in scenes.items()}
+
+
 def score_instances(
     truth: Mapping[str, Scene], predicted: Mapping[str, Scene], threshold: float = 0.5
 ) -> dict[str, Any]:
     """F1 over all images of the truth (file name -> scene); images without predictions count as missed.
 
+    Predictions belong to the image of their file name or, if one has no such image, all to that of their stem: made
+    from masks they are of a.png, not a.jpg.
+
     Returns:
         f1, precision, recall in 0..1 (0 where nothing is there to divide by), and the counts they are from.
     Raises:
-        UserError: for predictions of images that the truth does not have, or of another size.
+        UserError: for predictions of images that the truth does not have, or of another size, and for stems used twice.
     """
+    if not set(predicted) <= set(truth):
+        truth, predicted = key_by_stem(truth, "truth"), key_by_stem(predicted, "predictions")
     wrong = [name for name, scene in predicted.items() if name not in truth or truth[name].size != scene.size]
     if wrong:
         raise UserError(f"predictions: {len(wrong)} images are not in the truth or have another size there "

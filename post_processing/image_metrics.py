@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from post_processing.segmentor import Segmentor
+from post_processing.backbone import find_imagenet_weights, load_imagenet_backbone
+from post_processing.segmentor import Segmentor, require_mmseg
+
+# Of ImageNet's pixels 0..255 by channel, RGB, as torchvision's weights were trained.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_DEVIATION = (58.395, 57.12, 57.375)
 
 
 def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
@@ -142,6 +147,37 @@ def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tens
     finally:
         hook.remove()
     return kept[0]
+
+
+def load_mobilenet() -> torch.nn.Module:
+    """MobileNetV2 with ImageNet's weights from the installed package, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if the package of the weights is not installed.
+        UserError: if MMSegmentation is not.
+    """
+    require_mmseg()
+    from mmseg.models.backbones import MobileNetV2
+
+    network = MobileNetV2(out_indices=(6,))
+    load_imagenet_backbone(network, find_imagenet_weights())
+    network.eval()  # mmseg's returns nothing
+    return network
+
+
+@torch.no_grad()
+def mobilenet_features(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Last stage of MobileNetV2, averaged over the image.
+
+    Args:
+        network: from load_mobilenet.
+        images: (B, 3, H, W) uint8 RGB on its device.
+
+    Returns:
+        (B, 320) float32.
+    """
+    mean, deviation = images.new_tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], dtype=torch.float32)[..., None, None]
+    return network((images - mean) / deviation).mean(dim=(2, 3))
 
 
 def mean_pair_distances(

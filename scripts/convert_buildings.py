@@ -6,6 +6,7 @@ r"""Building annotations to masks and back, label files of synthetic pairs for d
 
 `coco_to_masks` writes masks/ (class ids), instances/0/, 1/, ... (see post_processing/buildings.py) and classes.yaml.
 `export` writes annotations.json (COCO), and for pairs of images and masks images/, labels/ and data.yaml (YOLO-seg).
+`score` takes predictions and truth of the same file names, or of the same stems.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from post_processing.buildings import (  # noqa: E402
     find_components,
     from_layers,
     read_coco,
+    repeated_stems,
     score_instances,
     to_coco,
     to_layers,
@@ -70,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
                         "touching buildings apart (default: connected regions of the masks)")  # fmt: skip
     export.add_argument("--min_area", type=int, default=1, help="smallest connected region in pixels (default: "
                         "%(default)s)")  # fmt: skip
+    export.add_argument("--val_fraction", type=float, default=0.0, help="share of the masks whose pairs data.yaml "
+                        "validates on (default: 0 = on the images that it trains on)")  # fmt: skip
+    export.add_argument("--seed", type=int, default=0, help="seed of the draw of those masks (default: %(default)s)")
     export.set_defaults(run_command=export_pairs)
 
     score = commands.add_parser("score", parents=[common], help="F1 of predicted instances")
@@ -92,9 +97,7 @@ def prepare_out(out: Path) -> None:
 
 def check_stems(names: Sequence[str]) -> None:
     """UserError if two files would be written under one name."""
-    stems = [Path(name).stem for name in names]
-    doubled = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
-    if doubled:
+    if doubled := repeated_stems(names):
         raise UserError(f"{len(doubled)} stems are used by more than one image ({', '.join(doubled[:3])}). Expected "
                         "one each. Rename the files.")  # fmt: skip
 
@@ -190,6 +193,9 @@ def export_pairs(args: argparse.Namespace) -> dict[str, Any]:
     """Write annotations.json and, for pairs, images/, labels/ and data.yaml; returns the counts."""
     pairs, table = collect_pairs(args)
     check_stems([(image or mask).name for image, mask in pairs])
+    if args.val_fraction and args.masks:
+        raise UserError("--val_fraction: masks alone have no data.yaml. Expected --run or --txt_file. Leave it out.")
+    is_val = draw_validation([mask.stem for _, mask in pairs], args.val_fraction, args.seed)
     prepare_out(args.out)
     scenes = [read_scene(image, mask, table, args) for image, mask in tqdm(pairs, disable=None)]
     if pairs[0][0] is not None:
@@ -199,11 +205,43 @@ def export_pairs(args: argparse.Namespace) -> dict[str, Any]:
             place_file(image, args.out / "images" / image.name)
             text = "".join(f"{line}\n" for line in yolo_lines(scene))  # an empty file: an image without buildings
             (args.out / "labels" / f"{image.stem}.txt").write_text(text, encoding="utf-8")
-        content = {"path": str(args.out.resolve()), "train": "images", "val": "images", "names": {0: args.building}}
-        (args.out / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_data_yaml(args.out, [image.name for image, _ in pairs], is_val, args.building)
     (args.out / "annotations.json").write_text(json.dumps(to_coco(scenes, args.building)), encoding="utf-8")
     return {"images": len(scenes), "empty_images": sum(not scene.instances for scene in scenes),
             "instances": sum(len(scene.instances) for scene in scenes)}  # fmt: skip
+
+
+def draw_validation(stems: Sequence[str], fraction: float, seed: int) -> list[bool]:
+    """Choose the pairs to validate on, by the stems of their masks.
+
+    All samples of a mask are on one side; filtered masks are called as their samples, so `_seed_N` does not count.
+
+    Raises:
+        UserError: if a side would be empty, or the fraction is not in [0, 1).
+    """
+    from post_processing.loading import SEED_ENDING
+
+    names = [SEED_ENDING.sub("", stem) for stem in stems]
+    order = sorted(set(names))
+    count = round(fraction * len(order))
+    if not 0 <= fraction < 1 or (fraction and not 0 < count < len(order)):
+        raise UserError(f"--val_fraction {fraction}: {count} of {len(order)} masks. Expected 0, or a share that leaves "
+                        "masks on both sides. Change it.")  # fmt: skip
+    drawn = {order[index] for index in np.random.default_rng(seed).permutation(len(order))[:count]}
+    return [name in drawn for name in names]
+
+
+def write_data_yaml(out: Path, images: Sequence[str], is_val: Sequence[bool], building: str) -> None:
+    """Write data.yaml, and train.txt and val.txt if some images are to validate on; else that is done on all."""
+    parts = {"train": "images", "val": "images"}
+    if any(is_val):
+        for part, wanted in (("train", False), ("val", True)):
+            parts[part] = f"{part}.txt"
+            names = [name for name, drawn in zip(images, is_val, strict=True) if drawn == wanted]
+            # ultralytics reads ./ as the folder of the list.
+            (out / parts[part]).write_text("".join(f"./images/{name}\n" for name in names), encoding="utf-8")
+    content = {"path": str(out.resolve()), **parts, "names": {0: building}}
+    (out / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def place_file(source: Path, target: Path) -> None:

@@ -27,6 +27,7 @@ from ldm.checkpoint import REST, Checkpoint, open_checkpoint, save_safetensors  
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.key_maps import PARTS, to_diffusers  # noqa: E402
 from ldm.models.loading import build_skeleton, check_targets  # noqa: E402
+from ldm.models.pixel import EDGES  # noqa: E402
 from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
 from ldm.weight_files import StoredTensor  # noqa: E402
 
@@ -43,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", help="model yaml; default: the config inside the last input that has one")
     add("--class_table", help="published weights of SDM, ISDM or segmentation-guided diffusion: their classes, a name "
         "in configs/classes or a yaml; the rest of the config follows from the shapes")
+    add("--edge", choices=EDGES, default="semantic", help="with --class_table: what SDM's channel of edges shows, if "
+        "there is one (default: %(default)s). Published weights for Cityscapes and COCO: instance")
     add("--dtype", choices=sorted(DTYPES), help="precision of the output; default: as it is. Schedules stay float32")
     add("--ema", action="store_true", help="put averaged weights (model_ema.) in the place of the plain ones")
     add("--only_trainable", action="store_true", help="write only the groups that train; needs a config")
@@ -95,6 +98,8 @@ def diffusers_configs(skeleton: nn.Module) -> dict[str, dict[str, Any]]:
         raise UserError(f"diffusers folder: cannot be written for {type(skeleton).__name__}. Expected a TISynth. Give "
                         "an output that ends in .safetensors.")
     unet, vae, text = skeleton.model.diffusion_model, skeleton.first_stage_model, skeleton.cond_stage_model
+    if not hasattr(vae, "encoder"):
+        raise UserError(f"diffusers folder: the autoencoder is a {type(vae).__name__}. Expected AutoencoderKL.")
     if not hasattr(text, "transformer"):
         raise UserError(f"diffusers folder: the text encoder is a {type(text).__name__}. Expected ClipTextEncoder.")
     levels = unet.downsampling.bit_length()
@@ -208,7 +213,8 @@ def main(argv: list[str]) -> None:
     checkpoints = [open_checkpoint(source, known, args.ema, args.drop_objects) for source in sources]
     stored, inner = merge(checkpoints)
     if args.class_table:
-        model = infer_model({name: tensor.shape for name, tensor in stored.items()}, ClassTable.load(args.class_table))
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        model = infer_model(shapes, ClassTable.load(args.class_table), args.edge)
         config = OmegaConf.create({"model": model})
     if config is None and inner is not None:
         check_targets(OmegaConf.to_container(inner.get("model"), resolve=True), str(sources[-1]))

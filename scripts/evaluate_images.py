@@ -17,11 +17,13 @@ Extract = Callable[["torch.Tensor"], "torch.Tensor"]
 
 def add_commands(commands: Any, style: dict[str, Any]) -> None:
     """Add both commands to the subparsers of evaluate.py."""
-    sets = commands.add_parser("distribution", help="FID and KID to real images, with a floor", **style)
+    sets = commands.add_parser("distribution", help="FID and KID to real images, with a floor", description="Features "
+                               "are those of ImageNet's MobileNetV2 from PyPI unless a flag names another network.",
+                               **style)  # fmt: skip
     sets.add_argument("--run", required=True, help="--outdir of inference.py")
     sets.add_argument("--real", required=True, help="manifest of real images (target)")
     sets.add_argument("--real_root", help="where the paths of --real start; default: its folder")
-    network = sets.add_mutually_exclusive_group(required=True)
+    network = sets.add_mutually_exclusive_group()  # without: ImageNet's MobileNetV2
     network.add_argument("--inception", help="pt_inception-2015-12-05-6726825d.pth: FID and KID as published")
     network.add_argument("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="features of a segmentor instead")
     network.add_argument("--vgg", help="file of scripts/convert_lpips.py: features of ImageNet's VGG16 instead")
@@ -54,6 +56,11 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
 
         segmentor = load_segmentor(*args.segmentor, device=device)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
+    if not args.vgg:
+        from post_processing.image_metrics import load_mobilenet, mobilenet_features
+
+        mobilenet = load_mobilenet().to(device)
+        return "MobileNetV2 (320)", lambda images: mobilenet_features(mobilenet, images.to(device))
     from ldm.models.perceptual import PerceptualLoss
 
     vgg = PerceptualLoss(args.vgg).to(device)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from post_processing.buildings import find_class  # noqa: E402
+from post_processing.buildings import find_class, repeated_stems  # noqa: E402
 
 if TYPE_CHECKING:
     from post_processing.segmentor import Segmentor
@@ -70,9 +70,9 @@ def list_inputs(args: argparse.Namespace) -> list[Path]:
     else:
         root = args.data_root or args.txt_file.parent
         rows = read_manifest(args.txt_file, root, need=("image",), check_files=False)
-        paths, problems = sorted({row.image for row in rows}), []
-        stems = [path.stem for path in paths]
-        problems = [f"{path}: the stem of another image" for path in paths if stems.count(path.stem) > 1]
+        paths = sorted({row.image for row in rows})
+        problems = [f"--txt_file: several images have the stem {stem}. Expected one. Rename the others."
+                    for stem in repeated_stems(paths)]  # fmt: skip
     if problems or not paths:
         raise UserError("; ".join(problems[:5]) or f"--images {args.images}: no images. Check the path.")
     return paths

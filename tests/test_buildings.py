@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
@@ -25,9 +26,10 @@ from post_processing.buildings import (  # noqa: E402
     trace_rings,
     yolo_lines,
 )
-from scripts.convert_buildings import main  # noqa: E402
+from scripts.convert_buildings import draw_validation, main  # noqa: E402
 
 SIZE = (40, 60)
+REAL = Path(__file__).resolve().parents[2] / "shared/data"  # beside the repository
 
 
 def box(top: int, left: int, bottom: int, right: int) -> np.ndarray:
@@ -105,6 +107,46 @@ def test_coco_to_masks_and_back_loses_nothing(coco: Path, tmp_path: Path, capsys
     assert len(content["annotations"][0]["segmentation"]) == 2
     assert content["annotations"][3]["area"] == RING.sum() and content["annotations"][3]["bbox"] == [30, 2, 20, 18]
 
+    # Predictions of a.png are held against the truth of a.jpg.
+    capsys.readouterr()
+    main(["score", "--truth", str(coco), "--predicted", str(tmp_path / "b/annotations.json"), "--categories",
+          "building"])  # fmt: skip
+    result = json.loads(capsys.readouterr().out)
+    assert (result["f1"], result["true_positives"], result["images"]) == (1.0, 5, 2)
+
+
+@pytest.mark.parametrize("name", ["oam_banepa", "oam_kampala"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_instances_of_real_masks_survive_the_round_trip(name: str, split: str, tmp_path: Path):
+    """Masks -> COCO -> masks and instances -> COCO; every building is found again, by pycocotools alone."""
+    tiles = sorted((REAL / name / f"label_{split}").glob("*.png"))[::4]
+    if not tiles:
+        pytest.skip(f"no masks in {REAL / name}, which is no part of the repository")
+    (tmp_path / "real").mkdir()
+    for tile in tiles:
+        (tmp_path / "real" / tile.name).symlink_to(tile)
+    main(["export", "--masks", str(tmp_path / "real"), "--out", str(tmp_path / "one")])
+    main(["coco_to_masks", "--coco", str(tmp_path / "one/annotations.json"), "--out", str(tmp_path / "known")])
+    main(["export", "--masks", str(tmp_path / "known/masks"), "--instances", str(tmp_path / "known/instances"),
+          "--out", str(tmp_path / "two")])  # fmt: skip
+    for tile in tiles:
+        again = tmp_path / "known/masks" / tile.name
+        assert np.array_equal(*(np.asarray(Image.open(path)) == 1 for path in (tile, again)))
+    first, second = (rles_by_name(tmp_path / part / "annotations.json") for part in ("one", "two"))
+    assert list(first) == list(second) == [tile.name for tile in tiles] and sum(map(len, first.values())) > 9
+    for file, buildings in first.items():
+        assert len(second[file]) == len(buildings)
+        if buildings:
+            iou = masks.iou(buildings, second[file], [0] * len(buildings))
+            assert iou.max(axis=1).min() >= 0.99 and len(set(iou.argmax(axis=1))) == len(buildings)
+
+
+def rles_by_name(path: Path) -> dict[str, list]:
+    """File name -> run-length masks, read by pycocotools' own reader."""
+    coco = pytest.importorskip("pycocotools.coco").COCO(str(path))
+    return {coco.imgs[i]["file_name"]: [coco.annToRLE(one) for one in coco.loadAnns(coco.getAnnIds(i))]
+            for i in sorted(coco.imgs)}  # fmt: skip
+
 
 def test_outlines_enclose_exactly_the_pixels():
     rng = np.random.default_rng(0)
@@ -161,6 +203,28 @@ def test_synthetic_pairs_become_coco_and_yolo(tmp_path: Path, capsys):
     with pytest.raises(FileExistsError, match="not empty"):
         main(["export", "--run", str(tmp_path / "run"), "--out", str(out)])
 
+    data = yaml.safe_load((out / "data.yaml").read_text())
+    assert data["train"] == data["val"] == "images"  # as the help says
+    main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "split"), "--val_fraction", "0.5"])
+    data = yaml.safe_load((tmp_path / "split/data.yaml").read_text())
+    lists = [(tmp_path / "split" / data[part]).read_text().splitlines() for part in ("train", "val")]
+    assert sorted(sum(lists, [])) == ["./images/0_seed_5.png", "./images/1_seed_5.png"] and all(map(len, lists))
+    assert all((tmp_path / "split" / line).is_file() for line in sum(lists, []))
+    with pytest.raises(UserError, match="--val_fraction: masks alone"):
+        main(["export", "--masks", str(tmp_path / "label"), "--out", str(tmp_path / "no"), "--val_fraction", "0.5"])
+
+
+def test_samples_of_a_mask_are_all_on_one_side():
+    # As in a run, and as filtered masks are called.
+    for stems in ([f"m{i % 10}" for i in range(40)], [f"m{i % 10}_seed_{i}" for i in range(40)]):
+        drawn = [draw_validation(stems, 0.3, seed) for seed in (0, 0, 1)]
+        assert drawn[0] == drawn[1] != drawn[2] and sum(drawn[0]) == 12
+        assert all(len({drawn[0][i] for i in range(m, 40, 10)}) == 1 for m in range(10))
+    assert not any(draw_validation(["a", "b"], 0.0, 0))
+    for fraction in (0.1, 0.9, -0.5, 1.5):
+        with pytest.raises(UserError, match="of 2 masks. Expected 0, or a share"):
+            draw_validation(["a", "b"], fraction, 0)
+
 
 def test_yolo_line_of_a_square():
     assert yolo_lines(Scene("a", SIZE, [Instance(encode(box(10, 15, 20, 30)))])) == [
@@ -197,3 +261,9 @@ def test_f1_of_a_list_of_results(coco: Path, tmp_path: Path, capsys):
     assert counts == [1, 1, 4, 2] and result["f1"] == pytest.approx(2 / 7)
     with pytest.raises(UserError, match="not in the truth"):
         score_instances({}, {"a": scene()})
+    with pytest.raises(UserError, match="^truth: 1 stems are used by more than one image .a.. Expected"):
+        score_instances({"x/a.jpg": scene(), "y/a.jpg": scene()}, {"a.png": scene()})
+    with pytest.raises(UserError, match="^predictions: 1 stems"):
+        score_instances({"a.jpg": scene()}, {"a.png": scene(), "a.tif": scene()})
+    nested = {"x/a.jpg": scene(), "y/a.jpg": scene()}
+    assert score_instances(nested, nested)["images"] == 2  # the same file names need no stems

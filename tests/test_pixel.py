@@ -2,21 +2,25 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from pixel import TINY, config, make
-from tiny import ROOT
+from tiny import ROOT, model_params, randomize
 
 import inference
 import train
-from cldm.callbacks import AveragedWeights
+from cldm.callbacks import AveragedWeights, ImageGrid
+from cldm.published import infer_model
+from cldm.tisynth import TISynth
 from ldm.checkpoint import save_safetensors
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset, read_image
@@ -109,8 +113,25 @@ def test_classes_are_ablated_per_sample_in_training_and_never_in_sampling(monkey
     method = make("seg_guided_tiny", ablation=0.5).train()
     method.training_loss(batch_of())
     assert len(calls) == 1
-    paint(method.eval(), batch_of(), [0, 1], guidance_scale=2.0)
-    assert len(calls) == 1
+    paint(method, batch_of(), [0, 1], guidance_scale=2.0)
+    assert len(calls) == 1 and method.training
+
+
+@pytest.mark.parametrize("name", [*TINY, "tisynth_tiny"])
+def test_sampling_in_training_mode_drops_nothing_and_leaves_the_mode(name: str):
+    batch = {**batch_of(size=16), "prompt": ["a road", "water"]}
+    if name in TINY:
+        method = make(name, mask_dropout=1.0, ablation=1.0)
+    else:
+        method = randomize(TISynth(**model_params(name, joint_dropout=1.0, sample_reference=False))).eval()
+        batch["reference"] = batch["image"]
+    expected = paint(method, batch, [0, 1])
+    method.train().model.eval()  # as a frozen part is
+    assert torch.equal(paint(method, batch, [0, 1]), expected)
+    assert method.training and not any(part.training for part in method.model.modules())
+    with pytest.raises(RuntimeError):
+        paint(method, {**batch, "mask": batch["mask"][:1]}, [0, 1])
+    assert method.training
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -200,6 +221,64 @@ def test_published_weights(name: str, changes: dict, tmp_path: Path):
     # Loaded weights lie channels last, which rounds otherwise.
     torch.testing.assert_close(*(paint(one, batch_of(), [0, 1], num_steps=2) for one in (method, back)),
                                atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_saved_and_loaded_method_paints_the_same_bits(name: str, tmp_path: Path):
+    method = make(name).to(memory_format=torch.channels_last)  # as loaded weights lie
+    save_safetensors(tmp_path / "method.safetensors", method.state_dict(), OmegaConf.create({"model": config(name)}))
+    loaded = load_method(tmp_path / "method.safetensors", read_model_config(tmp_path / "method.safetensors"), "cpu")
+    assert torch.equal(paint(loaded, batch_of(), [0, 1]), paint(method, batch_of(), [0, 1]))
+
+
+def test_widths_are_whole_multiples():
+    unet = {"model_channels": 16, "channel_mult": [0.5, 1], "num_res_blocks": 1, "attention_resolutions": [2]}
+    for name in TINY:
+        with pytest.raises(ValueError, match=r"channel_mult \[0.5, 1\]. Expected whole multiples"):
+            make(name, unet=unet)
+    shapes = {name: tensor.shape for name, tensor in make("sdm_tiny").state_dict().items()}
+    assert infer_model(shapes, MINI)["params"]["unet"]["channel_mult"] == [1, 2]
+    embedding = {"model.diffusion_model.time_embed.0.weight": (128, 32)}  # that of .5, 1 of 32
+    with pytest.raises(UserError, match="16, 32 wide, the first layer 16, model_channels is 32. Expected whole"):
+        infer_model(shapes | embedding, MINI)
+
+
+def test_edges_of_published_weights_are_what_the_flag_says(tmp_path: Path):
+    prefix = "model.diffusion_model."
+    weights = make("sdm_tiny", norm_groups=32, unet={
+        "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]}).state_dict()
+    torch.save({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, tmp_path / "ema.pt")
+    for flags, edge in (([], "semantic"), (["--edge", "instance"], "instance")):
+        out = tmp_path / f"{edge}.safetensors"
+        convert_checkpoint.main([str(tmp_path / "ema.pt"), str(out), "--class_table", "mini", *flags])
+        assert read_model_config(out)["model"]["params"]["edge"] == edge
+
+
+def test_grids_are_painted_with_the_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The average is swapped in for the preview only, and the trained weights are the same bits behind it."""
+    module, average = pl.LightningModule(), AveragedWeights(0.5)
+    module.method = make("seg_guided_tiny")
+    trainer = SimpleNamespace(global_step=2, is_global_zero=True, callbacks=[average],
+                              precision_plugin=SimpleNamespace(forward_context=nullcontext))  # fmt: skip
+    average.setup(trainer, module, "fit")
+    before = {name: value.clone() for name, value in average._average_model.module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 1
+    after = {name: value.clone() for name, value in module.state_dict().items()}
+    seen = []
+
+    def preview(batch: dict) -> dict:
+        seen.append({name: value.clone() for name, value in module.state_dict().items()})
+        return {"image": batch["image"]}
+
+    monkeypatch.setattr(module.method, "preview", preview)
+    item = {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "mask": torch.zeros(8, 8, dtype=torch.uint8)}
+    ImageGrid(tmp_path, [item], 2).on_train_batch_end(trainer, module)
+    for found, expected in ((seen[0], before), (module.state_dict(), after),
+                            (average._average_model.module.state_dict(), before)):  # fmt: skip
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert (tmp_path / "images/gs-000002.png").is_file()
 
 
 def write_manifest(folder: Path, rows: list[dict]) -> Path:

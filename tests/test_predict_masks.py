@@ -111,6 +111,16 @@ def test_a_second_run_predicts_what_is_missing(source: Path, monkeypatch: pytest
         run(source, "out", "--threshold", "0.5")
 
 
+def test_images_of_one_stem_are_named(source: Path):
+    (source / "again").mkdir()
+    (source / "again/1.png").write_bytes((source / "img/1.png").read_bytes())
+    rows = [{"source": "known/masks/0.png", "target": name} for name in ("img/0.png", "img/1.png", "again/1.png")]
+    (source / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="^--txt_file: several images have the stem 1. Expected one. Rename"):
+        main(["--segmentor", "config", str(source / "seg.pth"), "--txt_file", str(source / "rows.json"), "--outdir",
+              str(source / "out")])  # fmt: skip
+
+
 def test_features_are_what_the_last_layer_sees():
     segmentor = Segmentor(NearestColour(), ClassTable.load(TABLE))
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)

@@ -61,6 +61,7 @@ def test_respacing_keeps_the_noise_levels(num_steps: int):
         np.testing.assert_allclose(np.cumprod(1 - part.betas), part.alphas_cumprod, rtol=1e-10)
     assert respace(LINEAR, spaced_timesteps(1000, LINEAR, "uniform")) is LINEAR
     assert spaced_timesteps(4, LINEAR, "uniform") == [0, 333, 666, 999]
+    assert spaced_timesteps(300, LINEAR, "uniform") == [round(i * 999 / 299) for i in range(300)]  # no two are equal
 
 
 def test_learned_variance_lies_between_the_posterior_and_beta():

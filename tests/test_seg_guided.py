@@ -59,6 +59,7 @@ def network(latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_steps", [4, 50])
 def test_ddim_is_that_of_diffusers(num_steps: int):
+    """With use_clipped_model_output, which its pipeline leaves off: the noise that goes with the clipped image."""
     other = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02)  # clips, ends at 1, leading spacing
     other.set_timesteps(num_steps)
     assert other.timesteps.tolist() == spaced_timesteps(num_steps, LINEAR, "leading0")[::-1]
@@ -95,6 +96,7 @@ def test_ddpm_is_that_of_diffusers(num_steps: int, is_learned: bool, monkeypatch
     assert len(list(drawn)) == 1  # the last step adds no noise
 
 
-def test_the_published_walk_is_the_default():
+def test_the_default_has_the_timesteps_and_the_end_of_the_published_walk():
+    """Not its way of clipping: diffusers' pipeline keeps the noise of the unclipped image (see docs/methods.md)."""
     assert make("seg_guided_tiny").own_sampling == Sampling(
         "ddim", 50, spacing="leading0", end="clean", guidance_scale=1.0)  # fmt: skip

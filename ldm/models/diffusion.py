@@ -1,5 +1,6 @@
 """What all diffusion methods share: training loss, sampling, previews. A method adds its network and its conditions."""
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -168,7 +169,8 @@ class DiffusionMethod(nn.Module):
     def sample_latent(self, batch: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
                       draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
         """Latents of images, (B, C, h, w) float32; arguments as for `sample`."""
-        return self.walk(self.conditions(batch), noise, sampling, draw)
+        with evaluating(self):  # in training mode `conditions` would drop some
+            return self.walk(self.conditions(batch), noise, sampling, draw)
 
     @torch.no_grad()
     def walk(self, conditions: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
@@ -195,6 +197,18 @@ class DiffusionMethod(nn.Module):
         painted = self.sample(batch, noise.to(mask.device), replace(self.own_sampling, solver="ddim", num_steps=20))
         reference = {"reference": batch["reference"]} if "reference" in batch else {}
         return {"mask": drawn, **reference, "real": image, "sample": painted}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within it; behind it each part has its own mode again, for frozen ones may have another."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def make_own_sampling(guidance_scale: float, changes: Mapping[str, Any]) -> Sampling:

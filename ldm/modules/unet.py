@@ -56,12 +56,15 @@ class UNetEncoder(nn.Module):
         model_channels: width of the first level.
         num_res_blocks: residual blocks a level.
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which there are transformers.
-        channel_mult: width of each level as a multiple of model_channels; each further level halves the resolution.
+        channel_mult: width of each level as a whole multiple of model_channels; each further level halves the
+            resolution.
         num_heads: attention heads; their width is channels / num_heads.
         context_dim: width of the text embedding.
         use_checkpoint: recompute activations in the backward pass to save memory.
         middle_factory: makes the middle transformer block.
         parts: makes the layers.
+    Raises:
+        ValueError: for fractions in channel_mult, or widths that num_heads does not divide.
     """
 
     def __init__(self, in_channels: int = 4, model_channels: int = 320, num_res_blocks: int = 2,
@@ -69,6 +72,9 @@ class UNetEncoder(nn.Module):
                  num_heads: int = 8, context_dim: int = 768, use_checkpoint: bool = False,
                  middle_factory: BlockFactory = plain_block, parts: Parts = STABLE_DIFFUSION) -> None:
         super().__init__()
+        if not all(isinstance(multiple, int) and multiple > 0 for multiple in channel_mult):
+            raise ValueError(f"U-Net: channel_mult {list(channel_mult)}. Expected whole multiples, 1 or more. "
+                             "Give a smaller model_channels: 128 times 1, 2, 4 for 256 times 0.5, 1, 2.")
         widths = [model_channels * multiple for multiple in channel_mult]
         odd = [w for w in widths if w % num_heads and parts.attention is None]
         if odd:
