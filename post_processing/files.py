@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-IDENTITY_BYTES = 1 << 15  # of each end of a file; the end of a PNG holds the check sum of all its pixels
+IDENTITY_BYTES = 1 << 15  # of each end of a large picture; the end of a PNG holds the check sum of all its pixels
+WHOLE_BYTES = 8 << 20  # up to here the whole file is read
 SHOWN_CHANGES = 8
 
 
@@ -89,16 +90,18 @@ def _digest(file: Any) -> str:  # Python 3.10 has no file_digest
 
 
 def file_identity(path: Path) -> str:
-    """Tells files apart without reading all of a large one: its size and a digest of both its ends.
+    """Tells files apart: size and a digest, of both ends of large PNG and JPEG files and of the whole of all others.
 
-    Neither path nor time count, so that copies of a data set are the same data.
+    A change inside a PNG changes the check sum at its end, and inside a JPEG nearly always its size; in a TIFF or a
+    manifest it need not. Neither path nor time count, so that copies of a data set are the same data.
     """
     size = path.stat().st_size
+    if size <= WHOLE_BYTES or path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        return f"{size}-{sha256_of(path)[:24]}"
     with open(path, "rb") as file:
         content = file.read(IDENTITY_BYTES)
-        if size > IDENTITY_BYTES:
-            file.seek(max(IDENTITY_BYTES, size - IDENTITY_BYTES))
-            content += file.read()
+        file.seek(size - IDENTITY_BYTES)
+        content += file.read()
     return f"{size}-{hashlib.sha256(content).hexdigest()[:24]}"
 
 
@@ -108,7 +111,8 @@ def digest_of(value: Any) -> str:
 
 
 def find_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say which settings differ, `name was X, is Y`."""
+    """Say which of the settings read from a JSON file differ from the ones at hand, `name was X, is Y`."""
+    new = json.loads(json.dumps(new))  # JSON makes strings of the numbers that source_ids has as keys
 
     def short(value: Any) -> str:
         text = json.dumps(value)

@@ -124,7 +124,7 @@ def run_filter(args: argparse.Namespace) -> int:
         "tolerance_margin": args.tolerance_margin,
         **fingerprint,
     }
-    claim_folder(folder, settings)
+    claim_folder(folder, settings, len(items))
     with claim_shard(folder, shard, shards) as work:
         hardness = get_hardness(
             Path(args.hardness or folder / "hardness.json"), fingerprint, segmentor, pairs, args.batch_size,
@@ -232,8 +232,12 @@ def find_real(args: argparse.Namespace) -> list[Item]:
     return [Item(image, mask) for image, mask in pairs]
 
 
-def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Note the settings in an output folder; FileExistsError if it holds masks that were made with others."""
+def claim_folder(folder: Path, settings: dict[str, Any], pictures: int) -> None:
+    """Note the settings in an output folder, and how many pictures the run has, by which resample.py sees an end.
+
+    Raises:
+        FileExistsError: if it holds masks that were made with other settings.
+    """
     path = folder / "filter.json"
     with locked(path):
         old = read_settings(path)
@@ -248,8 +252,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"--filtered-mask-path: {folder} has masks but no filter.json. Expected a new folder or one of an "
                 "earlier run. Choose another folder."
             )
-        if not old:
-            write_json(path, {"settings": settings})
+        write_json(path, {"settings": settings, "pictures": pictures})
 
 
 @contextmanager
@@ -287,7 +290,11 @@ def warn_of_unknown(hardness: Hardness, margin: float) -> None:
 
 
 def settle(folder: Path, items: Sequence[Item], failures: Sequence[Record]) -> list[Record]:
-    """Leave items.jsonl and failures.jsonl with one line a picture, in order; returns all failures of all shards."""
+    """Leave items.jsonl and failures.jsonl with one line for each picture of the run, in order, and no others.
+
+    Returns:
+        All failures of all shards.
+    """
     append_failures = {record["image"]: record for record in failures}
     names = {item.image.name for item in items}
     path, records_path = folder / "failures.jsonl", folder / "items.jsonl"
@@ -295,7 +302,7 @@ def settle(folder: Path, items: Sequence[Item], failures: Sequence[Record]) -> l
         records = read_lines(records_path)
         old = {name: record for name, record in read_lines(path).items() if name in names and name not in records}
         failed = dict(sorted({**old, **append_failures}.items()))
-        finished = [record for name, record in records.items() if name not in append_failures]
+        finished = [record for name, record in records.items() if name in names and name not in append_failures]
         write_lines(records_path, finished)
         if failed:
             write_lines(path, failed.values())

@@ -16,7 +16,7 @@ from ldm.data.classes import IGNORE_INDEX, ClassTable
 from ldm.util import UserError
 from post_processing.files import Record, append_lines, sha256_of, write_atomic
 from post_processing.hardness import pixel_loss
-from post_processing.loading import Item, Loaded, identity_of, load_batches, load_item, stack_batch
+from post_processing.loading import Item, Loaded, identity_of, load_batches, load_item, run_in_parts, stack_batch
 from post_processing.segmentor import Segmentor
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def judge_pixels(loss: torch.Tensor, mask: torch.Tensor, limits: torch.Tensor) -
 def judge_batch(
     segmentor: Segmentor, images: torch.Tensor, masks: torch.Tensor, limits: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Judge a batch, in halves if the device's memory is too small for it.
+    """Judge a batch, in parts if the device's memory is too small for it.
 
     Args:
         segmentor: the judge.
@@ -53,18 +53,14 @@ def judge_batch(
     Returns:
         (B, H, W) bool of dropped pixels, (B, 256, 2) int64 counts, (B,) float64 sums of the loss.
     """
-    try:
-        masks_long = masks.long()
-        loss = pixel_loss(segmentor.logits(images), masks_long)
-        is_dropped, counts = judge_pixels(loss, masks_long, limits)
+
+    def judge(images: torch.Tensor, masks: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        masks = masks.long()
+        loss = pixel_loss(segmentor.logits(images), masks)
+        is_dropped, counts = judge_pixels(loss, masks, limits)
         return is_dropped.cpu().numpy(), counts.cpu().numpy(), loss.double().sum((1, 2)).cpu().numpy()
-    except torch.cuda.OutOfMemoryError:
-        if len(images) == 1:
-            raise
-        logger.warning("out of memory with %d pictures at once, trying halves", len(images))
-    half = len(images) // 2
-    parts = [judge_batch(segmentor, images[part], masks[part], limits) for part in (slice(half), slice(half, None))]
-    return tuple(np.concatenate(values) for values in zip(*parts, strict=True))
+
+    return tuple(np.concatenate(values) for values in zip(*run_in_parts(judge, images, masks), strict=True))
 
 
 def encode_mask(raw: np.ndarray, is_dropped: np.ndarray, table: ClassTable) -> bytes:

@@ -18,6 +18,7 @@ from post_processing.run_index import read_mask_at, read_run
 
 BASELINE = "real"
 MEASURES = ("OA", "mIoU", "mAcc")
+LETTER = 7.5  # width in an SVG of 12 px letters, rather too much than too little: fonts differ
 COLOURS = ("#222222", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -74,7 +75,7 @@ def show(value: tuple[float, float | None] | None, is_signed: bool = False) -> s
 
 
 def read_curves(work_dirs: Mapping[str, Sequence[Path]], key: str) -> dict[str, list[tuple[int, float]]]:
-    """Curves from mmengine's logs, (step, mean over the trainings of an arm).
+    """Curves from mmengine's logs, (step, mean over the trainings of an arm); lines cut off by a kill are left out.
 
     Args:
         work_dirs: arm -> folders of its trainings.
@@ -86,9 +87,12 @@ def read_curves(work_dirs: Mapping[str, Sequence[Path]], key: str) -> dict[str, 
         for folder in folders:
             for path in sorted(folder.glob("*/vis_data/scalars.json")):  # a resumed training has several
                 for line in path.read_text(encoding="utf-8").splitlines():
-                    record = json.loads(line)
-                    if key in record and "step" in record:
-                        values.setdefault(int(record["step"]), {})[folder] = float(record[key])
+                    try:
+                        record = json.loads(line)
+                        step, value = int(record["step"]), float(record[key])
+                    except (ValueError, TypeError, KeyError):  # KeyError: lines of other measures
+                        continue
+                    values.setdefault(step, {})[folder] = value
         curves[arm] = [(step, statistics.fmean(found.values())) for step, found in sorted(values.items())]
     return {arm: curve for arm, curve in curves.items() if curve}
 
@@ -101,15 +105,16 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, l
     last = max(step for step, _ in points)
     low, high = min(value for _, value in points), max(value for _, value in points)
     scale = (high - low) or 1.0
-    parts = [f'<svg viewBox="0 0 640 300" width="640"><text x="50" y="16">{html.escape(title)}</text>'
+    width = 470 + int(LETTER * max(len(labels[arm]) for arm in curves))
+    parts = [f'<svg viewBox="0 0 {width} 300" width="{width}"><text x="50" y="16">{html.escape(title)}</text>'
              '<path d="M50 30V260H450" fill="none" stroke="#999"/>'
              f'<text x="4" y="36">{high:.3g}</text><text x="4" y="260">{low:.3g}</text>'
              f'<text x="400" y="280">{last} steps</text>']  # fmt: skip
     for place, (arm, curve) in enumerate(curves.items()):
         colour = COLOURS[place % len(COLOURS)]
         path = " ".join(f"{50 + 400 * step / last:.1f},{260 - 230 * (y - low) / scale:.1f}" for step, y in curve)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                     f'<text x="460" y="{44 + 18 * place}" fill="{colour}">{labels[arm]}</text>')  # fmt: skip
+        label = f'<text x="460" y="{44 + 18 * place}" fill="{colour}">{html.escape(labels[arm])}</text>'
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{label}')
     return "".join(parts) + "</svg>"
 
 

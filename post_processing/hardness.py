@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 from post_processing.files import digest_of, locked, sha256_of, write_json
-from post_processing.loading import Item, identity_of, load_batches, stack_batch
+from post_processing.loading import Item, identity_of, load_batches, run_in_parts, stack_batch
 from post_processing.segmentor import Segmentor, require_mmseg
 
 logger = logging.getLogger(__name__)
@@ -155,22 +155,27 @@ def measure_hardness(
     sums = torch.zeros(256, dtype=torch.float64, device=segmentor.device)
     pixels = torch.zeros(256, dtype=torch.int64, device=segmentor.device)
     done = 0
-    for batch in load_batches(pairs, table, batch_size, workers, lambda item, error: failures.append(str(error))):
-        images, masks = stack_batch(batch, segmentor.device)
+
+    def count(images: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         masks = masks.long()
-        loss = pixel_loss(segmentor.logits(images), masks)
-        sums += torch.bincount(masks.flatten(), weights=loss.double().flatten(), minlength=256)
-        pixels += torch.bincount(masks.flatten(), minlength=256)
+        loss = pixel_loss(segmentor.logits(images), masks).double().flatten()
+        masks = masks.flatten()
+        return torch.bincount(masks, weights=loss, minlength=256), torch.bincount(masks, minlength=256)
+
+    for batch in load_batches(pairs, table, batch_size, workers, lambda item, error: failures.append(str(error))):
+        for part in run_in_parts(count, *stack_batch(batch, segmentor.device)):
+            sums += part[0]
+            pixels += part[1]
         done += len(batch)
         logger.debug("hardness: %d of %d real images", done, len(pairs))
     if failures:
         shown = "; ".join(failures[:5]) + ("; ..." if len(failures) > 5 else "")
         raise UserError(f"real images: {len(failures)} of {len(pairs)} pairs cannot be used: {shown}")
-    total, count = sums.cpu().numpy()[: table.num_classes], pixels.cpu().numpy()[: table.num_classes]
+    total, number = sums.cpu().numpy()[: table.num_classes], pixels.cpu().numpy()[: table.num_classes]
     if not np.isfinite(total).all():
         raise UserError("segmentor: its losses on real images are not finite. Expected numbers. Train it again.")
-    if not count.any():
+    if not number.any():
         raise UserError("real masks: no pixel has a class. Expected masks with classes. Check --classes.")
-    mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+    mean = np.divide(total, number, out=np.full(len(number), np.nan), where=number > 0)
     logger.info("hardness: measured on %d real images", len(pairs))
-    return Hardness(tuple(table.names), mean, count, fingerprint)
+    return Hardness(tuple(table.names), mean, number, fingerprint)

@@ -1,11 +1,13 @@
 """Pictures and their masks, read ahead by threads and put together in batches of one size."""
 
+import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from PIL import Image
 from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
 from post_processing.files import file_identity
 from post_processing.mmseg_dataset import IMAGE_SUFFIXES, read_image
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 SEED_ENDING = re.compile(r"_seed_\d+$")
 
@@ -160,3 +165,28 @@ def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Te
     images = torch.from_numpy(np.stack([loaded.image for loaded in batch])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([loaded.mask for loaded in batch]))
     return images.to(device), masks.to(device)
+
+
+def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[Result]:
+    """Call a function on a batch, or on halves, quarters, ... of it where the device's memory ends.
+
+    Args:
+        function: takes as many tensors as there are in `batch`, each with the same part of it.
+        batch: tensors (B, ...).
+    Returns:
+        What the function gave for each part, in order.
+    Raises:
+        torch.cuda.OutOfMemoryError: if one picture alone is too much.
+    """
+    try:
+        return [function(*batch)]
+    except torch.cuda.OutOfMemoryError:
+        if len(batch[0]) == 1:
+            raise
+        logger.warning("out of memory with %d pictures at once, trying halves", len(batch[0]))
+    half = len(batch[0]) // 2  # outside of the except block, which would keep the tensors of the failed call alive
+    return [
+        result
+        for part in (slice(half), slice(half, None))
+        for result in run_in_parts(function, *(tensor[part] for tensor in batch))
+    ]

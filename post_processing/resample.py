@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--classes", help="class table, name or path; default: the one that filter.py used")
     add("--policy", choices=["rule", "hardness"], default="rule",
         help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more pictures")
-    add("--rare", nargs="+", default=["auto"], metavar="CLASS",
+    add("--rare", nargs="+", type=str.strip, default=["auto"], metavar="CLASS",
         help="rule: names of rare classes; none; auto = the worst of the segmentor's classes (see --iou)")
     add("--num-rare", type=int, default=3, help="how many classes --rare auto takes")
     add("--iou", help="JSON with the IoU of every class, such as results.json of evaluate.py; for --rare auto")
@@ -89,22 +89,29 @@ def main(argv: list[str] | None = None) -> int:
 def choose(
     args: argparse.Namespace, candidates: Sequence[Candidate], table: ClassTable
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """The pictures to keep, in the order of their names, and all that this choice depends on."""
+    """The pictures to keep, in the order of their names, and all that this choice depends on.
+
+    Raises:
+        UserError: if none is worth keeping.
+    """
     choice: dict[str, Any] = {
         "policy": args.policy, "seed": args.seed, "max_per_mask": args.max_per_mask,
         "max_per_class": args.max_per_class, "class_table": table.to_dict(),
         "pictures": len(candidates), "pictures_sha256": digest_of([describe(one) for one in candidates]),
     }  # fmt: skip
+    usable = [candidate for candidate in candidates if candidate.after.any()]
+    if len(usable) < len(candidates):
+        logger.info("%d pictures have no labelled pixel left: not chosen", len(candidates) - len(usable))
     if args.policy == "rule":
         rare = find_rare(args, table)
-        kept = keep_by_rule(candidates, rare, args.min_rare_pixels, args.valid_ratio, args.count_ignored)
+        kept = keep_by_rule(usable, rare, args.min_rare_pixels, args.valid_ratio, args.count_ignored)
         choice |= {"rare": [table.names[index] for index in rare], "min_rare_pixels": args.min_rare_pixels,
                    "valid_ratio": args.valid_ratio, "count_ignored": args.count_ignored}  # fmt: skip
     else:
         hardness = read_hardness(Path(args.hardness or Path(args.filtered_mask_path) / "hardness.json"))
         if hardness.names != table.names:
             raise UserError(f"--hardness: of classes {', '.join(hardness.names)}. Expected {', '.join(table.names)}.")
-        kept = keep_by_hardness(candidates, hardness.mean, args.seed)
+        kept = keep_by_hardness(usable, hardness.mean, args.seed)
         choice["hardness_sha256"] = digest_of(hardness.to_json())
     chosen = len(kept)
     kept = sorted(cap(kept, args.max_per_mask, args.max_per_class, args.seed), key=lambda one: one.image.name)
@@ -127,11 +134,12 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
 
     Raises:
         FileNotFoundError: if pictures or masks are missing.
-        UserError: if there are none.
+        UserError: if there are none, or the filter has not finished.
     """
     folder = Path(args.filtered_mask_path)
     records = read_lines(folder / "items.jsonl")
     if records and not args.syn_mask_path:
+        check_finished(folder, records)
         images = Path(args.syn_img_path or settings["images"])
         candidates = [from_record(record, images, folder, table) for record in records.values()]
     elif args.syn_img_path and args.syn_mask_path:
@@ -164,6 +172,18 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
             "pictures where filter.py found them. Say where they are now with --syn-img-path, or filter again."
         )
     return candidates
+
+
+def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
+    """Raise UserError if the filter has not judged all pictures of its run; folders that do not say how many pass."""
+    note = folder / "filter.json"
+    pictures = json.loads(note.read_text(encoding="utf-8")).get("pictures", 0) if note.is_file() else 0
+    judged = len({*records, *read_lines(folder / "failures.jsonl")})
+    if judged < pictures:
+        raise UserError(
+            f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} pictures are judged). Expected "
+            "all of them. Give the command of filter.py again, with every --shard if there are several."
+        )
 
 
 def from_record(record: Mapping[str, Any], images: Path, folder: Path, table: ClassTable) -> Candidate:
@@ -220,7 +240,7 @@ def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float 
     import torch
 
     from ldm.data.manifest import read_manifest
-    from post_processing.loading import Item, load_batches, stack_batch
+    from post_processing.loading import Item, load_batches, run_in_parts, stack_batch
     from post_processing.metrics import SegmentationScore
     from post_processing.segmentor import choose_device, load_segmentor
 
@@ -233,7 +253,7 @@ def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float 
     problems: list[str] = []
     for batch in load_batches(pairs, table, 16, 4, lambda item, error: problems.append(str(error))):
         images, masks = stack_batch(batch, torch.device(segmentor.device))
-        score.add(segmentor.predict(images), masks)
+        score.add(torch.cat(run_in_parts(segmentor.predict, images)), masks)
     if problems:
         raise UserError(f"--iou_txt_file: {len(problems)} pairs cannot be used: {'; '.join(problems[:5])}")
     return score.result()["IoU"]
@@ -288,7 +308,7 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
             f"--out-dir: {out} holds files that this command did not write ({', '.join(foreign[:3])}). Expected a new "
             "folder or an earlier choice. Choose another folder."
         )
-    changes = find_changes(read_settings(out / "resample.json"), json.loads(json.dumps(choice)))
+    changes = find_changes(read_settings(out / "resample.json"), choice)
     if changes and any(out.iterdir()) and not is_overwritten:
         raise FileExistsError(
             f"--out-dir: {out} holds another choice ({'; '.join(changes)}). Expected the same one. Choose another "

@@ -119,8 +119,9 @@ class Segmentor:
         Raises:
             ValueError: if the model has another number of classes than the table.
         """
-        count = model.decode_head[-1].num_classes if isinstance(model.decode_head, torch.nn.ModuleList) else None
-        count = count or model.decode_head.num_classes
+        is_cascade = isinstance(model.decode_head, torch.nn.ModuleList)
+        self.head = model.decode_head[-1] if is_cascade else model.decode_head
+        count = self.head.num_classes
         if count != class_table.num_classes:
             raise ValueError(
                 f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class table "
@@ -155,8 +156,8 @@ class Segmentor:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Most likely class of every pixel: (B, 3, H, W) uint8 RGB -> (B, H, W) uint8 on the segmentor's device."""
         logits = self.logits(images)
-        if logits.shape[1] == 1:  # a sigmoid head with one channel: above one half is class 1
-            return (logits[:, 0] > 0).to(torch.uint8)
+        if logits.shape[1] == 1:  # a sigmoid head with one channel: class 1 is above its threshold, mmseg's default 0.3
+            return (logits[:, 0].sigmoid() > self.head.threshold).to(torch.uint8)
         return logits.argmax(dim=1).to(torch.uint8)
 
 

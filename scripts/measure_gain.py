@@ -57,6 +57,7 @@ ARMS = {
 }
 DEFAULT_ARMS = "real,joint,synthetic,unfiltered,copy_paste,cutmix"
 SPLIT_SEED = 23
+PASSED_ON = ("--inference_args", "--filter_args", "--resample_args", "--train_args")  # flags whose values are flags
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
 
 
@@ -71,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--real_txt_file", help="manifest of real training pairs; default: train_set_items.json in --data_root")
     add("--test_txt_file", help="manifest of unseen real pairs; default: test_set_items.json in --data_root")
     add("--val_txt_file", help="manifest of validation pairs, for the curves of the report")
-    add("--references", nargs="+", required=True, help="unlabelled images of the target: folders below --data_root, or "
-        "manifests, of which only the images (target) are used")  # fmt: skip
+    add("--references", nargs="+", default=[], help="unlabelled images of the target: folders below --data_root, or "
+        "manifests, of which only the images (target) are used; none where the generator takes none")  # fmt: skip
     add("--real_fraction", type=float, default=1.0, help="share of the real pairs that is labelled, in whole pictures; "
         "the images of the others become references")  # fmt: skip
     add = parser.add_argument_group("synthesis").add_argument
@@ -102,6 +103,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="run stages of other settings in --outdir again")
     add("-d", "--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def join_values(argv: Sequence[str]) -> list[str]:
+    """Write `--train_args VALUE` as one word: argparse would take a value such as --threads=1 for a flag of its own."""
+    joined, words = [], iter(argv)
+    for word in words:
+        value = next(words, None) if word in PASSED_ON else None
+        joined.append(word if value is None else f"{word}={value}")
+    return joined
 
 
 def names(text: str) -> list[str]:
@@ -139,6 +149,7 @@ class Plan:
         is_file = Path(args.class_table).is_file()
         self.table = os.path.abspath(args.class_table) if is_file else args.class_table
         self.config = os.path.abspath(args.config if Path(args.config).is_file() else ROOT / args.config)
+        self.has_references = bool(args.references) or args.real_fraction < 1
         self.real_set, self.paint_set = (str(self.outdir / "sets" / name) for name in ("real.json", "synthesis.json"))
         first = self.outdir / f"real/seed_{args.seeds[0]}"
         self.base = [str(first / name) for name in ("config.json", "segmentor.pth")]
@@ -158,6 +169,7 @@ class Plan:
         if set(args.arms) & {"joint", "synthetic", "unfiltered", "pretrain"}:
             paint = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.root,
                      "--txt_file", self.paint_set, "--outdir", str(self.outdir / "synthesis"),
+                     *(() if self.has_references else ("--num_per_mask", str(args.num_per_mask))),
                      *shlex.split(args.inference_args))  # fmt: skip
             stages.append(Stage("synthesis", (paint,), ("sets",), (args.ckpt,), is_sharded=True))
         if set(args.arms) & {"joint", "synthetic", "pretrain"}:
@@ -230,20 +242,20 @@ def write_sets(plan: Plan) -> None:
         labelled = {place for place, tile in enumerate(tiles) if tile.group in groups}
     pool = find_references(args.references, Path(plan.root))
     pool += [str(relative(row.image, plan.root)) for place, row in enumerate(rows) if place not in labelled]
-    if len(pool) < args.num_per_mask:
+    if plan.has_references and len(pool) < args.num_per_mask:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
     real = [rows[place] for place in sorted(labelled)]
     prompts, chosen = choose_masks(real, table, args.num_masks, args.balance)
     rng = np.random.default_rng([SPLIT_SEED, 2])
-    items = [
-        {"source": real[place].mask_name, "prompt": prompts[place], "ref_image": pool[number]}
-        for place in chosen for number in rng.choice(len(pool), args.num_per_mask, replace=False)
-    ]  # fmt: skip
+    items = [{"source": real[place].mask_name, "prompt": prompts[place]} for place in chosen]
+    if plan.has_references:  # otherwise inference.py paints several pictures of a row, since no row may repeat another
+        items = [{**item, "ref_image": pool[number]} for item in items
+                 for number in rng.choice(len(pool), args.num_per_mask, replace=False)]  # fmt: skip
     pairs = [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in real]
     write_manifest(plan.real_set, pairs)
     write_manifest(plan.paint_set, items)
     logger.info("%d of %d real pairs are labelled; %d pictures of %d masks to paint; %d references",
-                len(real), len(rows), len(items), len(chosen), len(pool))  # fmt: skip
+                len(real), len(rows), len(chosen) * args.num_per_mask, len(chosen), len(pool))  # fmt: skip
 
 
 def choose_masks(
@@ -317,7 +329,7 @@ def write_unfiltered(plan: Plan) -> None:
 
 def report(plan: Plan) -> str:
     """Gather the scores and write results.json, table.md and report.html; returns the table."""
-    args = plan.args
+    args, stages = plan.args, {stage.name for stage in plan.stages()}  # an earlier plan's may lie in the folder as well
     scores: dict[str, dict[int, Any]] = {arm: {} for arm in args.arms}
     for arm in args.arms:
         for seed in args.seeds:
@@ -325,30 +337,36 @@ def report(plan: Plan) -> str:
             scores[arm][seed] = json.loads(path.read_text(encoding="utf-8"))
     summary = summarise(scores)
     table = make_table(summary, ARMS)
-    count = {name: sum(1 for _ in open(path, encoding="utf-8")) for name, path in
-             (("real", plan.real_set), ("painted", plan.paint_set), ("kept", plan.resampled)) if Path(path).is_file()}
+    settings = {key: value for key, value in vars(args).items() if key not in ("debug", "dry_run", "overwrite")}
+    write_json(plan.outdir / "results.json", {"summary": summary, "scores": scores, "settings": settings})
+    write_atomic(plan.outdir / "table.md", table.encode())
     tiles = scores["real"][args.seeds[0]]["images"]
     facts = [
-        f"Real pairs: {count['real']} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}. Scores:"
-        " mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
+        f"Real pairs: {count_lines(plan.real_set)} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}."
+        " Scores: mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
         f" {', '.join(map(str, args.seeds))}; gains are paired by seed.",
         f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized pictures for each"
         f" real one in a batch: {args.synthetic_ratio:g}.",
-        f"Generator {Path(args.ckpt).name}: {count['painted']} pictures painted, {count.get('kept', 'none')} kept. The"
-        " labels that it was trained with are labels too; --real_fraction does not take those away.",
     ]
+    if "synthesis" in stages:
+        kept = f"{count_lines(plan.resampled)} kept" if "resample" in stages else "not filtered"
+        painted = count_lines(plan.outdir / "synthesis/index.jsonl")
+        facts.append(f"Generator {Path(args.ckpt).name}: {painted} pictures painted, {kept}. The labels that it was "
+                     "trained with are labels too; --real_fraction does not take those away.")
     folders = {arm: [plan.outdir / f"{arm}/seed_{seed}" for seed in args.seeds] for arm in args.arms}
     drawings = [draw_curves(read_curves(folders, key), title, ARMS)
                 for key, title in (("mIoU", "validation mIoU, mean of the seeds"), ("loss", "loss"))]  # fmt: skip
     examples = None
-    filtered = plan.outdir / "filter/masks"
-    if filtered.is_dir():
+    if "filter" in stages:
+        filtered = plan.outdir / "filter/masks"
         examples = draw_examples(plan.outdir / "synthesis", filtered, 8, ClassTable.load(plan.table))
-    settings = {key: value for key, value in vars(args).items() if key not in ("debug", "dry_run", "overwrite")}
-    write_json(plan.outdir / "results.json", {"summary": summary, "scores": scores, "settings": settings})
-    write_atomic(plan.outdir / "table.md", table.encode())
     write_atomic(plan.outdir / "report.html", make_page(table, facts, drawings, examples).encode())
     return table
+
+
+def count_lines(path: str | Path) -> int:
+    """Number of rows of a manifest or an index."""
+    return len(Path(path).read_text(encoding="utf-8").splitlines())
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -357,6 +375,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         (not 0 < args.real_fraction <= 1, f"--real_fraction {args.real_fraction}: expected above 0, at most 1"),
         (min(args.steps, args.batch_size, args.num_per_mask, args.parallel, args.num_masks or 1) < 1,
          "--steps, --batch_size, --num_masks, --num_per_mask, --parallel: expected 1 or more"),
+        ("pretrain" in args.arms and args.steps < 2, f"--steps {args.steps}: expected 2 or more for --arms pretrain"),
         (args.synthetic_ratio <= 0, f"--synthetic_ratio {args.synthetic_ratio}: expected above 0"),
         (not Path(args.data_root).is_dir(), f"--data_root {args.data_root}: folder not found"),
         *((not Path(path).is_file(), f"file not found: {path}") for path in (
@@ -377,7 +396,7 @@ def stop(*_: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not finished, then write the report."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
     check_arguments(args)
     plan = Plan(args)
     runner = StageRunner(plan.stages(), plan.outdir, make_slots(len(args.gpus) or args.parallel, args.gpus))

@@ -39,12 +39,15 @@ from post_processing.segmentor import (  # noqa: E402
 LOG = logging.getLogger(__name__)
 HISTORY_METHODS = ("min", "max", "current", "mean")  # what mmengine stores with a loss history
 SETTINGS = ("max_steps", "batch_size", "learning_rate", "init_backbone", "class_balance")  # change the config
-DATA_FLAGS = ("class_table", "train_txt_file", "val_txt_file", "image_folder", "synthetic_txt_file", "augment")
+DATA_FLAGS = ("class_table", "data_root", "train_txt_file", "val_txt_file", "image_folder", "mask_folder",
+              "synthetic_txt_file", "synthetic_root", "synthetic_ratio", "augment", "val_interval", "num_workers")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Flags of the training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Flags of the training; `given` holds the names of those on the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add(
         "--config", default="configs/mmseg/small.py", help="mmengine config of the model; a .py file is code and is run"
@@ -76,7 +79,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("-r", "--resume", action="store_true", help="go on from the last checkpoint in --work_dir")
     add("--overwrite", action="store_true", help="allow a --work_dir that holds a finished training")
     add("-d", "--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse fills in no default where there is a value
+    args.given = [name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None]
+    return args
 
 
 def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
@@ -93,10 +99,11 @@ def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     if not Path(args.config).is_file():
         raise FileNotFoundError(f"segmentor config not found: {args.config}. Give one such as configs/mmseg/small.py.")
     config = Config.fromfile(args.config)
-    given = [name for name in (*SETTINGS, *DATA_FLAGS) if getattr(args, name) not in (None, "none")]
+    given = [f"--{name}" for name in args.given if name in (*SETTINGS, *DATA_FLAGS)]
     if "train_dataloader" in config and given:
         raise UserError(
-            f"--{given[0]}: {args.config} has its own data and schedule. Change them there, or leave the flag out."
+            f"{', '.join(given)}: {args.config} has its own data and schedule. Expected neither on the command line. "
+            "Change them there, or leave the flags out."
         )
     for name in SETTINGS:
         if getattr(args, name) is not None:
@@ -196,10 +203,11 @@ def set_schedule(config: Any) -> None:
         clip_grad=dict(max_norm=clip) if clip else None,
     )
     warm_up = max(1, int(steps * config.get("warm_up", 0.05)))
-    config.param_scheduler = [
-        dict(type="LinearLR", start_factor=0.01, begin=0, end=warm_up, by_epoch=False),
-        dict(type="PolyLR", eta_min=config.get("eta_min", 0.0), power=0.9, begin=warm_up, end=steps, by_epoch=False),
-    ]
+    config.param_scheduler = [dict(type="LinearLR", start_factor=0.01, begin=0, end=warm_up, by_epoch=False)]
+    if warm_up < steps:  # else mmengine stops: a scheduler must last a step
+        config.param_scheduler.append(
+            dict(type="PolyLR", eta_min=config.get("eta_min", 0.0), power=0.9, begin=warm_up, end=steps, by_epoch=False)
+        )
     config.default_hooks = dict(
         logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
         checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(1, min(500, steps)), max_keep_ckpts=1),

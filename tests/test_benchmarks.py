@@ -11,7 +11,7 @@ import torch
 from test_upstream_arithmetic import attention as attention_head_by_head
 from tiny import randomize
 
-from benchmarks import bench_gpu, bench_sampling, bench_training, upstream_style
+from benchmarks import bench_filter, bench_gpu, bench_sampling, bench_training, upstream_style
 from benchmarks.measure import count_flops
 from benchmarks.setting import ROOT, SIZES, make_inputs, make_ours
 from ldm.modules.attention import CrossAttention
@@ -88,6 +88,18 @@ def test_bench_training(tmp_path):
     assert set(bench_training.ARMS) < set(lines)
     assert lines["ours_cached_latents"]["gflop_a_sample"] < lines["ours"]["gflop_a_sample"]
     assert 0 < lines["ours"]["wait"] < 1
+
+
+def test_bench_filter(monkeypatch, capsys):
+    flags = ["--tiles", "2", "--size", "64", "--classes", "3", "--rounds", "1", "--ext", "png"]
+    monkeypatch.setattr("sys.argv", ["bench_filter.py", *flags])
+    threads = torch.get_num_threads()
+    try:
+        bench_filter.main()
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "3 classes: 0 of 8,192 pixels differ" in out and "times as fast" in out
 
 
 def test_every_row_of_the_gpu_script_works(tmp_path):

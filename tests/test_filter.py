@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from segmentors import colour_segmentor, make_segmentor, table_of
+from segmentors import ColourModel, colour_segmentor, make_segmentor, table_of
 from torch.nn import functional as F
 
 from ldm.data.classes import read_mask
 from ldm.util import UserError
-from post_processing.files import append_lines, read_lines
+from post_processing.files import append_lines, file_identity, read_lines
 from post_processing.filter import main
-from post_processing.filtering import PixelFilter, encode_mask
-from post_processing.hardness import get_hardness, measure_hardness, pixel_loss
+from post_processing.filtering import PixelFilter, encode_mask, judge_batch
+from post_processing.hardness import fingerprint_of, get_hardness, measure_hardness, pixel_loss
 from post_processing.loading import Item, find_items
 from post_processing.run_index import read_mask_at
+from post_processing.segmentor import Segmentor
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((12, 16), (16, 16), (8, 20))
@@ -135,6 +137,46 @@ def test_loss_of_a_sigmoid_head_is_binary_cross_entropy():
     logits, mask = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 4, 5))
     expected = F.binary_cross_entropy_with_logits(logits[:, 0], mask.float(), reduction="none")
     torch.testing.assert_close(pixel_loss(logits, mask), expected)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8])
+def test_a_sigmoid_head_predicts_at_its_own_threshold(threshold):
+    segmentors = pytest.importorskip("mmseg.models.segmentors")
+    model = ColourModel(2, channels=1)
+    model.decode_head.threshold, model.align_corners = threshold, False
+    segmentor = Segmentor(model, table_of(2))
+    images = torch.randint(0, 256, (2, 3, 9, 11), dtype=torch.uint8)
+    found = segmentors.EncoderDecoder.postprocess_result(model, segmentor.logits(images))
+    expected = torch.stack([one.pred_sem_seg.data[0] for one in found])
+    assert torch.equal(segmentor.predict(images), expected.to(torch.uint8)) and 0 < expected.mean() < 1
+    assert not torch.equal(expected, (segmentor.logits(images)[:, 0] > 0).float())
+
+
+class SmallMemory(Segmentor):
+    """Has memory for `room` pictures at once."""
+
+    room = 2
+
+    def logits(self, images):
+        if len(images) > self.room:
+            raise torch.cuda.OutOfMemoryError("too many pictures")
+        return super().logits(images)
+
+
+def test_where_memory_ends_the_batch_is_halved(tmp_path):
+    real = [item for item in make_pictures(tmp_path, 21, 4, 0) if int(item.image.stem) % 3 == 0]  # seven of one size
+    whole, small = colour_segmentor(4), SmallMemory(ColourModel(4), table_of(4))
+    expected, found = (measure_hardness({}, segmentor, real, 7, 1) for segmentor in (whole, small))
+    assert found.pixels.tolist() == expected.pixels.tolist()
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    masks = torch.randint(0, 4, (5, 8, 8), dtype=torch.uint8)
+    limits = expected.limits(1.25)
+    for one, other in zip(*(judge_batch(s, images, masks, limits) for s in (whole, small)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    small.room = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        measure_hardness({}, small, real, 7, 1)
 
 
 @pytest.mark.parametrize("size", [(7, 5), (130, 200), (3, 9000)])
@@ -266,6 +308,45 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
     assert read_lines(out / "items.jsonl") == read_lines(tmp_path / "whole/items.jsonl")
 
 
+SIGNALLED = """
+import os, sys
+import post_processing.filter as entry
+import post_processing.filtering as filtering
+from segmentors import colour_segmentor
+
+number, last, *flags = sys.argv[1:]
+write, count = filtering.write_atomic, 0
+
+def write_and_signal(*args, **options):
+    global count
+    count += 1
+    if count == int(last):
+        os.kill(os.getpid(), int(number))
+    write(*args, **options)
+
+filtering.write_atomic = write_and_signal
+entry.load_segmentor, entry.fingerprint_of = (lambda *args: colour_segmentor(4)), (lambda *args: {})
+sys.exit(entry.main(flags))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_the_command_goes_on_after_a_signal_and_ends_with_the_same_files(tmp_path, colours, number, code):
+    make_pictures(tmp_path / "real", 4, 4, 0)
+    make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
+    (tmp_path / "syn/label/7.png").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(int(number)), "6", *flags(tmp_path, tmp_path / "out", tmp_path / "syn")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "tests"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) < 8 and not (tmp_path / "out/report.json").exists()
+    for name in ("out", "whole"):
+        assert main(flags(tmp_path, tmp_path / name, tmp_path / "syn")) == 3
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+
+
 @pytest.mark.slow
 def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
     pytest.importorskip("ray")
@@ -317,6 +398,42 @@ def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
         get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
 
 
+def test_fingerprint_follows_masks_weights_and_class_table(tmp_path):
+    pytest.importorskip("mmseg")
+    config, checkpoint = make_segmentor(tmp_path / "segmentor", table_of(3))
+    real = make_pictures(tmp_path / "real", 2, 3, 0)
+    first = fingerprint_of(config, checkpoint, table_of(3), real)
+    assert fingerprint_of(config, checkpoint, table_of(3), real[::-1]) == first
+
+    def changes(table=None):
+        new = fingerprint_of(config, checkpoint, table or table_of(3), real)
+        return {key for key in first if new[key] != first[key]}
+
+    assert changes(table_of(3, source_ids={0: 0, 1: 1, 2: 2, 7: 255})) == {"class_table_sha256"}
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["decode_head.conv_seg.bias"][1] += 1e-3
+    torch.save(content, checkpoint)
+    assert changes() == {"segmentor_sha256"}
+    mask = np.array(Image.open(real[1].mask))
+    mask[5, 5] = (mask[5, 5] + 1) % 3
+    Image.fromarray(mask).save(real[1].mask)
+    assert changes() == {"segmentor_sha256", "real_pairs_sha256"}
+
+
+def test_identity_sees_every_byte_but_the_middle_of_large_compressed_pictures(tmp_path, monkeypatch):
+    def is_seen(name):
+        content = bytearray(np.random.default_rng(0).bytes(100_000))
+        (tmp_path / name).write_bytes(content)
+        before = file_identity(tmp_path / name)
+        content[50_000] ^= 1
+        (tmp_path / name).write_bytes(content)
+        return file_identity(tmp_path / name) != before
+
+    assert is_seen("a.png") and is_seen("a.JPG") and is_seen("a.tif")
+    monkeypatch.setattr("post_processing.files.WHOLE_BYTES", 90_000)
+    assert is_seen("b.tif") and is_seen("b.json") and not is_seen("b.png") and not is_seen("b.JPG")
+
+
 def test_real_pairs_that_cannot_be_read_are_all_named(tmp_path):
     real = make_pictures(tmp_path, 4, 3, 0)
     (tmp_path / "img/1.png").write_bytes((tmp_path / "img/1.png").read_bytes()[:100])
@@ -333,6 +450,13 @@ def workspace(tmp_path_factory):
     make_segmentor(root / "segmentor", table_of(5))
     make_pictures(root / "real", 6, 5, 0, absent=[4])
     return root
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """The command line with a segmentor that needs no mmseg."""
+    monkeypatch.setattr("post_processing.filter.load_segmentor", lambda *args: colour_segmentor(4))
+    monkeypatch.setattr("post_processing.filter.fingerprint_of", lambda *args: {})
 
 
 def flags(root, out, syn, *extra):
@@ -368,6 +492,51 @@ def test_command_line_shards_and_settings(workspace, tmp_path):
     assert main(flags(workspace, out, tmp_path)) == 0
     after = contents(out)
     assert {name for name in before if after[name] != before[name] and name.endswith(".png")} == {"0_seed_7.png"}
+
+
+def test_hardness_in_the_folder_is_used_again(workspace, tmp_path, monkeypatch):
+    make_pictures(tmp_path, 3, 5, 1, "{}_seed_7")
+    assert main(flags(workspace, tmp_path / "out", tmp_path)) == 0
+    before = contents(tmp_path / "out")
+
+    def refuse(*args):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("post_processing.hardness.measure_hardness", refuse)
+    for path in (tmp_path / "out").glob("*.png"):
+        path.unlink()
+    assert main(flags(workspace, tmp_path / "out", tmp_path)) == 0
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(AssertionError, match="measured again"):
+        main(flags(workspace, tmp_path / "other", tmp_path))
+
+
+def test_tables_with_numbers_of_their_own_on_disk_go_on_too(tmp_path, colours, monkeypatch):
+    table = {"source_ids": {0: 0, 1: 1, 2: 2, 3: 3, 9: 255, 255: 255}}
+    monkeypatch.setattr("post_processing.filter.load_segmentor", lambda *args: colour_segmentor(4, **table))
+    make_pictures(tmp_path / "real", 3, 4, 0)
+    make_pictures(tmp_path, 5, 4, 1, "{}_seed_7")
+    for shard in ("0/2", "1/2", "0/1"):
+        assert main(flags(tmp_path, tmp_path / "out", tmp_path, "--shard", shard)) == 0
+    table["source_ids"] = {**table["source_ids"], 8: 255}
+    with pytest.raises(FileExistsError, match="class_table was"):
+        main(flags(tmp_path, tmp_path / "out", tmp_path))
+
+
+def test_pictures_that_left_the_run_leave_the_reports(tmp_path, colours):
+    from post_processing.resample import main as resample
+
+    make_pictures(tmp_path / "real", 3, 4, 0)
+    make_pictures(tmp_path, 6, 4, 1, "{}_seed_7")
+    out = tmp_path / "out"
+    assert main(flags(tmp_path, out, tmp_path)) == 0
+    (tmp_path / "img/4_seed_7.png").unlink()
+    assert main(flags(tmp_path, out, tmp_path)) == 0
+    assert "4_seed_7.png" not in read_lines(out / "items.jsonl")
+    assert json.loads((out / "report.json").read_text())["pictures"] == 5
+    assert json.loads((out / "filter.json").read_text())["pictures"] == 5
+    assert resample(["--filtered-mask-path", str(out), "--out-dir", str(tmp_path / "set"), "--rare", "none",
+                     "--valid-ratio", "0"]) == 0  # fmt: skip
 
 
 def test_faulty_pictures_are_set_aside_and_the_others_filtered(workspace, tmp_path):

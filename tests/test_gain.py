@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from painting import make_workspace
-from PIL import Image
+from PIL import Image, ImageFont
+from pixel import config, make
 
+from ldm.checkpoint import save_safetensors
 from ldm.util import UserError
-from post_processing.gain_report import make_table, summarise
+from post_processing.gain_report import draw_curves, make_table, read_curves, summarise
 from post_processing.stages import Stage, StageRunner, make_slots
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +128,22 @@ def test_gains_are_paired_by_seed():
     assert one["joint"]["gain"] == (2.0, None)
 
 
+def test_curves_are_read_past_torn_lines_and_their_legend_fits(tmp_path):
+    from scripts.measure_gain import ARMS
+
+    for arm in ARMS:
+        (tmp_path / arm / "1/vis_data").mkdir(parents=True)
+        lines = ['{"step": 1, "loss": 4.0}', '{"mIoU": 3.0, "step": 2}', "[1]", '{"step": 2, "loss": 2.0}', '{"step":']
+        (tmp_path / arm / "1/vis_data/scalars.json").write_text("\n".join(lines))
+    curves = read_curves({arm: [tmp_path / arm] for arm in ARMS}, "loss")
+    assert curves == {arm: [(1, 4.0), (2, 2.0)] for arm in ARMS}
+    drawing = draw_curves(curves, "loss", ARMS)
+    width = int(re.search(r'viewBox="0 0 (\d+) ', drawing)[1])
+    ends = [int(x) + ImageFont.load_default(12).getlength(text)
+            for x, text in re.findall(r'<text x="(\d+)"[^>]*>([^<]*)</text>', drawing)]  # fmt: skip
+    assert len(ends) == 4 + len(ARMS) and 600 < max(ends) < width
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """A tiny random generator, and twelve pairs of 32 x 32 from six pictures, whose colours are their classes."""
@@ -169,8 +189,8 @@ def measure(workspace, outdir, *extra):
     flags = ["--class_table", "mini", "--data_root", workspace, "--references", workspace / "ref", "--ckpt",
              workspace / "tiny.safetensors", "--outdir", outdir, "--seeds", "1", "--steps", "2", "--batch_size", "2",
              "--num_masks", "3", "--num_per_mask", "2", "--inference_args", "--ddim_steps 2 --device cpu",
-             "--resample_args", "--valid-ratio 0 --rare none", "--train_args", "--init_backbone none",
-             "--filter_args", "--device cpu", *extra]  # fmt: skip
+             "--resample_args", "--valid-ratio 0 --rare none", "--train_args", "--init_backbone=none",
+             "--filter_args", "--device=cpu", *extra]  # fmt: skip
     main([str(flag) for flag in flags])
 
 
@@ -188,7 +208,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
     for flag in ("--init_from", "--train_txt_file"):
         assert [flag in half for half in halves] == [False, True]
-    measure(workspace, out, "--arms", "joint,unfiltered", *flags)
+    measure(workspace, out, "--arms", "joint,unfiltered,pretrain", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
     paint = [json.loads(line) for line in (out / "sets/synthesis.json").read_text().splitlines()]
@@ -198,23 +218,77 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
     assert len(list((out / "unfiltered/images").iterdir())) == 6
     results = json.loads((out / "results.json").read_text())
-    assert list(results["summary"]) == ["real", "joint", "unfiltered"]
+    assert list(results["summary"]) == ["real", "joint", "unfiltered", "pretrain"]
     for arm in results["summary"]:
         score = results["scores"][arm]["1"]
         assert score["images"] == 4 and score["mIoU"] == pytest.approx(
             np.mean([value for value in score["IoU"].values() if value is not None]), abs=0.02)  # fmt: skip
         config = json.loads((out / arm / "seed_1/config.json").read_text())
-        assert config["train_cfg"]["max_iters"] == 2
+        assert config["train_cfg"]["max_iters"] == (1 if arm == "pretrain" else 2)
     page = (out / "report.html").read_text()
     assert "<svg" in page and "data:image/png" in page and "validation mIoU" in page
     trained = [name for module, name in RAN if module == "scripts.train_segmentor"]
-    assert sorted(trained) == ["joint/seed_1", "real/seed_1", "unfiltered/seed_1"]
+    assert sorted(trained) == ["joint/seed_1", *["pretrain/seed_1"] * 2, "real/seed_1", "unfiltered/seed_1"]
+    assert "6 pictures painted, 6 kept" in page
 
     measure(workspace, out, "--arms", "joint,cutmix", *flags)  # goes on: only what is new runs
     assert {name for _, name in RAN} == {"cutmix/seed_1"}
     assert list(json.loads((out / "results.json").read_text())["summary"]) == ["real", "joint", "cutmix"]
+    for arms, text in (("unfiltered", "6 pictures painted, not filtered"), ("cutmix", "")):  # filter/ is still there
+        measure(workspace, out, "--arms", arms, *flags)
+        page = (out / "report.html").read_text()
+        assert not RAN and text in page and "data:image/png" not in page and ("painted" in page) == bool(text)
+    monkeypatch.setattr("scripts.measure_gain.draw_examples", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure(workspace, out, "--arms", "joint", *flags)
+    assert list(json.loads((out / "results.json").read_text())["summary"]) == ["real", "joint"]
     with pytest.raises(UserError, match="were run with other settings"):
         measure(workspace, out, "--arms", "joint", *flags, "--steps", "5")
+
+
+def test_generators_without_references_need_none(workspace, tmp_path):
+    import inference
+    from scripts.measure_gain import Plan, build_parser, write_sets
+
+    checkpoint = tmp_path / "pixel.safetensors"
+    model = OmegaConf.create({"model": config("seg_guided_tiny")})
+    save_safetensors(checkpoint, make("seg_guided_tiny").state_dict(), model)
+    flags = ["--class_table", "mini", "--data_root", workspace, "--ckpt", checkpoint, "--num_masks", 3,
+             "--num_per_mask", 2, "--inference_args=--num_steps 1 --device cpu --H 8 --W 8"]  # fmt: skip
+
+    def sets(name, *extra):
+        plan = Plan(build_parser().parse_args([str(flag) for flag in (*flags, "--outdir", tmp_path / name, *extra)]))
+        (tmp_path / name / "sets").mkdir(parents=True)
+        write_sets(plan)
+        rows = [json.loads(line) for line in Path(plan.paint_set).read_text().splitlines()]
+        command = next(stage.commands[0] for stage in plan.stages() if stage.name == "synthesis")
+        return rows, command[command.index("inference.py") + 1 :]
+
+    without, command = sets("without")
+    assert [list(row) for row in without] == [["source", "prompt"]] * 3
+    assert inference.main(list(command)) == 0
+    assert len(list((tmp_path / "without/synthesis/images").iterdir())) == 6
+    given, command = sets("given", "--references", workspace / "ref")
+    assert [row.pop("ref_image")[:4] for row in given] == ["ref/"] * 6 and "--num_per_mask" not in command
+    assert given[::2] == given[1::2] == without
+    assert all(row["ref_image"].startswith("img/") for row in sets("others", "--real_fraction", "0.5")[0])
+    with pytest.raises(UserError, match="4 images. Expected at least --num_per_mask 9"):
+        sets("few", "--real_fraction", "0.5", "--num_per_mask", "9")
+
+
+@pytest.mark.parametrize("references", ["", "data/a data/b.json"])
+def test_the_script_passes_references_on_if_there_are_any(tmp_path, references):
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\ncase $1 in scripts/measure_gain.py) printf "%s\\n" "$@" ;; esac\n')
+    stand_in.chmod(0o755)
+    environment = {"PYTHON": str(stand_in), "DATA_ROOT": "data", "CLASSES": "mini", "REFERENCES": references}
+    command = ["sh", ROOT / "gain.sh", "--parallel", "2"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    expected = ["--references", *references.split()] if references else []
+    assert words[words.index("models/tisynth_mini.safetensors") + 1 :] == [
+        *expected, "--outdir", "outputs/gain", "--parallel", "2",
+    ]  # fmt: skip
 
 
 def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
@@ -222,6 +296,8 @@ def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
         measure(workspace, tmp_path / "out", "--real_fraction", "0", "--references", "nowhere")
     with pytest.raises(SystemExit):
         measure(workspace, tmp_path / "out", "--arms", "magic")
+    with pytest.raises(UserError, match="--steps 1: expected 2 or more for --arms pretrain"):
+        measure(workspace, tmp_path / "out", "--arms", "pretrain", "--steps", "1")
     with pytest.raises(UserError, match="does not lie below --data_root"):
         (tmp_path / "elsewhere").mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/a.png")

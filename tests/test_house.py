@@ -127,8 +127,7 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if called != "add_argument" and called not in aliases:
+        if getattr(node.func, "attr", "") != "add_argument" and getattr(node.func, "id", "") not in aliases:
             continue
         keywords = {keyword.arg: keyword.value for keyword in node.keywords}
         if "dest" in keywords:
@@ -139,14 +138,22 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
         yield long[0].lstrip("-").replace("-", "_")
 
 
-@pytest.mark.parametrize("entry", ["train.py", "inference.py"])
+ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_processing/resample.py",
+           "scripts/measure_gain.py", "scripts/train_segmentor.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_every_flag_is_read(entry: str):
     tree = parse(ROOT / entry)
     flags = list(parsed_flags(tree))
     read = {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "args"
-    }
+        node.attr for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
+    }  # fmt: skip
     read.add("debug")  # by ldm.util.run_entry_point, from the command line itself
+    for node in tree.body:  # flags of this name replace settings of the config, in a loop over their names
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SETTINGS":
+            read |= set(ast.literal_eval(node.value))
     assert len(flags) > 15
     assert not set(flags) - read, f"{entry}: parsed and never read: {sorted(set(flags) - read)}"
 

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from post_processing.mmseg_dataset import list_pairs
 from post_processing.resample import link_or_copy, main
 from post_processing.selection import Candidate, cap, keep_by_hardness, keep_by_rule, mask_hardness
 
+ROOT = Path(__file__).resolve().parents[1]
 COUNT = 5
 SIZE = (8, 10)
 
@@ -97,12 +100,16 @@ def test_caps_hold_and_do_not_spend_rare_classes_on_common_ones():
 def filtered(tmp_path):
     """Pictures, masks and filtered masks of 3 masks with 4 copies each, as filter.py leaves them."""
     random = np.random.default_rng(0)
-    table = table_of(COUNT)
+    masks = [random.integers(0, COUNT - (number == 0), SIZE).astype(np.uint8) for number in range(3)]
+    return write_filtered(tmp_path, masks, table_of(COUNT), random)
+
+
+def write_filtered(tmp_path, masks, table, random):
+    """Write 4 pictures of each mask; of the i-th, the filter has dropped 30 i % of the pixels."""
     records = []
     for folder in ("img", "label", "filtered"):
         (tmp_path / folder).mkdir()
-    for number in range(3):
-        mask = random.integers(0, COUNT - (number == 0), SIZE).astype(np.uint8)
+    for number, mask in enumerate(masks):
         mask[0] = 255
         Image.fromarray(mask).save(tmp_path / f"label/{number}.png")
         for copy in range(4):
@@ -121,6 +128,75 @@ def filtered(tmp_path):
     settings = {"images": str(tmp_path / "img"), "class_table": table.to_dict()}
     (tmp_path / "filtered/filter.json").write_text(json.dumps({"settings": settings}))
     return tmp_path
+
+
+def slow_choice(root, policy, rare, losses):
+    """Names of the pictures that each policy keeps, from the pixels of the PNG files one at a time."""
+    kept, groups = [], {}
+    for path in sorted((root / "filtered").glob("*.png")):
+        before, after = (np.asarray(Image.open(file)).ravel().tolist()
+                         for file in (root / f"label/{path.name.split('_')[0]}.png", path))  # fmt: skip
+        labelled = survived = 0
+        is_rare, hardness, known = False, 0.0, 0
+        for old, new in zip(before, after, strict=True):
+            labelled, survived = labelled + (old != 255), survived + (new != 255)
+            is_rare = is_rare or new in rare
+            if losses.get(old) is not None:
+                hardness, known = hardness + losses[old], known + 1
+        if policy == "rule":
+            if is_rare or survived > 0.5 * labelled:
+                kept.append(path.name)
+        elif survived:
+            mask = (hardness / known if known else 0.0, str(root / f"label/{path.name.split('_')[0]}.png"))
+            groups.setdefault(mask, []).append(path.name)
+    for place, mask in enumerate(sorted(groups), start=1):
+        names = sorted(groups[mask], key=lambda name: hashlib.sha256(f"7/{name}".encode()).digest())
+        kept += names[: min(1 + round(len(names) * place / len(groups)), len(names))]
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("count", [2, 7, 24, 150])
+@pytest.mark.parametrize("policy", ["rule", "hardness"])
+def test_kept_pictures_are_those_of_a_slow_loop_over_pixels(tmp_path, count, policy):
+    random = np.random.default_rng(count)
+    masks = [random.integers(0, count - number % 2, SIZE).astype(np.uint8) for number in range(6)]  # odd: last missing
+    masks[1][:, 3:] = 255
+    masks[2][:] = 255
+    masks.append(np.full(SIZE, count - 1, np.uint8))
+    table = table_of(count)
+    write_filtered(tmp_path, masks, table, random)
+    # None of class 1; the sums of the others are exact, so that no order is decided by rounding.
+    losses = {index: None if index == 1 else int(random.integers(1, 64)) / 64 for index in range(count)}
+    classes = {f"class {index}": {"mean": loss, "pixels": 9} for index, loss in losses.items()}
+    (tmp_path / "filtered/hardness.json").write_text(json.dumps({"fingerprint": {}, "classes": classes}))
+    flags = ["--policy", policy, "--valid-ratio", 0.5, "--rare", f"class {count - 1}", "--seed", 7]
+    expected = slow_choice(tmp_path, policy, {count - 1}, losses)
+    assert not [name for name in expected if name.startswith("2_")] and 6 < len(expected) < 24
+    folders = ["--syn-img-path", tmp_path / "img", "--syn-mask-path", tmp_path / "label"]
+    for out, more in (("records", []), ("files", folders)):
+        run(tmp_path, *flags, *more, out=out)
+        assert sorted(path.name for path in (tmp_path / out / "images").iterdir()) == expected
+
+
+def test_an_unfinished_filter_is_refused(filtered):
+    path = filtered / "filtered/filter.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pictures": 13}))
+    with pytest.raises(UserError, match=r"not finished \(12 of 13 pictures are judged\)"):
+        run(filtered, "--rare", "none")
+    failure = {"image": "9_seed_0.png", "mask": "9.png", "reason": "damaged"}
+    (filtered / "filtered/failures.jsonl").write_text(json.dumps(failure) + "\n")
+    assert run(filtered, "--rare", "none") == 0
+
+
+def test_the_script_passes_names_with_spaces_on(tmp_path):
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\ncase $1 in -m) printf "%s\\n" "$@" ;; esac\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stand_in), "RARE": "agriculture construction, *,grass"}
+    command = ["sh", ROOT / "resample.sh", "--policy", "rule"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    assert words[words.index("--policy") :] == ["--policy", "rule", "--rare", "agriculture construction", " *", "grass"]
 
 
 def run(root, *flags, out="out"):
@@ -219,6 +295,8 @@ def test_rare_classes_are_those_of_lowest_iou(filtered):
         settings = json.loads((filtered / f"out{place}/resample.json").read_text())["settings"]
         assert settings["rare"] == ["class 1", "class 3"]
     (filtered / "iou.json").write_text(json.dumps({"mIoU": 3}))
+    run(filtered, "--rare", "class 3", " class 1", out="named")
+    assert json.loads((filtered / "named/resample.json").read_text())["settings"]["rare"] == ["class 1", "class 3"]
     for flags, text in ((["--iou", filtered / "iou.json"], "no IoU of every class"), ([], "needs the IoU"),
                         (["--rare", "class5"], "Did you mean class"), (["--segmentor", "a", "b"], "needs real pairs"),
                         (["--rare", "none", "--valid-ratio", "1"], "none of 12 pictures"),
@@ -229,7 +307,7 @@ def test_rare_classes_are_those_of_lowest_iou(filtered):
     assert not (filtered / "out").exists()
 
 
-def test_iou_is_measured_by_mmsegs_metric(filtered):
+def test_iou_is_measured_by_mmsegs_metric(filtered, monkeypatch):
     pytest.importorskip("mmseg")
     from mmseg.evaluation.metrics import IoUMetric
 
@@ -250,6 +328,16 @@ def test_iou_is_measured_by_mmsegs_metric(filtered):
     worst = int((intersection / union).argmin())
     settings = json.loads((filtered / "out/resample.json").read_text())["settings"]
     assert settings["rare"] == [f"class {worst}"]
+
+    def predict_one(segmentor, images):
+        if len(images) > 1:
+            raise torch.cuda.OutOfMemoryError("too many pictures")
+        return predict(segmentor, images)
+
+    predict = type(loaded).predict
+    monkeypatch.setattr(type(loaded), "predict", predict_one)
+    run(filtered, *flags, out="halves")
+    assert json.loads((filtered / "halves/resample.json").read_text())["settings"] == settings
 
 
 def test_hardness_of_other_classes_is_refused(filtered):

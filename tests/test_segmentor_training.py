@@ -183,5 +183,24 @@ def test_the_pair_of_fusu_configs_trains_on_its_own_data(toy_data, tmp_path, mon
     segmentor = load_segmentor("work/config.json", "work/segmentor.pth")
     assert segmentor.class_table.name == "fusu"
     assert segmentor.predict(torch.zeros(1, 3, 32, 32).byte()).shape == (1, 32, 32)
-    with pytest.raises(UserError, match="--max_steps: joint.json has its own data and schedule"):
-        train("--config", "joint.json", "--work_dir", "other", "--max_steps", 3)
+
+
+@pytest.mark.parametrize("given", ["--max_steps 3", "--data_root . --val_interval 500", "--mask_folder x",
+                                   "--augment none", "--synthetic_root x --synthetic_ratio 1.0",
+                                   "--num_workers 0"])  # fmt: skip
+def test_flags_that_a_config_with_its_own_data_would_not_follow_are_refused(tmp_path, given):
+    """Those too whose value is the default, since the config may say something else."""
+    (tmp_path / "own.json").write_text(json.dumps({"model": {}, "train_dataloader": {}}))
+    names = ", ".join(part for part in given.split() if part.startswith("--"))
+    with pytest.raises(UserError, match=f"^{names}: .*own.json has its own data and schedule"):
+        train("--config", tmp_path / "own.json", "--work_dir", tmp_path / "work", *given.split())
+
+
+def test_flags_are_not_abbreviated(tmp_path):
+    with pytest.raises(SystemExit):
+        train("--work_dir", tmp_path, "--max", 3)
+
+
+def test_one_step_is_a_training(flags, toy_data, tmp_path):
+    train(*flags, "--train_txt_file", toy_data / "train_set_items.json", "--max_steps", 1, "--work_dir", tmp_path)
+    assert (tmp_path / "segmentor.pth").is_file()
