@@ -36,15 +36,13 @@ train() {
     touch "$out/$stage/done"
 }
 
-patches=$out/patches.safetensors
-[ -f "$patches" ] || "$python" scripts/fit_patches.py configs/model/autoencoder_mini.yaml "$patches" \
-    --data_root "$out/data" --txt_file "$out/data/train_set_items.json"
-# The encoder is finished: generator and decoder need nothing of each other.
-train tisynth --config_model configs/model/tisynth_mini.yaml -b configs/train/mini.yaml \
-    init.first_stage_model="$patches"
 train autoencoder --config_model configs/model/autoencoder_mini.yaml -b configs/train/mini_autoencoder.yaml \
-    --pretrain_path "$patches" model.params.perceptual_weights="$out/lpips_vgg16.safetensors"
-"$python" scripts/convert_checkpoint.py "$out/tisynth/checkpoints/last.safetensors" \
-    "$out/autoencoder/checkpoints/last.safetensors" "$out/tisynth_mini.safetensors" \
-    --config "$out/tisynth/config.yaml" --dtype fp16
+    model.params.perceptual_weights="$out/lpips_vgg16.safetensors"
+autoencoder=$out/autoencoder/checkpoints/last.safetensors
+scale=$("$python" scripts/measure_scale.py "$autoencoder" --data_root "$out/data" \
+    --txt_file "$out/data/train_set_items.json")
+train tisynth --config_model configs/model/tisynth_mini.yaml -b configs/train/mini.yaml \
+    init.first_stage_model="$autoencoder" model.params.scale_factor="$scale"
+"$python" scripts/convert_checkpoint.py "$out/tisynth/checkpoints/last.safetensors" "$out/tisynth_mini.safetensors" \
+    --dtype fp16
 echo "made $out/tisynth_mini.safetensors; copy it to models/ to ship it"
