@@ -98,8 +98,6 @@ def diffusers_configs(skeleton: nn.Module) -> dict[str, dict[str, Any]]:
         raise UserError(f"diffusers folder: cannot be written for {type(skeleton).__name__}. Expected a TISynth. Give "
                         "an output that ends in .safetensors.")
     unet, vae, text = skeleton.model.diffusion_model, skeleton.first_stage_model, skeleton.cond_stage_model
-    if not hasattr(vae, "encoder"):
-        raise UserError(f"diffusers folder: the autoencoder is a {type(vae).__name__}. Expected AutoencoderKL.")
     if not hasattr(text, "transformer"):
         raise UserError(f"diffusers folder: the text encoder is a {type(text).__name__}. Expected ClipTextEncoder.")
     levels = unet.downsampling.bit_length()
