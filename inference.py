@@ -5,6 +5,7 @@ Everything is checked before the model is loaded. An interrupted run, started ag
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
     sampling.add_argument("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")
     sampling.add_argument("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
-    sampling.add_argument("--batch_size", type=positive_int, default=8, help="images at once; halved if memory ends")
+    sampling.add_argument(
+        "--batch_size", type=positive_int, default=8,
+        help="images at once on a GPU, halved if memory ends; a CPU paints 2 at once, whatever this says",
+    )  # fmt: skip
 
     output = parser.add_argument_group("output")
     output.add_argument("--outdir", default="outputs", help="folder for images/, index.jsonl and run.json")
@@ -82,7 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--shard", type=shard, default=None,
         help="i/n: paint shards i, i+n, ... (i from 0); default: from torchrun, srun or the SLURM array, else all",
     )  # fmt: skip
-    scale.add_argument("--shard_size", type=positive_int, default=None, help="rows a shard; default: 512, at most")
+    scale.add_argument(
+        "--shard_size", type=positive_int, default=None,
+        help="rows a shard; default: 512, or fewer where not all processes would have one",
+    )  # fmt: skip
     scale.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
     scale.add_argument("--ray_workers", type=positive_int, default=None, help="actors; default: one a GPU, else 1")
     return parser
@@ -124,23 +131,46 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 if this process is done with its shards; 3 if samples failed (see failures.jsonl; --status says 3 then, too)
-        or --verify found damage; 4 if the output cannot be written; 130 or 143 after a signal. The same command goes on
-        where this one ended.
+        or --verify found damage; 4 if the output cannot be read or written; 130 or 143 after a signal. The same command
+        goes on where this one ended.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.debug:
         logging.getLogger().setLevel(logging.DEBUG)
-    if args.status or args.verify:
-        return report(Path(args.outdir), args.verify)
     missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
-    if missing:
+    if missing and not (args.status or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+    from ldm.sampling.writer import OutputError
+
+    try:
+        return report(Path(args.outdir), args.verify) if args.status or args.verify else paint(args)
+    except (OutputError, OSError) as error:
+        text = str(error) if isinstance(error, OutputError) else output_problem(error, Path(args.outdir))
+        if text is None or args.debug:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        return EXIT_OUTPUT
+
+
+def output_problem(error: OSError, folder: Path) -> str | None:
+    """What to say of a system error about a file of the output folder; None if it is about something else."""
+    if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(folder):
+        return None
+    return (f"{error.filename}: {error.strerror}. Expected an output folder that can be read and written. Mend it and "
+            "run the same command again; finished images stay.")
+
+
+def paint(args: argparse.Namespace) -> int:
+    """Check everything, then paint; returns the exit code.
+
+    Raises:
+        OutputError: if the output cannot be written.
+    """
     # torch takes seconds to import: only after the command line is known to be right.
     from ldm.models.machine import Stopped, stop_on_signals
     from ldm.models.planning import make_plan
     from ldm.models.worker import run
-    from ldm.sampling.writer import OutputError
 
     settings = make_settings(args)
     try:
@@ -150,11 +180,6 @@ def main(argv: list[str] | None = None) -> int:
 
                 return run_on_ray(settings, lambda own: choose_sampling(args, own), args.ray_workers)
             return run(make_plan(settings, lambda own: choose_sampling(args, own)))
-    except OutputError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_OUTPUT
     except Stopped as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
         return stop.code

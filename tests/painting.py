@@ -1,6 +1,8 @@
 """A tiny TISynth with random weights, rows to paint, and inference.py run on them in this process."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
             if path.is_file() and path.suffix != ".lock" and path.name != "run.json"
             and path.parent.name != "shards"}  # fmt: skip
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], data: bytes = b"") -> bytes:
+    """A grey PNG of a claimed size, with further chunks (name, content); `data` is what its pixels decompress to."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    body = (b"IDAT", zlib.compress(data) if data else b"")
+    parts = [struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+             for name, content in (header, *chunks, body, (b"IEND", b""))]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def finished_shards(folder: Path) -> list[str]:

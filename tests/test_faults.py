@@ -4,12 +4,12 @@
 |---|---|
 | 1 kill -9 at 20 random moments | test_scale_out: fault_1; several processes, one dies: test_several_processes_...; Ray: test_ray_... |
 | 2 SIGTERM, SIGUSR1, Ctrl-C | test_scale_out: fault_2 |
-| 3 other batch size, loaders, order, shards, copies | test_scale_out: fault_1, test_static_shards_...; test_inference: test_a_sample_does_not_depend_..., test_more_copies_... |
+| 3 other batch size, loaders, order, shards, copies | fault_3 here; test_scale_out: fault_1, test_static_shards_...; test_inference: test_a_sample_does_not_depend_..., test_more_copies_... |
 | 4 two processes on one folder | test_scale_out: fault_4, test_several_processes_... |
-| 5 disk full | test_scale_out: fault_5; a warning before it: fault_5 here |
+| 5 disk full | test_scale_out: fault_5; a warning before it, and progress: fault_5 here |
 | 6 output folder gone or read-only | fault_6 here; test_writer: test_a_folder_that_comes_back_... |
 | 7 truncated, empty, HTML as image | faults_7_to_14 and fault_7 here |
-| 8 decompression bombs | faults_7_to_14 here |
+| 8 decompression bombs | faults_7_to_14 here; memory: test_scale_out: fault_8 |
 | 9 paths and links out of the data root | faults_7_to_14 here |
 | 10 equal stems, case, one mask with several references | faults_10_and_11 here |
 | 11 names: NFC, NFD, emoji, 255 bytes, half characters | faults_10_and_11, faults_7_to_14 here |
@@ -21,24 +21,43 @@
 | 17 NaN and infinity | fault_17 here; test_inference: test_samples_that_are_not_finite_... |
 | 18 out of memory | fault_18 here |
 | 19 other inputs into the same folder | fault_19 here; test_inference: test_another_setting_... |
-| 20 damaged output, dead loader or writer | fault_20 here; test_writer: test_the_queue_is_bounded_... |
+| 20 damaged output, dead loader or writer | fault_20 here; test_scale_out: fault_20; test_writer: test_the_queue_is_bounded_... |
 """  # noqa: E501
 
+import errno
 import json
 import os
 import shutil
-import signal
-import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from painting import contents, finished_shards, make_workspace, pixels, read_lines, run, write_rows
+from omegaconf import OmegaConf
+from painting import (
+    MODEL,
+    REPOSITORY,
+    arguments,
+    contents,
+    finished_shards,
+    make_workspace,
+    pixels,
+    png,
+    read_lines,
+    run,
+    write_rows,
+)
 from PIL import Image
+from safetensors.torch import load_file
 
+from ldm.checkpoint import save_safetensors
 from ldm.models import synthesis
+from ldm.models.machine import is_out_of_memory
 from ldm.sampling import writer
+from ldm.sampling.shards import ShardStore
 
 pytest.importorskip("tokenizers")
 
@@ -67,12 +86,25 @@ def sample(monkeypatch):
     return replace
 
 
-def png(width, height, *chunks):
-    """A grey PNG of a claimed size without pixels."""
-    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    parts = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-             for name, data in (header, *chunks, (b"IDAT", b""), (b"IEND", b""))]  # fmt: skip
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+def close_to(one, other):
+    """Whether a run has all pictures of another one, up to one grey level."""
+    found = pixels(one)
+    return all(np.abs(found[name].astype(int) - image).max() <= 1 for name, image in pixels(other).items())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_fault_3_batches_of_another_size_change_a_pixel_by_a_level_at_most(workspace, finished, tmp_path, monkeypatch,
+                                                                           size):  # fmt: skip
+    monkeypatch.setattr(synthesis, "CPU_BATCH", size)
+    assert run(workspace, tmp_path, "--num_per_mask", "2") == 0
+    assert json.loads((tmp_path / "shards/000000.json").read_text())["batch_size"] == size
+    assert close_to(tmp_path, finished)
+
+
+def test_fault_5_progress_that_cannot_be_noted_is_no_error(tmp_path):
+    (tmp_path / "shards").mkdir()
+    with ShardStore(tmp_path).claim(0) as claim, open("/dev/full", "wb") as claim.lock:
+        claim.report(1, 2)
 
 
 def test_fault_5_a_warning_when_the_disk_may_not_suffice(workspace, tmp_path, caplog, monkeypatch):
@@ -94,6 +126,23 @@ def test_fault_6_a_folder_that_vanishes_or_was_never_there(workspace, tmp_path, 
     sample(paint)
     assert run(workspace, tmp_path / "out") == 4
     assert "tried 3 times" in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
+
+
+def test_fault_6_verify_in_a_folder_that_cannot_be_written(workspace, tmp_path, capsys, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    assert run(workspace, tmp_path) == 0
+    (tmp_path / "images/mask_0_seed_42.png").write_bytes(b"damaged")
+    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01,))
+    for where, name in (("ldm.sampling.shards", "take_lock"), (Path, "unlink")):
+        target = (where, name) if where is Path else (f"{where}.{name}",)
+        with monkeypatch.context() as patch:
+            patch.setattr(*target, refuse)
+            capsys.readouterr()
+            assert run(workspace, tmp_path, "--verify") == 4
+            text = capsys.readouterr().err
+            assert text.startswith(f"error: {tmp_path}") and text.count("\n") == 1 and "Read-only file system" in text
 
 
 def make_bad_rows(root):
@@ -172,8 +221,30 @@ def test_fault_7_a_file_that_breaks_during_the_run_is_painted_once_it_is_mended(
     assert contents(tmp_path) == contents(finished)
 
 
-def test_faults_10_and_11_every_sample_has_a_file_of_its_own_whatever_its_name(workspace, tmp_path, monkeypatch):
-    monkeypatch.setenv("LC_ALL", "C")
+def test_fault_7_a_mask_that_is_lost_during_the_run_is_painted_once_it_is_back(workspace, finished, tmp_path, sample):
+    emptied, removed = workspace / "mask_1.png", workspace / "mask_2.png"
+    before = {path: path.read_bytes() for path in (emptied, removed)}
+
+    def paint(whole, *arguments):
+        emptied.write_bytes(b"")
+        removed.unlink(missing_ok=True)
+        return whole(*arguments)
+
+    sample(paint)
+    try:
+        assert run(workspace, tmp_path, "--shard_size", "1") == 3
+    finally:
+        for path, content in before.items():
+            path.write_bytes(content)
+    failures = read_lines(tmp_path / "failures.jsonl")
+    assert [record["row"] for record in failures] == [1, 2]
+    assert all("cannot be read any more" in record["reason"] for record in failures)
+    sample(lambda whole, *arguments: whole(*arguments))
+    assert run(workspace, tmp_path, "--shard_size", "1") == 0
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_faults_10_and_11_every_sample_has_a_file_of_its_own_whatever_its_name(workspace, tmp_path):
     names = ["a/same.png", "b/same.png", "b/Same.png", "caf\u00e9.png", "cafe\u0301.png", "\U0001f6f0 of two.png",
              "ö" * 125 + ".png"]  # fmt: skip
     for folder in "ab":
@@ -182,7 +253,9 @@ def test_faults_10_and_11_every_sample_has_a_file_of_its_own_whatever_its_name(w
         shutil.copy(workspace / "mask_0.png", workspace / name)
     rows = [GOOD | {"source": name} for name in names] + [GOOD | {"source": names[0], "ref_image": "ref_1.png"}]
     write_rows(workspace / "names.json", rows)
-    assert run(workspace, tmp_path, manifest="names.json") == 0
+    command = [sys.executable, "inference.py", *arguments(workspace, tmp_path, manifest="names.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, env=os.environ | {"LC_ALL": "C"}, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
     index = read_lines(tmp_path / "index.jsonl")
     assert [record["mask"] for record in index] == [row["source"] for row in rows]
     assert len({record["image"].casefold() for record in index}) == len(rows) == len(pixels(tmp_path))
@@ -218,22 +291,70 @@ def test_fault_17_what_bfloat16_breaks_is_painted_in_float32(workspace, finished
         assert np.array_equal(pixels(tmp_path)[name], image)
 
 
-def test_fault_18_memory_that_runs_out_halves_the_batch(workspace, finished, tmp_path, sample, caplog, capsys):
+@pytest.mark.parametrize("precision", ["full", "autocast"])
+def test_fault_17_a_poisoned_weight_leaves_no_file(workspace, tmp_path, precision):
+    weights = load_file(workspace / "tiny.safetensors")
+    weights["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
+    save_safetensors(tmp_path / "poisoned.safetensors", weights, OmegaConf.create({"model": MODEL}))
+    flags = ["--ckpt", str(tmp_path / "poisoned.safetensors"), "--precision", precision]
+    assert run(workspace, tmp_path / "out", *flags) == 3
+    assert not list((tmp_path / "out/images").iterdir()) and not (tmp_path / "out/index.jsonl").exists()
+    failures = read_lines(tmp_path / "out/failures.jsonl")
+    assert [record["row"] for record in failures] == [0, 1, 2]
+    assert all("NaN or infinity" in record["reason"] for record in failures)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_fault_18_what_counts_as_out_of_memory(error, expected):
+    assert is_out_of_memory(error) == expected
+
+
+def test_fault_18_memory_that_runs_out_halves_the_batch(workspace, finished, tmp_path, sample, caplog, capsys,
+                                                        monkeypatch):  # fmt: skip
     most = 1
 
     def paint(whole, painter, *arguments):
         if painter.batch_size > most:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return whole(painter, *arguments)
 
     sample(paint)
+    monkeypatch.setattr(synthesis, "CPU_BATCH", 4)
     assert run(workspace, tmp_path / "a") == 0
-    assert "out of memory: going on with 1 images at once" in caplog.text
-    for name, image in pixels(finished).items():
-        assert np.abs(pixels(tmp_path / "a")[name].astype(int) - image).max() <= 1
+    sizes = [text.split("with ")[1].split(" images")[0] for text in caplog.messages if "out of memory" in text]
+    assert sizes == ["2", "1"]
+    assert close_to(tmp_path / "a", finished)
     most = 0
     assert run(workspace, tmp_path / "b") == 2
     assert "not even one image fits into the memory" in capsys.readouterr().err
+
+
+def test_fault_18_memory_that_runs_out_in_float32_halves_that_batch_only(workspace, finished, tmp_path, sample):
+    sizes = []
+
+    def paint(whole, painter, batch, seeds, chosen, use_autocast):
+        if use_autocast:
+            sizes.append(painter.batch_size)
+            return torch.full((len(chosen), 3, *batch["mask"].shape[1:]), torch.nan)
+        if painter.batch_size > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole(painter, batch, seeds, chosen, use_autocast)
+
+    sample(paint)
+    assert run(workspace, tmp_path, "--precision", "autocast") == 0
+    assert close_to(tmp_path, finished) and sizes == [2, 2]
 
 
 def test_fault_19_what_decides_the_pictures_must_stay_and_nothing_else(workspace, tmp_path, capsys):
@@ -274,23 +395,3 @@ def test_fault_20_damaged_output_is_found_and_painted_again(workspace, tmp_path,
     assert run(workspace, tmp_path, *flags) == 0
     assert contents(tmp_path) == before
     assert run(workspace, tmp_path, "--verify") == 0
-
-
-def test_fault_20_a_loader_process_that_dies_ends_the_run(workspace, tmp_path, monkeypatch):
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(synthesis.ConditionDataset, "__getitem__", die)
-    with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
-        run(workspace, tmp_path, "--num_workers", "1")
-    assert finished_shards(tmp_path) == []
-
-
-def test_fault_20_a_writer_that_fails_ends_the_run(workspace, tmp_path, monkeypatch):
-    def fail(*_):
-        raise MemoryError("no room to encode")
-
-    monkeypatch.setattr(writer, "encode_image", fail)
-    with pytest.raises(MemoryError, match="no room to encode"):
-        run(workspace, tmp_path)
-    assert finished_shards(tmp_path) == []

@@ -12,10 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from painting import MODEL, REPOSITORY, contents, finished_shards, make_workspace, pixels, read_lines, run
 from PIL import Image
+from pixel import TINY, config, make
 
 import inference
+from ldm.checkpoint import save_safetensors
+from ldm.models.loading import load_method
+from ldm.models.machine import compile_blocks
+from ldm.models.synthesis import Painter
 from ldm.sampling.modes import Sampling
 from ldm.util import UserError
 from post_processing.run_index import read_run
@@ -97,6 +103,14 @@ def test_an_interrupted_run_is_completed_and_finished_images_stay(workspace, fin
 def test_more_copies_are_added_to_a_finished_run(workspace, finished, tmp_path):
     for copies in ("1", "2", "1"):
         assert run(workspace, tmp_path, "--num_per_mask", copies) == 0
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_copies_stay_when_damage_is_repaired_without_asking_for_them(workspace, finished, tmp_path):
+    assert run(workspace, tmp_path, "--num_per_mask", "2") == 0
+    next((tmp_path / "images").iterdir()).write_bytes(b"damaged")
+    assert run(workspace, tmp_path, "--verify") == 3
+    assert run(workspace, tmp_path) == 0
     assert contents(tmp_path) == contents(finished)
 
 
@@ -215,8 +229,65 @@ def test_settings_that_do_not_fit_are_errors(workspace, tmp_path, capsys, flags,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("flags", [["--mode", "turbo"], ["--reuse_every", "2"], ["--share_control"]])
+def test_savings_that_a_method_has_not_are_refused_before_it_is_loaded(tmp_path, capsys, monkeypatch, name, flags):
+    save_safetensors(tmp_path / "tiny.safetensors", make(name).state_dict(), OmegaConf.create({"model": config(name)}))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mask.png")
+    (tmp_path / "rows.json").write_text('{"source": "mask.png"}\n')
+    monkeypatch.setattr("ldm.models.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
+    assert run(tmp_path, tmp_path / "out", *flags) == 2
+    assert "has no control features to share or reuse" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def make_batch(count):
+    """What a loader gives for so many samples."""
+    random = torch.Generator().manual_seed(count)
+    return {"mask": torch.randint(0, 5, (count, 8, 8), generator=random, dtype=torch.uint8),
+            "reference": torch.randint(0, 256, (count, 3, 8, 8), generator=random, dtype=torch.uint8),
+            "prompt": ["road"] * count, "reference_key": [f"{count} {i}" for i in range(count)]}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_once_and_a_batch_that_is_not_full_adds_nothing(workspace):
+    graphs, most = [], 1000
+
+    def backend(graph, _):
+        graphs.append(graph)
+        assert len(graphs) <= most, "compiled again"
+        return graph.forward
+
+    torch._dynamo.reset()
+    method = load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu")
+    sampling = Sampling(num_steps=2, guidance_scale=2.0)
+    compile_blocks(method, backend=backend)
+    painter = Painter(method, sampling, torch.device("cpu"), False, 2, is_compiled=True)
+    painter.paint(make_batch(2), [1, 2])
+    most = len(graphs)
+    assert most > 10
+    painted = painter.paint(make_batch(3), [1, 2, 3])
+    eager = Painter(load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu"), sampling,
+                    torch.device("cpu"), False, 2)  # fmt: skip
+    torch.testing.assert_close(painted, eager.paint(make_batch(3), [1, 2, 3]), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == most
+    painter.is_padded = False
+    with pytest.raises(RuntimeError, match="compiled again"):  # so the count sees what filling up avoids
+        painter.paint(make_batch(1), [1])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("device", "is_compiled", "expected"),
+                         [("cpu", False, [2, 2]), ("cuda", True, [2, 2]), ("cuda", False, [2, 1])])  # fmt: skip
+def test_batches_are_filled_up_on_a_cpu_and_where_blocks_are_compiled(workspace, device, is_compiled, expected):
+    method = load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu")
+    painter = Painter(method, Sampling(num_steps=1), torch.device(device), False, 2, is_compiled)
+    painter.device, sizes, whole = torch.device("cpu"), [], method.sample
+    method.sample = lambda conditions, noise, *rest: sizes.append(len(noise)) or whole(conditions, noise, *rest)
+    assert len(painter.paint(make_batch(3), [1, 2, 3])) == 3 and sizes == expected
+
+
 def test_checkpoint_without_config_needs_one_and_ckpt_files_work(workspace, finished, tmp_path, capsys):
-    from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
     torch.save({"state_dict": load_file(workspace / "tiny.safetensors")}, tmp_path / "tiny.ckpt")

@@ -42,17 +42,29 @@ class Zygote:
         assert select.select([self.process.stdout], [], [], PATIENCE)[0], "no answer"
         return self.process.stdout.readline().decode().strip()
 
-    def start(self, argv: list[str], log: Path, file_limit: int | None = None) -> int:
-        """Begin a command; returns its process id. Its output goes to `log`; no file may exceed file_limit bytes."""
+    def start(self, argv: list[str], log: Path, file_limit: int | None = None, fault: str = "") -> int:
+        """Begin a command; returns its process id.
+
+        Args:
+            argv: of inference.py.
+            log: file for its output.
+            file_limit: no file may exceed so many bytes.
+            fault: Python code that its process runs first.
+        """
         log.write_text("")
-        self.process.stdin.write((json.dumps([argv, str(log), file_limit]) + "\n").encode())
+        self.process.stdin.write((json.dumps([argv, str(log), file_limit, fault]) + "\n").encode())
         self.pid = int(self.answer())
         return self.pid
 
     def wait(self, pid: int | None = None) -> int:
-        """Exit code of a command, by default of the last one, negative for the signal that killed it."""
+        """Exit code of a command, by default of the last one, negative for the signal that killed it.
+
+        `peak` is then the most memory that it had, MiB.
+        """
         self.process.stdin.write(f"{json.dumps(pid or self.pid)}\n".encode())
-        return int(self.answer())
+        code, peak = map(int, self.answer().split())
+        self.peak = peak / 1024
+        return code
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -80,9 +92,10 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if isinstance(request, int):
-            print(os.waitstatus_to_exitcode(os.waitpid(request, 0)[1]), flush=True)
+            _, status, usage = os.wait4(request, 0)
+            print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, flush=True)
             continue
-        argv, log, file_limit = request
+        argv, log, file_limit, fault = request
         pid = os.fork()
         if pid == 0:
             with open(log, "wb") as file:
@@ -91,6 +104,7 @@ def serve() -> None:
             os.close(0)
             if file_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            exec(fault, {})
             run_entry_point(inference.main, argv)
         print(pid, flush=True)
 

@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 COMPILED_VARIANTS = 256  # shapes and widths of blocks in one network; torch gives up after 8 unless told otherwise
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What torch's allocators and NVIDIA's libraries, which allocate on their own, say of memory that does not suffice.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED",
+                 "CUDNN_STATUS_ALLOC_FAILED", "HOST_ALLOCATION_FAILED", "DEVICE_ALLOCATION_FAILED")
 
 
 class Stopped(BaseException):
@@ -127,7 +130,6 @@ def compile_blocks(method: nn.Module, **options: Any) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the GPU or of the CPU, does not suffice."""
-    text = str(error)
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
     )

@@ -15,6 +15,7 @@ from torch import nn
 from ldm.checkpoint import file_sha256
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.models.diffusion import DiffusionMethod
 from ldm.models.loading import build_skeleton, read_model_config
 from ldm.models.machine import choose_device
 from ldm.models.synthesis import Job
@@ -114,27 +115,35 @@ class Plan:
         first = number * self.layout["shard_size"]
         return first, min(first + self.layout["shard_size"], self.layout["rows"])
 
-    def jobs(self, number: int, copies: int) -> list[Job]:
-        """One job for every copy of every good row of a shard: its noise and its line of the index."""
+    def jobs(self, number: int, copies: int) -> tuple[list[Job], list[Record]]:
+        """What there is to paint of a shard.
+
+        Args:
+            number: of the shard.
+            copies: images a row.
+
+        Returns:
+            A job for every copy of every good row: its noise and its line of the index; and a record with a `reason`
+            for every copy of the other rows, among them those whose mask was lost since the run began.
+        """
         first, end = self.bounds(number)
-        sizes: dict[Path, tuple[int, int]] = {}
-        jobs = []
+        sizes: dict[Path, tuple[int, int] | str] = {}
+        jobs, bad = [], [record for record in self.bad_rows if first <= record["row"] < end]
         for position in range(*find_positions(self.rows, first, end)):
             row = self.rows[position]
             if row.mask not in sizes:
-                with Image.open(row.mask) as image:
-                    sizes[row.mask] = image.size[::-1]
+                sizes[row.mask] = read_size(row.mask)
+            size = sizes[row.mask]
+            if isinstance(size, str):
+                bad.append({"row": row.index, "copy": 0, "line": row.line, "reason": size})
+                logger.warning("row %d: no image: %s", row.index, size)
+                continue
             for copy in range(copies):
-                record = make_record(self.settings, row, copy, sizes[row.mask])
+                record = make_record(self.settings, row, copy, size)
                 record["checkpoint_sha256"] = self.fingerprint["checkpoint_sha256"]
                 jobs.append(Job(row, position, self.settings.seed if self.settings.fixed_code else record["seed"],
                                 record))  # fmt: skip
-        return jobs
-
-    def left_out(self, number: int) -> list[Record]:
-        """Records of a shard's bad rows."""
-        first, end = self.bounds(number)
-        return [record for record in self.bad_rows if first <= record["row"] < end]
+        return jobs, [record | {"copy": copy} for record in bad for copy in range(copies)]
 
     def details(self) -> dict[str, Any]:
         """What run.json keeps beside the fingerprint."""
@@ -145,6 +154,15 @@ class Plan:
 def find_positions(rows: Sequence[Row], first: int, end: int) -> tuple[int, int]:
     """Where rows with first <= index < end stand in a list that is sorted by index."""
     return bisect_left(rows, first, key=lambda row: row.index), bisect_left(rows, end, key=lambda row: row.index)
+
+
+def read_size(mask: Path) -> tuple[int, int] | str:
+    """(height, width) in the header of a mask, or what is wrong with the file."""
+    try:
+        with Image.open(mask) as image:
+            return image.height, image.width
+    except Exception as error:  # Pillow raises OSError, bomb errors, ...
+        return f"{mask}: cannot be read any more ({error}). Bring it back and start this again."
 
 
 def make_record(settings: RunSettings, row: Row, copy: int, own_size: tuple[int, int]) -> Record:
@@ -175,7 +193,8 @@ def _below(path: Path | None, root: str) -> str | None:
 
 
 def make_plan(
-    settings: RunSettings, choose_sampling: Callable[[Sampling], Sampling], has_gpu: bool | None = None
+    settings: RunSettings, choose_sampling: Callable[[Sampling], Sampling], has_gpu: bool | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Check a command line and the files that it names.
 
@@ -183,6 +202,7 @@ def make_plan(
         settings: the command line.
         choose_sampling: gives the sampler's settings from the model's own.
         has_gpu: whether the machines that will paint have GPUs; None = this machine paints.
+        processes: how many will paint these shards; a new run has one for each, if the rows suffice.
 
     Raises:
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
@@ -201,7 +221,7 @@ def make_plan(
     if ignored:
         logger.info("%s does not look at the manifest's %s", type(method).__name__, " and ".join(ignored))
     table = choose_table(settings.dataset, method.class_table)
-    layout = plan_layout(settings)
+    layout = plan_layout(settings, processes)
     numbers = find_unfinished(settings, layout)
     rows, bad_rows = read_rows(settings, table, method, numbers, layout)
     fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
@@ -232,6 +252,9 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module)
                                 ("--f", settings.downsampling, factor // rows)):  # fmt: skip
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
+    if (sampling.share_control or sampling.reuse_every != 1) and type(method).prepare is DiffusionMethod.prepare:
+        raise UserError(f"--mode: {type(method).__name__} has no control features to share or reuse. Expected exact or "
+                        "fast, or turbo with --no-share_control --reuse_every 1. Change it.")
     spaced_timesteps(sampling.num_steps, method.schedule, sampling.spacing)
     if "prompt" in method.takes:  # the tokenizer is loaded at its first use; missing files should show now
         method.text_encoder.tokenizer([""])
@@ -251,22 +274,23 @@ def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
     return table
 
 
-def plan_layout(settings: RunSettings) -> dict[str, int]:
-    """Rows, rows a shard and copies of the run; a run that was begun keeps its size of shards.
+def plan_layout(settings: RunSettings, processes: int = 1) -> dict[str, int]:
+    """Rows, rows a shard and copies of the run; a run that was begun keeps its size of shards and its copies.
 
-    A new run of few rows gets smaller shards, so that every process of --shard i/n has one.
+    A new run of few rows gets smaller shards, so that every process of --shard i/n has one, and each of `processes`.
     """
     path = Path(settings.txt_file)
     if not path.is_file():
         raise FileNotFoundError(f"manifest not found: {path}. Expected a JSON-lines file. Check --txt_file.")
     rows = sum(1 for line in path.read_bytes().splitlines() if line.strip())
-    fair = max(1, -(-rows // settings.shard[1]))
-    layout = {"rows": rows, "shard_size": settings.shard_size or min(SHARD_SIZE, fair), "copies": settings.num_per_mask}
+    fair = max(1, -(-rows // max(processes, settings.shard[1])))
+    size = settings.shard_size or min(SHARD_SIZE, fair)
     old = read_run(Path(settings.outdir)).get("layout") or {}
     if settings.shard_size and old.get("shard_size", settings.shard_size) != settings.shard_size:
         raise FileExistsError(f"--shard_size: {settings.shard_size} is not that of the run in {settings.outdir}. "
                               f"Expected {old['shard_size']}. Leave the flag out.")
-    return layout | {"shard_size": old.get("shard_size", layout["shard_size"])}
+    return {"rows": rows, "shard_size": old.get("shard_size", size),
+            "copies": max(settings.num_per_mask, old.get("copies", 0))}  # fmt: skip
 
 
 def find_unfinished(settings: RunSettings, layout: dict[str, int]) -> list[int]:
@@ -275,7 +299,7 @@ def find_unfinished(settings: RunSettings, layout: dict[str, int]) -> list[int]:
     store = ShardStore(Path(settings.outdir), settings.format == "tar")
     count = -(-layout["rows"] // layout["shard_size"])
     return [number for number in range(first, count, step)
-            if settings.overwrite or is_unfinished(store.statistics(number), settings.num_per_mask)]
+            if settings.overwrite or is_unfinished(store.statistics(number), layout["copies"])]
 
 
 def is_unfinished(statistics: Record | None, copies: int) -> bool:

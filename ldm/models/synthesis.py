@@ -4,6 +4,7 @@ import gc
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,8 +143,9 @@ def plan_batches(jobs: Sequence[Job], slots: Iterable[int], batch_size: int) -> 
 class Painter:
     """Paints batches with a method.
 
-    Every call of the network has the same number of images, the last one filled up: what a sample looks like does not
-    depend on its neighbours, on restarts or on shards. Memory that runs out halves that number for the rest of the run.
+    On a CPU and with compiled blocks every call of the network has the same number of images, the last one filled up:
+    there, what a sample looks like does not depend on its neighbours, on restarts or on shards, and nothing is compiled
+    twice. Elsewhere a batch that is not full is faster. Memory that runs out halves the number for the rest of the run.
 
     Args:
         method: in evaluation mode, on the device.
@@ -151,12 +153,14 @@ class Painter:
         device: where to compute.
         use_autocast: bfloat16 where it is safe; False computes in float32 throughout.
         batch_size: images at once; on a CPU CPU_BATCH.
+        is_compiled: the method's blocks are compiled, for batches of one size.
     """
 
     def __init__(self, method: nn.Module, sampling: Sampling, device: torch.device, use_autocast: bool,
-                 batch_size: int) -> None:
+                 batch_size: int, is_compiled: bool = False) -> None:
         self.method, self.sampling, self.device, self.use_autocast = method, sampling, device, use_autocast
         self.batch_size = CPU_BATCH if device.type == "cpu" else batch_size
+        self.is_padded = is_compiled or device.type == "cpu"
 
     def paint(self, batch: dict[str, Any], seeds: Sequence[int]) -> Tensor:
         """Paint one batch.
@@ -171,28 +175,33 @@ class Painter:
         Raises:
             UserError: if not even one image fits into memory.
         """
+        result = self.sample(batch, seeds, range(len(seeds)), self.use_autocast)
+        broken = [i for i, is_good in enumerate(torch.isfinite(result).flatten(1).all(1).tolist()) if not is_good]
+        if broken and self.use_autocast:
+            logger.warning("%d images are not finite in bfloat16, painted again in float32", len(broken))
+            usual = self.batch_size
+            with suppress(UserError):  # of memory: they stay NaN
+                result[broken] = self.sample(batch, seeds, broken, use_autocast=False)
+            self.batch_size = usual  # what float32 took too much memory for is possible again
+        return result
+
+    def sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int], use_autocast: bool) -> Tensor:
+        """Paint the chosen samples of a batch in as many parts as memory asks for."""
         images, start = [], 0
-        while start < len(seeds):
-            chosen = list(range(start, min(start + self.batch_size, len(seeds))))
-            part = self.try_to_sample(batch, seeds, chosen)
+        while start < len(chosen):
+            part = self.try_to_sample(batch, seeds, chosen[start : start + self.batch_size], use_autocast)
             if part is None:
                 self.halve()
             else:
                 images.append(part)
-                start += len(chosen)
-        result = torch.cat(images)
-        broken = [i for i, is_good in enumerate(torch.isfinite(result).flatten(1).all(1).tolist()) if not is_good]
-        if broken and self.use_autocast:
-            logger.warning("%d images are not finite in bfloat16, painted again in float32", len(broken))
-            for i in range(0, len(broken), self.batch_size):
-                some = broken[i : i + self.batch_size]
-                result[some] = sample_images(self, batch, seeds, some, use_autocast=False)
-        return result
+                start += len(part)
+        return torch.cat(images)
 
-    def try_to_sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int]) -> Tensor | None:
-        """Paint the chosen samples of a batch; None if memory does not suffice."""
+    def try_to_sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
+                      use_autocast: bool) -> Tensor | None:
+        """Paint the chosen samples of a batch at once; None if memory does not suffice."""
         try:
-            return sample_images(self, batch, seeds, chosen, self.use_autocast)
+            return sample_images(self, batch, seeds, chosen, use_autocast)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -213,7 +222,7 @@ class Painter:
 
 def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
                   use_autocast: bool) -> Tensor:
-    """Paint chosen samples of a batch, filled up to the painter's batch size.
+    """Paint chosen samples of a batch, filled up to the painter's batch size where it is_padded.
 
     Args:
         painter: method, device, settings.
@@ -225,7 +234,7 @@ def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int],
         Images, (len(chosen), C, H, W) float32 in [-1, 1] unless something went wrong inside the network.
     """
     method, device = painter.method, painter.device
-    filled = [*chosen, *[chosen[-1]] * (painter.batch_size - len(chosen))]
+    filled = [*chosen, *[chosen[-1]] * ((painter.batch_size - len(chosen)) * painter.is_padded)]
     draw = SampleNoise([seeds[i] for i in filled], device)
     noise = draw(method.noise_shape(*batch["mask"].shape[-2:]))  # (B, C, h, w)
     part = {key: batch[key][filled] for key in TENSOR_KEYS if key in batch}

@@ -46,13 +46,24 @@ class Worker:
         method = load_method(settings.ckpt, plan.config, self.device)
         if settings.compile:
             compile_blocks(method)
-        self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size)
+        self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
+                               is_compiled=settings.compile)  # fmt: skip
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
         self.loader = make_loader(ConditionDataset(plan.rows, plan.table, settings.size), num_workers, is_cuda)
         if num_workers:
             list(self.loader)  # starts its processes now: later they would inherit a lock and could outlive us with it
         self.old = {number: self.store.statistics_time(number) for number in plan.numbers}
+
+    def close(self) -> None:
+        """End the loader's processes.
+
+        Python itself would send them SIGTERM, which they ignore, and wait for ever: after an error that nobody catches,
+        whose traceback holds on to the iterator that would end them.
+        """
+        iterator = self.loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def paint_shard(self, number: int) -> bool:
         """Paint what is missing of a shard and publish it; False if another process has the shard."""
@@ -62,16 +73,16 @@ class Worker:
                 return False
             statistics = self.store.statistics(number)
             is_old = self.plan.settings.overwrite and self.store.statistics_time(number) == self.old[number]
-            if not is_old and not is_unfinished(statistics, self.plan.settings.num_per_mask):
+            if not is_old and not is_unfinished(statistics, self.plan.layout["copies"]):
                 return True  # another process was faster
-            copies = max(self.plan.settings.num_per_mask, (statistics or {}).get("copies", 0))
-            jobs = self.plan.jobs(number, copies)
+            copies = max(self.plan.layout["copies"], (statistics or {}).get("copies", 0))
+            jobs, left_out = self.plan.jobs(number, copies)
             records = [job.record for job in jobs]
             if is_old:
                 self.store.forget(claim, records)
             self.store.find_finished(claim, records)
             found = len(claim.files)
-            failures = self.plan.left_out(number) + self.paint_jobs(claim, jobs)
+            failures = left_out + self.paint_jobs(claim, jobs)
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
                        "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.device),
                        "batch_size": self.painter.batch_size, "torch": torch.__version__}  # fmt: skip
@@ -150,15 +161,38 @@ def run(plan: Plan) -> int:
     """
     if plan.numbers:
         worker = Worker(plan)
-        begin(plan)
-        left = list(plan.numbers)
-        while left:
-            busy = [number for number in left if not worker.paint_shard(number)]
-            if len(busy) == len(left):
-                logger.info("%d shards are left to the processes that paint them", len(busy))
-                break
-            left = busy  # whoever had them may have died since
+        try:
+            begin(plan)
+            left = list(plan.numbers)
+            while left:
+                busy = [number for number in left if not worker.paint_shard(number)]
+                if len(busy) == len(left):
+                    logger.info("%d shards are left to the processes that paint them", len(busy))
+                    break
+                left = busy  # whoever had them may have died since
+        finally:
+            worker.close()
+    elif not plan.folder.is_dir():  # more processes than shards, and this one is the first to be here
+        return 0
     return finish(plan)
+
+
+def give_up(plan: Plan, number: int, reason: str) -> None:
+    """Publish a shard that no process can paint, with a reason for every image that is missing.
+
+    So the exit code and --status say it, and the next run tries again.
+    """
+    store, copies = plan.store(), plan.layout["copies"]
+    with store.claim(number) as claim:
+        if claim is None:  # it is another process's
+            return
+        jobs, failures = plan.jobs(number, copies)
+        if not plan.settings.overwrite:
+            store.find_finished(claim, [job.record for job in jobs])
+        found = [job.record for job in jobs if job.record["image"] in claim.files]
+        failures += [job.record | {"reason": reason} for job in jobs if job.record["image"] not in claim.files]
+        details = {"rows": plan.bounds(number), "copies": copies, "painted": 0, "seconds": 0.0}
+        store.publish(claim, found, failures, details)
 
 
 def begin(plan: Plan) -> None:
@@ -170,7 +204,7 @@ def begin(plan: Plan) -> None:
     rows = sum(end - first for first, end in map(plan.bounds, plan.numbers))
     logger.info("%d shards to paint, %d rows, %d images each", len(plan.numbers), rows, layout["copies"])
     height, width = plan.settings.size or (512, 512)
-    needed = int(rows * plan.settings.num_per_mask * height * width * 3 * PNG_SHARE)
+    needed = int(rows * layout["copies"] * height * width * 3 * PNG_SHARE)
     free = shutil.disk_usage(plan.folder).free
     if needed > free:
         logger.warning("%s: %d MB are free, about %d MB may be needed", plan.folder, free >> 20, needed >> 20)
@@ -179,7 +213,7 @@ def begin(plan: Plan) -> None:
 def finish(plan: Plan) -> int:
     """Leave the lists of the output folder complete and in order; returns the exit code."""
     store: ShardStore = plan.store()
-    store.sweep(lambda statistics: not is_unfinished(statistics, plan.settings.num_per_mask))
+    store.sweep(lambda statistics: not is_unfinished(statistics, plan.layout["copies"]))
     store.settle()
     first, step = plan.settings.shard
     size = plan.layout["shard_size"]

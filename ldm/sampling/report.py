@@ -68,6 +68,9 @@ def verify_run(folder: Path) -> tuple[str, int]:
 
     Returns:
         Text, and the number of damaged or missing files.
+
+    Raises:
+        OutputError, OSError: if the folder cannot be written.
     """
     store, _ = open_store(folder)
     lines, checked = [], 0
@@ -93,7 +96,10 @@ def find_damage(path: Path, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file, None if nothing."""
     if not path.is_file():
         return "missing"
-    size, digest = sha256_of(path)
+    try:
+        size, digest = sha256_of(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if size != entry["bytes"]:
         return f"{size} bytes, written were {entry['bytes']}"
     return None if digest == entry["sha256"] else "other contents than were written"

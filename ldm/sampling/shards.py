@@ -17,7 +17,7 @@ import socket
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,7 @@ from ldm.sampling.writer import (
     OutputError,
     Record,
     RecordFile,
+    record_key,
     take_flock,
     with_retries,
     write_atomic,
@@ -61,10 +62,10 @@ class Claim:
         """Note the progress where --status finds it."""
         text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "begun": self.begun, "done": done,
                            "total": total})  # fmt: skip
-        self.lock.seek(0)
-        self.lock.truncate()
-        self.lock.write(text.encode())
-        self.lock.flush()
+        # A folder that cannot be written shows when images are. Nothing is buffered: close() would try it once more.
+        with suppress(OSError):
+            os.ftruncate(self.lock.fileno(), 0)
+            os.write(self.lock.fileno(), text.encode())
 
 
 class ShardStore:
@@ -160,7 +161,7 @@ class ShardStore:
             failures: of all samples without an image, with a `reason`.
             details: further values for the statistics.
         """
-        listed = list(records)
+        listed, failures = list(records), sorted(failures, key=record_key)
         if self.is_tar:
             name = f"tars/{claim.number:06d}.tar"
             size, digest = self.pack(claim.number, records)
@@ -172,7 +173,7 @@ class ShardStore:
                   for record in listed]  # fmt: skip
         write_json(self.path(claim.number, "json"), {
             "shard": claim.number, "images": len(records), "failed": len(failures), **details,
-            "host": socket.gethostname(), "records": hashed, "failures": list(failures),
+            "host": socket.gethostname(), "records": hashed, "failures": failures,
         })  # fmt: skip
         if self.is_tar:
             shutil.rmtree(self.path(claim.number, "partial"))
