@@ -1,7 +1,7 @@
 """Multistep solvers against diffusers and a closed form; guidance; settings and their flags."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -148,12 +148,17 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_answer():
 
 
 def test_flags_start_from_a_mode_and_each_changes_its_field():
-    def choose(*flags):
+    def choose(*flags, **own):
         parser = argparse.ArgumentParser(allow_abbrev=False)
         add_sampling_flags(parser.add_argument_group("sampling"))
-        return choose_sampling(parser.parse_args([str(flag) for flag in flags]), Sampling(guidance_scale=4.0))
+        return choose_sampling(parser.parse_args([str(flag) for flag in flags]), Sampling(guidance_scale=4.0, **own))
 
-    assert choose() == Sampling(guidance_scale=4.0) == choose("--mode", "exact")
+    assert choose("--mode", "exact") == Sampling(guidance_scale=4.0)
+    assert choose() == replace(MODES["fast"], guidance_scale=4.0) == choose("--mode", "fast")
+    assert choose("--scale", 2) == replace(MODES["fast"], guidance_scale=2)
+    # upstream's flags mean upstream's walk, and a model's own walk stays
+    assert choose("--ddim_steps", 50, "--ddim_eta", 0) == Sampling(guidance_scale=4.0)
+    assert choose(num_steps=30) == Sampling(guidance_scale=4.0, num_steps=30)
     assert MODES["exact"].to_dict().items() >= {"solver": "ddim", "num_steps": 50, "eta": 0.0, "end": "first"}.items()
     turbo = choose("--mode", "turbo", "--no-share_control", "--num_steps", 9)
     assert (turbo.solver, turbo.num_steps, turbo.share_control) == (MODES["turbo"].solver, 9, False)
@@ -168,7 +173,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
     }  # fmt: skip
     assert set(changes) == {field.name for field in fields(Sampling)}
     for name, flags in changes.items():
-        assert getattr(choose(*flags), name) != getattr(choose(), name), name
+        assert getattr(choose("--mode", "exact", *flags), name) != getattr(choose("--mode", "exact"), name), name
 
 
 @pytest.mark.parametrize(

@@ -83,14 +83,19 @@ MODES = {
     "fast": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first"),
     "turbo": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first", share_control=True, reuse_every=2),
 }
-DEFAULT_MODE = "exact"
+# What a command line without --mode means: `fast`, which passed that gate. Not where a model's config asks for a walk
+# of its own, and not where flags describe the walk: --ddim_steps and --ddim_eta of an upstream command mean DDIM.
+DEFAULT_MODE = "fast"
+WALK = ("solver", "num_steps", "eta", "spacing", "end")
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Add --mode and a flag for every field of Sampling; those that are not given leave the mode as it is."""
     modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
-    group.add_argument("--mode", choices=list(MODES), default=DEFAULT_MODE,
-                       help=f"settings to start from ({modes}; exact: as the model's config has it, else as said)")
+    group.add_argument("--mode", choices=list(MODES),
+                       help=f"settings to start from ({modes}; exact: as the model's config has it, else as said). "
+                       f"Default: {DEFAULT_MODE}; exact where the config has a walk of its own, and with --ddim_steps, "
+                       "--ddim_eta, --solver, --spacing or --end")  # fmt: skip
 
     def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
         options |= {} if kind is None else {"type": kind}
@@ -130,5 +135,8 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     """
     given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    mode = own if args.mode == DEFAULT_MODE else replace(MODES[args.mode], guidance_scale=own.guidance_scale)
+    has_own_walk = replace(own, guidance_scale=None) != MODES["exact"]
+    is_described = any(given[name] is not None for name in WALK)
+    name = args.mode or ("exact" if has_own_walk or is_described else DEFAULT_MODE)
+    mode = own if name == "exact" else replace(MODES[name], guidance_scale=own.guidance_scale)
     return replace(mode, **{name: value for name, value in given.items() if value is not None})
