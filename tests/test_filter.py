@@ -168,12 +168,12 @@ def test_where_memory_ends_the_batch_is_halved(tmp_path):
     whole, small = colour_segmentor(4), SmallMemory(ColourModel(4), table_of(4))
     expected, found = (measure_hardness({}, segmentor, real, 7, 1) for segmentor in (whole, small))
     assert found.pixels.tolist() == expected.pixels.tolist()
-    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-6)  # float32 of other batch sizes
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     masks = torch.randint(0, 4, (5, 8, 8), dtype=torch.uint8)
     limits = expected.limits(1.25)
     for one, other in zip(*(judge_batch(s, images, masks, limits) for s in (whole, small)), strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=1e-6)
     small.room = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         measure_hardness({}, small, real, 7, 1)
@@ -343,7 +343,11 @@ def test_the_command_goes_on_after_a_signal_and_ends_with_the_same_files(tmp_pat
     assert len(list((tmp_path / "out").glob("*.png"))) < 8 and not (tmp_path / "out/report.json").exists()
     for name in ("out", "whole"):
         assert main(flags(tmp_path, tmp_path / name, tmp_path / "syn")) == 3
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    out, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    means = [json.loads(files.pop("hardness.json"))["classes"] for files in (out, whole)]
+    for name, one in means[0].items():  # of two processes, whose numbers of threads may differ
+        assert one == pytest.approx(means[1][name], rel=1e-6)
+    assert out == whole
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
 
 
