@@ -249,7 +249,6 @@ def make_batch(count):
             "prompt": ["road"] * count, "reference_key": [f"{count} {i}" for i in range(count)]}  # fmt: skip
 
 
-@pytest.mark.slow
 def test_blocks_are_compiled_once_and_a_batch_that_is_not_full_adds_nothing(workspace):
     graphs, most = [], 1000
 

@@ -151,7 +151,8 @@ def test_fault_8_bombs_take_no_memory(workspace, zygote, tmp_path):
     for name, code in (("small", 0), ("large", 3)):
         write_rows(workspace / f"{name}.json", rows[name])
         argv = arguments(workspace, tmp_path / name, "--bad_rows", "skip", manifest=f"{name}.json")
-        zygote.start(argv, tmp_path / "log")
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))"  # bytes
+        zygote.start(argv, tmp_path / "log", fault=limit)  # one that is painted would take the machine's whole memory
         assert zygote.wait() == code, (tmp_path / "log").read_text()
         peaks[name] = zygote.peak
     assert len(read_lines(tmp_path / "large/failures.jsonl")) == 4
