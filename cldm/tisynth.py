@@ -122,6 +122,10 @@ class TISynth(DiffusionMethod):
         """Draw a scaled latent from the autoencoder's posterior (see DiffusionMethod)."""
         return self.first_stage_model.encode(image).sample() * self.scale_factor
 
+    def encode_start(self, image: Tensor) -> Tensor:
+        """Mean of the autoencoder's posterior, scaled (see DiffusionMethod)."""
+        return self.first_stage_model.encode(image).mean * self.scale_factor
+
     def encode_moments(self, moments: Tensor) -> Tensor:
         """Draw a scaled latent from cached moments (see DiffusionMethod)."""
         return DiagonalGaussian.from_moments(moments.float()).sample() * self.scale_factor

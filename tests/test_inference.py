@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from painting import MODEL, REPOSITORY, contents, finished_shards, make_workspace, pixels, read_lines, run
+from painting import (
+    MODEL,
+    REPOSITORY,
+    contents,
+    finished_shards,
+    make_workspace,
+    pixels,
+    read_lines,
+    run,
+    write_rows,
+)
 from PIL import Image
 from pixel import TINY, config, make
 
@@ -165,6 +175,41 @@ def test_mask_reference_prompt_seed_and_eta_all_arrive(workspace, tmp_path):
         "b" + name: image for name, image in pixels(tmp_path / "b").items()
     }).values()]  # fmt: skip
     assert len(set(results)) == 8
+
+
+def test_a_sample_may_start_from_its_own_image(workspace, tmp_path):
+    rows = read_lines(workspace / "rows.json")
+    random = np.random.default_rng(1)
+    for index, row in enumerate(rows):
+        height, width = np.asarray(Image.open(workspace / row["source"])).shape
+        row["target"] = f"start_{index}.png"
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(workspace / row["target"])
+    write_rows(workspace / "started.json", rows)
+    other = [{**row, "target": "start_2.png" if index == 0 else row["target"]} for index, row in enumerate(rows)]
+    write_rows(workspace / "other.json", other)
+    weak = ["--strength", "0.6"]
+    for name, manifest, flags in (("half", "started", weak), ("swapped", "other", weak), ("unstarted", "started", []),
+                                  ("again", "started", [*weak, "--shard_size", "1", "--num_workers", "1"]),
+                                  ("plain", "rows", [])):  # fmt: skip
+        assert run(workspace, tmp_path / name, *flags, manifest=f"{manifest}.json") == 0
+    half, swapped, plain = (pixels(tmp_path / name) for name in ("half", "swapped", "plain"))
+    changed = [not np.array_equal(half[name], swapped[name]) for name in sorted(half)]
+    assert changed == [True, False, False]  # the image arrives, each at its row
+    assert contents(tmp_path / "again") == contents(tmp_path / "half")
+    assert contents(tmp_path / "unstarted") == contents(tmp_path / "plain")  # without the flag nobody looks at it
+    assert all(not np.array_equal(half[name], plain[name]) for name in half)
+    assert "strength" not in json.loads((tmp_path / "plain/run.json").read_text())["fingerprint"]
+    assert run(workspace, tmp_path / "half", "--strength", "0.5", manifest="started.json") == 1
+    assert run(workspace, tmp_path / "half", manifest="started.json") == 1
+
+
+def test_starting_from_an_image_needs_one_of_the_masks_size(workspace, tmp_path, capsys):
+    assert run(workspace, tmp_path / "none", "--strength", "0.5") == 1
+    assert "target" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    rows = [{**row, "target": "ref_0.png"} for row in read_lines(workspace / "rows.json")]
+    write_rows(workspace / "large.json", rows)
+    assert run(workspace, tmp_path / "none", "--strength", "0.5", manifest="large.json") == 1
+    assert "Expected equal sizes" in capsys.readouterr().err
 
 
 def test_samples_that_are_not_finite_are_listed_not_written(workspace, tmp_path, monkeypatch):

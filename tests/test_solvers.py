@@ -46,6 +46,41 @@ def test_solvers_equal_diffusers(name, num_steps, end, prediction_type, record_p
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("strength", [0.01, 0.4, 0.99])
+def test_a_walk_from_an_image_equals_diffusers(strength):
+    diffusers = pytest.importorskip("diffusers")
+    other = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                    clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    other.set_timesteps(50)
+    count = max(int(50 * strength + 0.5), 1)  # as its image-to-image pipelines do, but never nothing
+    noise, start = sample_noise((4, 8, 8), [5, 6]), sample_noise((4, 8, 8), [7, 8])
+    expected = other.add_noise(start, noise, other.timesteps[-count:][:1])
+    for timestep in other.timesteps[-count:]:
+        expected = other.step(wavy(expected, timestep[None]), timestep, expected).prev_sample
+    sampling = Sampling(strength=strength)
+    torch.testing.assert_close(sample(wavy, noise, make_schedule(), sampling, start=start), expected,
+                               atol=1e-4, rtol=1e-4)  # fmt: skip
+    with pytest.raises(ValueError, match="no image to start from"):
+        sample(wavy, noise, make_schedule(), sampling)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "unipc", "dpmpp_2m", "ddpm"])
+def test_a_weak_walk_stays_near_its_image(solver):
+    """A network that knows nothing of the start is asked little; one that always says `start` finds it again."""
+    schedule, noise, start = make_schedule(), sample_noise((1, 8, 8), [0, 1]), sample_noise((1, 8, 8), [2, 3])
+    asked = []
+
+    def denoise(latent, timestep):
+        asked.append(int(timestep[0]))
+        return start
+
+    sampling = Sampling(solver, 20, spacing="trailing", end="clean", strength=0.3)
+    draw = lambda shape: torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))  # noqa: E731
+    result = sample(denoise, noise, schedule, sampling, "x0", draw, start=start)
+    torch.testing.assert_close(result, start, atol=1e-4, rtol=1e-4)
+    assert asked == [299, 249, 199, 149, 99, 49]
+
+
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "unipc"])
 def test_order_two_on_a_gaussian(solver):
     """Where DDIM's error halves with twice the steps, theirs falls to a quarter; and 20 steps beat 50 of DDIM."""
@@ -169,7 +204,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
         "guidance_scale": ["--scale", 1], "hint_scale": ["--hint_scale", 2],
         "reference_scale": ["--reference_scale", 2],
         "guidance_interval": ["--guidance_interval", 0.1, 0.7], "guidance_rescale": ["--guidance_rescale", 0.7],
-        "share_control": ["--share_control"], "reuse_every": ["--reuse_every", 3],
+        "share_control": ["--share_control"], "reuse_every": ["--reuse_every", 3], "strength": ["--strength", 0.5],
     }  # fmt: skip
     assert set(changes) == {field.name for field in fields(Sampling)}
     for name, flags in changes.items():
@@ -181,7 +216,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
     [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5},
      {"solver": "ddpm", "end": "first"}, {"spacing": "uniform", "end": "first"}, {"spacing": "karras"},
      {"guidance_scale": 0}, {"hint_scale": float("nan")}, {"guidance_interval": (0.7, 0.1)},
-     {"guidance_rescale": 2}, {"reuse_every": 0}],
+     {"guidance_rescale": 2}, {"reuse_every": 0}, {"strength": 0}, {"strength": 1.1}],
 )  # fmt: skip
 def test_impossible_settings_are_named(change):
     with pytest.raises(ValueError, match=rf"sampling: {list(change)[-1]} is"):

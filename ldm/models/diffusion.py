@@ -63,6 +63,10 @@ class DiffusionMethod(nn.Module):
         """Latent from cached moments: (B, 2C, h, w) -> (B, C, h, w); only for methods with an autoencoder."""
         raise NotImplementedError
 
+    def encode_start(self, image: Tensor) -> Tensor:
+        """Latent that a walk of a strength below 1 starts from, the same whenever asked; shapes as encode_image."""
+        return self.encode_image(image)
+
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Image of a latent: (B, C, h, w) -> (B, 3, H, W) float32 in about [-1, 1]."""
         raise NotImplementedError
@@ -153,7 +157,7 @@ class DiffusionMethod(nn.Module):
         """Paint images.
 
         Args:
-            batch: what `conditions` needs, after normalize_batch.
+            batch: what `conditions` needs, after normalize_batch; with a strength below 1 also `image`.
             noise: (B, *noise_shape) standard normal; decides the result together with the conditions.
             sampling: solver, steps, guidance and savings; None = the method's own.
             draw: fresh noise for ddpm and for eta > 0, see ddim_sample.
@@ -170,12 +174,14 @@ class DiffusionMethod(nn.Module):
                       draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
         """Latents of images, (B, C, h, w) float32; arguments as for `sample`."""
         with evaluating(self):  # in training mode `conditions` would drop some
-            return self.walk(self.conditions(batch), noise, sampling, draw)
+            is_started = (sampling or self.own_sampling).strength < 1 and "image" in batch
+            start = self.encode_start(batch["image"]) if is_started else None
+            return self.walk(self.conditions(batch), noise, sampling, draw, start)
 
     @torch.no_grad()
     def walk(self, conditions: Mapping[str, Any], noise: Tensor, sampling: Sampling | None = None,
-             draw: Callable[[Sequence[int]], Tensor] | None = None) -> Tensor:
-        """Latents from what `conditions` returned, (B, C, h, w) float32; other arguments as for `sample`."""
+             draw: Callable[[Sequence[int]], Tensor] | None = None, start: Tensor | None = None) -> Tensor:
+        """Latents from what `conditions` returned, (B, C, h, w) float32; for `start` see sampler.sample."""
         sampling = sampling or self.own_sampling
         own = self.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
         scales = [(own, None), (sampling.hint_scale, ["prompt", "mask"]), (sampling.reference_scale, ["reference"])]
@@ -184,7 +190,8 @@ class DiffusionMethod(nn.Module):
         predict = self.prepare(branches, sampling.share_control, sampling.reuse_every)
         denoise = guide(predict, [scale for scale, _ in scales], sampling.guidance_interval,
                         sampling.guidance_rescale, self.schedule.num_timesteps)
-        return sample(denoise, noise, self.schedule, sampling, self.prediction_type, draw, clip=self.clip)
+        return sample(denoise, noise, self.schedule, sampling, self.prediction_type, draw, clip=self.clip,
+                      start=start)
 
     @torch.no_grad()
     def preview(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

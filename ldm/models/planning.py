@@ -223,7 +223,8 @@ def make_plan(
     table = choose_table(settings.dataset, method.class_table)
     layout = plan_layout(settings, processes)
     numbers = find_unfinished(settings, layout)
-    rows, bad_rows = read_rows(settings, table, method, numbers, layout)
+    need = (*method.takes, *(["image"] if sampling.strength < 1 else []))
+    rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
     fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
@@ -307,9 +308,9 @@ def is_unfinished(statistics: Record | None, copies: int) -> bool:
     return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
-def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, numbers: Sequence[int],
-              layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
-    """Rows of the manifest; the files of those that this process paints are checked.
+def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, need: Sequence[str],
+              numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
+    """Rows of the manifest with what they need; the files of those that this process paints are checked.
 
     Returns:
         Good rows, and records of bad ones with --bad_rows skip; else one error lists all bad rows.
@@ -317,7 +318,7 @@ def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, numbe
     open_shards = set(numbers)
     problems: list[tuple[int, str]] | None = [] if settings.bad_rows == "skip" else None
     rows = read_manifest(
-        settings.txt_file, settings.data_root, need=method.takes, table=table, size_factor=method.size_factor,
+        settings.txt_file, settings.data_root, need=need, table=table, size_factor=method.size_factor,
         size=settings.size, decode=lambda row: row // layout["shard_size"] in open_shards, problems=problems,
         follow_links=settings.follow_links,
     )  # fmt: skip

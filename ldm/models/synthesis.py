@@ -23,7 +23,7 @@ from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
-TENSOR_KEYS = ("mask", "reference", "instance")  # of these, what the method takes
+TENSOR_KEYS = ("mask", "image", "reference", "instance")  # of these, what the method takes
 LIST_KEYS = ("prompt", "reference_key", "slot")
 # On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the pictures.
 CPU_BATCH = 2
@@ -57,7 +57,8 @@ class Request(NamedTuple):
 class ConditionDataset(Dataset):
     """Conditions of jobs: mask, reference, instance map, prompt, `reference_key` and `slot`, the number of the job.
 
-    References and instance maps are there if the rows have them. All but the maps (int32) are uint8.
+    References, instance maps and images to start from are there if the rows have them. All but the maps (int32) are
+    uint8.
 
     A file that cannot be read gives `slot` and `error` instead: one bad file does not end a run.
 
@@ -65,11 +66,12 @@ class ConditionDataset(Dataset):
         rows: of the manifest.
         table: class table that the masks are read with.
         size: (height, width) to resize to; None keeps each mask's own.
+        channels: of the images to start from.
     """
 
-    def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None) -> None:
+    def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None, channels: int = 3) -> None:
         reference = "manifest" if rows and rows[0].reference else "none"
-        self.pairs = PairDataset(rows, table, size=size, reference=reference)
+        self.pairs = PairDataset(rows, table, size=size, reference=reference, channels=channels)
 
     def __getitem__(self, request: Request) -> dict[str, Any]:
         """Conditions for one request (see PairDataset for shapes and ranges)."""

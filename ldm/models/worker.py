@@ -50,7 +50,8 @@ class Worker:
                                is_compiled=settings.compile)  # fmt: skip
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
-        self.loader = make_loader(ConditionDataset(plan.rows, plan.table, settings.size), num_workers, is_cuda)
+        dataset = ConditionDataset(plan.rows, plan.table, settings.size, method.image_channels)
+        self.loader = make_loader(dataset, num_workers, is_cuda)
         if num_workers:
             list(self.loader)  # starts its processes now: later they would inherit a lock and could outlive us with it
         self.old = {number: self.store.statistics_time(number) for number in plan.numbers}

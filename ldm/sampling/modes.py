@@ -33,6 +33,8 @@ class Sampling:
         guidance_rescale: share of bringing the spread of the guided prediction back, [0, 1].
         share_control: approximation: run a control branch once for all branches of guidance that have its condition.
         reuse_every: approximation: run encoder and control branches at every n-th step only; 1 = always.
+        strength: share of the timesteps that is walked, (0, 1]: 1 starts from pure noise; below it a sample starts from
+            its row's own image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
 
     Raises:
         ValueError: naming the field that is not possible.
@@ -50,6 +52,7 @@ class Sampling:
     guidance_rescale: float = 0.0
     share_control: bool = False
     reuse_every: int = 1
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -67,13 +70,15 @@ class Sampling:
             ("guidance_interval", 0 <= low <= high <= 1, "0 <= low <= high <= 1"),
             ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "a value in [0, 1]"),
             ("reuse_every", self.reuse_every >= 1, "at least 1"),
+            ("strength", 0 < self.strength <= 1, "a value in (0, 1]"),
         ):
             if not is_possible:
                 raise ValueError(f"sampling: {name} is {getattr(self, name)!r}. Expected {expected}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for records and fingerprints."""
-        return asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+        """Plain values, for records and fingerprints; no strength where it is 1: runs from before it go on."""
+        values = asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+        return {key: value for key, value in values.items() if (key, value) != ("strength", 1.0)}
 
 
 # `exact` is upstream's walk, and stands for the walk that a model's config asks for. What `scripts/evaluate.py
@@ -118,6 +123,9 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="approximation: one control branch for both halves of guidance; default: the mode's")  # fmt: skip
     add("--reuse_every", dest="reuse_every", kind=int,
         help="approximation: encoder and control branches at every n-th step only; default: the mode's")  # fmt: skip
+    add("--strength", dest="strength", kind=float,
+        help="0 to 1: start from the row's own image (target), noised to this share of the timesteps; default: 1, pure "
+        "noise")  # fmt: skip
 
 
 def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:

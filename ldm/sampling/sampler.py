@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, to_x0
+from ldm.diffusion.schedule import Schedule, q_sample, to_x0
 from ldm.sampling.ddim import ddim_sample
 from ldm.sampling.ddpm import ddpm_sample
 from ldm.sampling.guidance import Denoise
@@ -22,6 +22,7 @@ def sample(
     draw: Callable[[Sequence[int]], Tensor] | None = None,
     progress: bool = False,
     clip: float | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Walk from noise to a latent with the chosen solver.
 
@@ -30,16 +31,28 @@ def sample(
             (B, 2C, h, w) with what ddpm knows as learned variance; guidance and savings are its own affair.
         noise: standard normal to start from, (B, C, h, w) float32.
         schedule: the forward process the network was trained on.
-        sampling: solver, steps, spacing, end and eta are used.
+        sampling: solver, steps, spacing, end, eta and strength are used.
         prediction_type: what denoise returns: `epsilon`, `x0` or `v`.
         draw: fresh noise for ddpm and for eta > 0, see ddim_sample.
         progress: show a bar over the steps.
         clip: keep the clean image that each prediction implies within [-clip, clip]; None = leave it, as for latents.
+        start: latents to start from, (B, C, h, w), needed with a strength below 1: the walk then begins at the last of
+            the timesteps below strength * T, with these latents noised to its level.
 
     Returns:
         Latent, (B, C, h, w) float32.
+
+    Raises:
+        ValueError: if start is missing.
     """
     timesteps = spaced_timesteps(sampling.num_steps, schedule, sampling.spacing)
+    if sampling.strength < 1:
+        if start is None:
+            raise ValueError(f"strength is {sampling.strength}, but there is no image to start from. Give every row a "
+                             "target, or strength 1.")
+        timesteps = [t for t in timesteps if t < sampling.strength * schedule.num_timesteps] or timesteps[:1]
+        level = torch.full((len(noise),), timesteps[-1], device=noise.device)
+        noise = q_sample(start.float(), level, noise, schedule)
     if clip is not None:
         denoise, prediction_type = clip_clean(denoise, schedule, prediction_type, clip), "x0"
     if sampling.solver == "ddpm":
