@@ -63,12 +63,15 @@ def run_on_ray(
             f"--engine ray: Ray Data cannot be imported ({error}). Expected it. Install it with: pip install -r "
             "requirements/ray.txt"
         ) from error
-    local = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    # A cluster that already runs on this machine is not joined unasked: it would refuse to be given a size.
+    own = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    cluster = {} if os.environ.get("RAY_ADDRESS") else own
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **local)
+    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **cluster)
     try:
         # One CPU stays free: if actors take them all, Ray Data's own tasks wait for ever.
         share = max(0.1, (ray.cluster_resources().get("CPU", 1) - 1) / actors)
+        share = min(share, 1) if is_cuda else share  # the CPUs of a cluster are not all beside its GPUs
         found = ray.data.range(len(items)).map_batches(
             FilterActor,
             fn_constructor_args=(build, work, items),
