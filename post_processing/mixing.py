@@ -156,11 +156,11 @@ def choose_classes(mask: np.ndarray) -> np.ndarray:
     return np.isin(mask, np.random.choice(present, (len(present) + 1) // 2, replace=False) if len(present) else [])
 
 
-def choose_box(height: int, width: int) -> np.ndarray:
-    """Pixels of a random box of the picture's proportions, (h, w) bool."""
-    side = np.random.rand() ** 0.5
+def choose_box(height: int, width: int, random: Any = np.random) -> np.ndarray:
+    """Pixels of a random box of the picture's proportions, (h, w) bool; drawn by numpy's global state or another."""
+    side = random.rand() ** 0.5
     box = round(height * side), round(width * side)
-    top, left = np.random.randint(height - box[0] + 1), np.random.randint(width - box[1] + 1)
+    top, left = random.randint(height - box[0] + 1), random.randint(width - box[1] + 1)
     chosen = np.zeros((height, width), bool)
     chosen[top : top + box[0], left : left + box[1]] = True
     return chosen

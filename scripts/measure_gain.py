@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.data.classes import ClassTable, read_mask  # noqa: E402
+from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
 from ldm.data.pairing import choose_groups  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
@@ -38,8 +38,15 @@ from post_processing.gain_report import (  # noqa: E402
     read_curves,
     summarise,
 )
+from post_processing.gain_sets import (  # noqa: E402
+    SPLIT_SEED,
+    find_references,
+    list_items,
+    relative,
+    write_mixtures,
+    write_real,
+)
 from post_processing.loading import Item, load_item  # noqa: E402
-from post_processing.mmseg_dataset import IMAGE_SUFFIXES, class_weights  # noqa: E402
 from post_processing.run_index import read_run  # noqa: E402
 from post_processing.stages import Stage, StageRunner, make_slots  # noqa: E402
 
@@ -53,12 +60,11 @@ ARMS = {
     "unfiltered": "real + synthesized, neither filtered nor resampled",
     "copy_paste": "real, with copy-paste",
     "cutmix": "real, with CutMix",
+    "mixed": "real + the mixtures themselves, not painted",
     "pretrain": "half the steps on synthesized, then half on real",
 }
 DEFAULT_ARMS = "real,joint,synthetic,unfiltered,copy_paste,cutmix"
-SPLIT_SEED = 23
 PASSED_ON = ("--inference_args", "--filter_args", "--resample_args", "--train_args")  # flags whose values are flags
-LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_masks", type=int, help="real masks to paint; default: all")
     add("--balance", type=float, default=0.5, help="prefer masks of many and of rare classes: the chance of a "
         "mask is the sum over its classes of (share of the class in the set) ** -balance")  # fmt: skip
+    add("--mix_masks", action="store_true", help="paint new layouts: a box of another mask of the draw pasted into "
+        "each (CutMix), anew for each row; `--inference_args '--strength 0.5'` starts from the images, mixed alike")
     add("--num_per_mask", type=int, default=4, help="pictures of each mask, each with its own reference")
     add("--inference_args", default="", help="further flags of inference.py, in one string: '--mode fast --scale 2'")
     add("--filter_args", default="", help="further flags of filter.py")
@@ -149,8 +157,10 @@ class Plan:
         is_file = Path(args.class_table).is_file()
         self.table = os.path.abspath(args.class_table) if is_file else args.class_table
         self.config = os.path.abspath(args.config if Path(args.config).is_file() else ROOT / args.config)
+        self.paint_root = str(self.outdir / "masks") if args.mix_masks else self.root
         self.has_references = bool(args.references) or args.real_fraction < 1
-        self.real_set, self.paint_set = (str(self.outdir / "sets" / name) for name in ("real.json", "synthesis.json"))
+        self.real_set = str(self.outdir / "sets/real.json")
+        self.paint_set = str(self.outdir / "masks/synthesis.json")
         first = self.outdir / f"real/seed_{args.seeds[0]}"
         self.base = [str(first / name) for name in ("config.json", "segmentor.pth")]
         self.resampled = str(self.outdir / "resample/set/train_set_items.json")
@@ -159,19 +169,22 @@ class Plan:
     def stages(self) -> list[Stage]:
         """All stages, each after what it needs."""
         args, first = self.args, f"real/seed_{self.args.seeds[0]}"
-        keys = ("references", "real_fraction", "num_masks", "balance", "num_per_mask", "class_table")
+        keys = ("references", "num_masks", "balance", "num_per_mask", "mix_masks")
         manifests = [os.path.abspath(path) for path in args.references if Path(path).is_file()]
         stages = [
-            Stage("sets", action=lambda: write_sets(self), inputs=(self.real, *manifests),
-                  settings={key: getattr(args, key) for key in keys}),
+            Stage("sets", action=lambda: write_real_set(self), inputs=(self.real,),
+                  settings={key: getattr(args, key) for key in ("real_fraction", "class_table")}),
             self.training("real", args.seeds[0]),
         ]  # fmt: skip
+        if set(args.arms) & {"joint", "synthetic", "unfiltered", "mixed", "pretrain"}:
+            stages.append(Stage("masks", (), ("sets",), tuple(manifests), action=lambda: write_masks(self),
+                                settings={key: getattr(args, key) for key in keys}))  # fmt: skip
         if set(args.arms) & {"joint", "synthetic", "unfiltered", "pretrain"}:
-            paint = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.root,
+            paint = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.paint_root,
                      "--txt_file", self.paint_set, "--outdir", str(self.outdir / "synthesis"),
                      *(() if self.has_references else ("--num_per_mask", str(args.num_per_mask))),
                      *shlex.split(args.inference_args))  # fmt: skip
-            stages.append(Stage("synthesis", (paint,), ("sets",), (args.ckpt,), is_sharded=True))
+            stages.append(Stage("synthesis", (paint,), ("masks",), (args.ckpt,), is_sharded=True))
         if set(args.arms) & {"joint", "synthetic", "pretrain"}:
             run, masks, iou = (str(self.outdir / name) for name in ("synthesis", "filter/masks", "resample/iou"))
             sift = (args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *self.base, "--run", run,
@@ -206,6 +219,7 @@ class Plan:
             "joint": [(folder, args.steps, real + resampled + ratio)],
             "synthetic": [(folder, args.steps, resampled)],
             "unfiltered": [(folder, args.steps, [*real, "--synthetic_txt_file", self.unfiltered, *ratio])],
+            "mixed": [(folder, args.steps, [*real, "--synthetic_txt_file", self.paint_set, *ratio])],
             "copy_paste": [(folder, args.steps, [*real, "--augment", "copy_paste"])],
             "cutmix": [(folder, args.steps, [*real, "--augment", "cutmix"])],
             "pretrain": [
@@ -224,86 +238,45 @@ class Plan:
         segmentor = [str(folder / name) for name in ("config.json", "segmentor.pth")]
         commands.append(self.scoring(segmentor, self.test, str(folder / "test")))
         needs = {"joint": ("resample",), "synthetic": ("resample",), "pretrain": ("resample",),
-                 "unfiltered": ("unfiltered",)}.get(arm, ())  # fmt: skip
+                 "unfiltered": ("unfiltered",), "mixed": ("masks",)}.get(arm, ())  # fmt: skip
         inputs = [self.config, self.test] + ([self.val] if self.val else [])
         inputs += [self.table] if Path(self.table).is_file() else []
         return Stage(name, tuple(commands), ("sets", *needs), tuple(inputs))
 
 
-def write_sets(plan: Plan) -> None:
-    """Write the manifest of the labelled real pairs, and that of the masks to paint with their references."""
-    args, table = plan.args, ClassTable.load(plan.table)
-    rows = read_manifest(plan.real, plan.root, need=("image",), table=table)
+def split_real(manifest: str, root: str, table: ClassTable, fraction: float) -> tuple[list[Row], list[Row]]:
+    """Real pairs that keep their labels, and those that do not, in whole pictures; each pair once."""
+    rows = read_manifest(manifest, root, need=("image",), table=table)
     rows = list({(row.image, row.mask): row for row in rows}.values())  # rows may differ in the reference only
-    labelled = set(range(len(rows)))
-    if args.real_fraction < 1:
-        tiles = [SimpleNamespace(group=TILE_OFFSET.sub("", Path(row.mask_name).stem)) for row in rows]
-        groups = choose_groups(tiles, args.real_fraction, np.random.default_rng([SPLIT_SEED, 0]))
-        labelled = {place for place, tile in enumerate(tiles) if tile.group in groups}
+    if fraction == 1:
+        return rows, []
+    tiles = [SimpleNamespace(group=TILE_OFFSET.sub("", Path(row.mask_name).stem)) for row in rows]
+    groups = choose_groups(tiles, fraction, np.random.default_rng([SPLIT_SEED, 0]))
+    is_labelled = [tile.group in groups for tile in tiles]
+    return ([row for row, is_kept in zip(rows, is_labelled, strict=True) if is_kept],
+            [row for row, is_kept in zip(rows, is_labelled, strict=True) if not is_kept])  # fmt: skip
+
+
+def write_real_set(plan: Plan) -> None:
+    """Write the manifest of the labelled real pairs."""
+    real, others = split_real(plan.real, plan.root, ClassTable.load(plan.table), plan.args.real_fraction)
+    write_real(plan.real_set, real, plan.root)
+    logger.info("%d of %d real pairs are labelled", len(real), len(real) + len(others))
+
+
+def write_masks(plan: Plan) -> None:
+    """Write the manifest of the masks to paint with their references; with --mix_masks also the masks themselves."""
+    args, table = plan.args, ClassTable.load(plan.table)
+    real, others = split_real(plan.real, plan.root, table, args.real_fraction)
     pool = find_references(args.references, Path(plan.root))
-    pool += [str(relative(row.image, plan.root)) for place, row in enumerate(rows) if place not in labelled]
+    pool += [str(relative(row.image, plan.root)) for row in others]
     if plan.has_references and len(pool) < args.num_per_mask:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
-    real = [rows[place] for place in sorted(labelled)]
-    prompts, chosen = choose_masks(real, table, args.num_masks, args.balance)
-    rng = np.random.default_rng([SPLIT_SEED, 2])
-    items = [{"source": real[place].mask_name, "prompt": prompts[place]} for place in chosen]
-    if plan.has_references:  # otherwise inference.py paints several pictures of a row, since no row may repeat another
-        items = [{**item, "ref_image": pool[number]} for item in items
-                 for number in rng.choice(len(pool), args.num_per_mask, replace=False)]  # fmt: skip
-    pairs = [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in real]
-    write_manifest(plan.real_set, pairs)
+    items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask)
+    if args.mix_masks:
+        items = write_mixtures(Path(plan.paint_root), items, pairs, plan.root, table)
     write_manifest(plan.paint_set, items)
-    logger.info("%d of %d real pairs are labelled; %d pictures of %d masks to paint; %d references",
-                len(real), len(rows), len(chosen) * args.num_per_mask, len(chosen), len(pool))  # fmt: skip
-
-
-def choose_masks(
-    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float
-) -> tuple[list[str], list[int]]:
-    """Draw the masks to paint; see --balance.
-
-    Returns:
-        The prompt of every row, and the places of the drawn rows in ascending order.
-    """
-    pixels, prompts = np.zeros((len(rows), 256)), []
-    for place, row in enumerate(rows):
-        mask = read_mask(row.mask, table)
-        pixels[place] = np.bincount(mask.ravel(), minlength=256)
-        prompts.append(row.prompt or table.prompt(mask))
-    pixels = pixels[:, : table.num_classes]
-    is_there = pixels > LEAST_SHARE * pixels.sum(1, keepdims=True)
-    weights = is_there @ np.array(class_weights(pixels.sum(0), balance))
-    usable = int(np.count_nonzero(weights))
-    size = min(count or usable, usable)
-    drawn = np.random.default_rng([SPLIT_SEED, 1]).choice(len(rows), size, replace=False, p=weights / weights.sum())
-    return prompts, sorted(map(int, drawn))
-
-
-def find_references(sources: Sequence[str], root: Path) -> list[str]:
-    """Reference images of folders and manifests, relative to the data root, each once.
-
-    Raises:
-        UserError: if a folder does not lie below the data root or holds no image.
-    """
-    found: list[str] = []
-    for source in sources:
-        if Path(source).is_dir():
-            paths = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            paths = [row.image for row in read_manifest(source, root, need=("image",), check_files=False)]
-        if not paths:
-            raise UserError(f"--references {source}: no images. Expected {', '.join(IMAGE_SUFFIXES)}. Check the path.")
-        found += [str(relative(path, str(root))) for path in paths]
-    return list(dict.fromkeys(found))
-
-
-def relative(path: Path, root: str) -> Path:
-    """A path relative to the data root; UserError if it does not lie below."""
-    try:
-        return path.absolute().relative_to(root)
-    except ValueError:
-        raise UserError(f"{path}: does not lie below --data_root {root}. Expected all images there.") from None
+    logger.info("%d rows to paint, %d references", len(items), len(pool))
 
 
 def write_unfiltered(plan: Plan) -> None:
@@ -351,7 +324,8 @@ def report(plan: Plan) -> str:
     if "synthesis" in stages:
         kept = f"{count_lines(plan.resampled)} kept" if "resample" in stages else "not filtered"
         painted = count_lines(plan.outdir / "synthesis/index.jsonl")
-        facts.append(f"Generator {Path(args.ckpt).name}: {painted} pictures painted, {kept}. The labels that it was "
+        what = "pictures of mixed masks" if args.mix_masks else "pictures"
+        facts.append(f"Generator {Path(args.ckpt).name}: {painted} {what} painted, {kept}. The labels that it was "
                      "trained with are labels too; --real_fraction does not take those away.")
     folders = {arm: [plan.outdir / f"{arm}/seed_{seed}" for seed in args.seeds] for arm in args.arms}
     drawings = [draw_curves(read_curves(folders, key), title, ARMS)
@@ -375,6 +349,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         (not 0 < args.real_fraction <= 1, f"--real_fraction {args.real_fraction}: expected above 0, at most 1"),
         (min(args.steps, args.batch_size, args.num_per_mask, args.parallel, args.num_masks or 1) < 1,
          "--steps, --batch_size, --num_masks, --num_per_mask, --parallel: expected 1 or more"),
+        ("mixed" in args.arms and not args.mix_masks, "--arms mixed: expected --mix_masks with it"),
         ("pretrain" in args.arms and args.steps < 2, f"--steps {args.steps}: expected 2 or more for --arms pretrain"),
         (args.synthetic_ratio <= 0, f"--synthetic_ratio {args.synthetic_ratio}: expected above 0"),
         (not Path(args.data_root).is_dir(), f"--data_root {args.data_root}: folder not found"),

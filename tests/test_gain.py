@@ -211,7 +211,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     measure(workspace, out, "--arms", "joint,unfiltered,pretrain", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
-    paint = [json.loads(line) for line in (out / "sets/synthesis.json").read_text().splitlines()]
+    paint = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]
     scenes = {Path(row["target"]).name.split("_")[0] for row in real}
     assert len(real) == 4 and len(scenes) == 2  # whole pictures
     assert len(paint) == 6 and {row["source"] for row in paint} <= {row["source"] for row in real}
@@ -248,7 +248,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
 
 def test_generators_without_references_need_none(workspace, tmp_path):
     import inference
-    from scripts.measure_gain import Plan, build_parser, write_sets
+    from scripts.measure_gain import Plan, build_parser, write_masks
 
     checkpoint = tmp_path / "pixel.safetensors"
     model = OmegaConf.create({"model": config("seg_guided_tiny")})
@@ -258,14 +258,13 @@ def test_generators_without_references_need_none(workspace, tmp_path):
 
     def sets(name, *extra):
         plan = Plan(build_parser().parse_args([str(flag) for flag in (*flags, "--outdir", tmp_path / name, *extra)]))
-        (tmp_path / name / "sets").mkdir(parents=True)
-        write_sets(plan)
+        write_masks(plan)
         rows = [json.loads(line) for line in Path(plan.paint_set).read_text().splitlines()]
         command = next(stage.commands[0] for stage in plan.stages() if stage.name == "synthesis")
         return rows, command[command.index("inference.py") + 1 :]
 
     without, command = sets("without")
-    assert [list(row) for row in without] == [["source", "prompt"]] * 3
+    assert [list(row) for row in without] == [["source", "target", "prompt"]] * 3
     assert inference.main(list(command)) == 0
     assert len(list((tmp_path / "without/synthesis/images").iterdir())) == 6
     given, command = sets("given", "--references", workspace / "ref")
@@ -304,10 +303,46 @@ def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
         measure(workspace, tmp_path / "out", "--references", tmp_path / "elsewhere")
 
 
+def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypatch):
+    pytest.importorskip("mmseg")
+    monkeypatch.setattr(StageRunner, "run_command", in_this_process)
+    monkeypatch.setattr("ldm.models.machine.stop_on_signals", contextlib.nullcontext)
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="--arms mixed: expected --mix_masks"):
+        measure(workspace, out, "--arms", "mixed")
+    measure(workspace, out, "--arms", "unfiltered,mixed", "--mix_masks", "--inference_args",
+            "--ddim_steps 2 --device cpu --strength 0.4")  # fmt: skip
+    rows = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]
+    real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
+    assert len(rows) == 6 and len({row["ref_image"] for row in rows}) > 1
+    pairs = [tuple(np.asarray(Image.open(workspace / row[key])) for key in ("source", "target")) for row in real]
+    mixed = 0
+    for row in rows:
+        mask, image = (np.asarray(Image.open(out / "masks" / row[key])) for key in ("source", "target"))
+        assert mask.shape == image.shape[:2] and (out / "masks" / row["ref_image"]).is_file()
+        equal = [(old_mask == mask) & (old_image == image).all(-1) for old_mask, old_image in pairs]
+        covered = [first | second for first in equal for second in equal]
+        assert any(both.all() for both in covered)  # every pixel with its label comes from one of two pairs
+        mixed += not any(one.all() for one in equal)
+    assert mixed >= 3
+    log = json.loads((out / "mixed/seed_1/config.json").read_text())
+    assert str(out / "masks/synthesis.json") in json.dumps(log)
+    run = json.loads((out / "synthesis/run.json").read_text())
+    assert run["fingerprint"]["strength"] == 0.4 and run["data_root"] == str(out / "masks")
+    assert "6 pictures of mixed masks painted" in (out / "report.html").read_text()
+
+    RAN.clear()  # other ways to paint do not train the baseline again
+    with pytest.raises(UserError, match="unfiltered.*other settings|other settings"):
+        measure(workspace, out, "--arms", "unfiltered", "--num_masks", "2")
+    measure(workspace, out, "--arms", "unfiltered", "--num_masks", "2", "--overwrite")
+    assert "real/seed_1" not in {name for _, name in RAN} and "unfiltered/seed_1" in {name for _, name in RAN}
+
+
 def test_masks_with_rare_classes_are_preferred(tmp_path):
     from ldm.data.classes import ClassTable
     from ldm.data.manifest import Row
-    from scripts.measure_gain import choose_masks
+    from post_processing.gain_sets import choose_masks
 
     rows = []
     for number in range(100):
