@@ -150,7 +150,8 @@ class StageRunner:
                     " Give another --outdir, or --overwrite to run them again."
                 )
             for name in changed:
-                shutil.rmtree(self.folder / name)
+                if (self.folder / name).exists():  # not any more if it lay in another one's folder
+                    shutil.rmtree(self.folder / name)
             self.run_open()
 
     @contextlib.contextmanager

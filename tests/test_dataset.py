@@ -234,3 +234,22 @@ def test_colour_change_keeps_greys_apart_from_gains_and_clips():
     matrix, offset = draw_colour_change(np.random.default_rng(1), 0.0)
     assert np.array_equal(change_colours(image, (matrix, offset)), image)  # strength 0 changes nothing
     assert change_colours(image, (10 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32))).max() == 255
+
+
+def test_target_share_makes_the_image_its_own_reference_in_that_share_of_the_draws(tmp_path):
+    random = np.random.default_rng(0)
+    table = ClassTable.load("mini")
+    for name in ("image", "other"):
+        Image.fromarray(random.integers(60, 200, (8, 8, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    Image.fromarray(random.integers(0, 5, (8, 8), np.uint8)).save(tmp_path / "mask.png")
+    rows = [Row(index, index + 1, tmp_path / "mask.png", tmp_path / "image.png", "water", tmp_path / "other.png",
+                "mask.png") for index in range(60)]  # fmt: skip
+    items = list(PairDataset(rows, table, flip=0.5, reference="manifest", target_share=0.25))
+    own = sum(torch.equal(item["image"], item["reference"]) for item in items)  # flipped together
+    assert 6 <= own <= 24
+    for settings in ({"reference": "target", "target_share": 0.5}, {"reference": "manifest", "target_share": 1.5}):
+        with pytest.raises(UserError, match="target_share"):
+            PairDataset(rows, table, **settings)
+    dataset = PairDataset(rows, table, size=(8, 8), reference="manifest", target_share=0.25)
+    with pytest.raises(UserError, match="cache_latents"):
+        dataset.cacheable_paths()

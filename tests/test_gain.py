@@ -325,7 +325,7 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
         covered = [first | second for first in equal for second in equal]
         assert any(both.all() for both in covered)  # every pixel with its label comes from one of two pairs
         mixed += not any(one.all() for one in equal)
-    assert mixed >= 3
+    assert mixed >= 2  # three masks: some meet themselves
     log = json.loads((out / "mixed/seed_1/config.json").read_text())
     assert str(out / "masks/synthesis.json") in json.dumps(log)
     run = json.loads((out / "synthesis/run.json").read_text())

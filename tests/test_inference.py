@@ -199,16 +199,16 @@ def test_a_sample_may_start_from_its_own_image(workspace, tmp_path):
     assert contents(tmp_path / "unstarted") == contents(tmp_path / "plain")  # without the flag nobody looks at it
     assert all(not np.array_equal(half[name], plain[name]) for name in half)
     assert "strength" not in json.loads((tmp_path / "plain/run.json").read_text())["fingerprint"]
-    assert run(workspace, tmp_path / "half", "--strength", "0.5", manifest="started.json") == 1
-    assert run(workspace, tmp_path / "half", manifest="started.json") == 1
+    assert run(workspace, tmp_path / "half", "--strength", "0.5", manifest="started.json") == 2
+    assert run(workspace, tmp_path / "half", manifest="started.json") == 2
 
 
 def test_starting_from_an_image_needs_one_of_the_masks_size(workspace, tmp_path, capsys):
-    assert run(workspace, tmp_path / "none", "--strength", "0.5") == 1
+    assert run(workspace, tmp_path / "none", "--strength", "0.5") == 2
     assert "target" in capsys.readouterr().err and not (tmp_path / "none").exists()
     rows = [{**row, "target": "ref_0.png"} for row in read_lines(workspace / "rows.json")]
     write_rows(workspace / "large.json", rows)
-    assert run(workspace, tmp_path / "none", "--strength", "0.5", manifest="large.json") == 1
+    assert run(workspace, tmp_path / "none", "--strength", "0.5", manifest="large.json") == 2
     assert "Expected equal sizes" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """The networks at tiny size: names, shapes, closed forms, couplings."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from cldm.control import ControlBranch, Features
 from cldm.tisynth import TISynth
 from ldm.models.loading import build_skeleton
 from ldm.modules.attention import CrossAttention
-from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian, PatchAutoencoder
 from ldm.modules.unet import UNet
 from ldm.sampling.modes import Sampling
 
@@ -197,6 +198,47 @@ def test_autoencoder_shapes_and_posterior():
     torch.testing.assert_close(DiagonalGaussian(mean, logvar).kl(), torch.tensor([4.0]))  # 2 elements of 2^2 / 2
     clamped = DiagonalGaussian.from_moments(torch.tensor([0.0, 1e3]).view(1, 2, 1, 1))
     assert clamped.logvar.item() == 20.0
+
+
+def smooth_images(count: int = 6, size: int = 24) -> torch.Tensor:
+    """Images whose patches have a few strong components, in [-1, 1]."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").div(2).clamp(-1, 1) + 0.1
+
+
+def test_patch_autoencoder_keeps_what_a_singular_value_decomposition_keeps():
+    images, kept = smooth_images(), 7
+    autoencoder = PatchAutoencoder(channels=kept, ch=8, ch_mult=[1, 2, 2])
+    shares = autoencoder.fit(images)
+    latent = autoencoder.encode(images).mean
+    assert latent.shape == (6, kept, 6, 6) and autoencoder.downsampling == 4
+    torch.testing.assert_close(latent.square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
+    # numpy on patches cut by hand: 3 x 4 x 4 numbers each
+    mean = images.mean((0, 2, 3), keepdim=True).numpy()
+    centred = images.numpy() - mean
+    patches = np.stack([centred[n, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4].ravel()
+                        for n in range(6) for y in range(6) for x in range(6)])
+    _, singular, axes = np.linalg.svd(patches.astype(np.float64), full_matrices=False)
+    expected = patches @ axes[:kept].T @ axes[:kept]
+    restored = autoencoder.decode(latent).detach().numpy() - mean  # the decoder adds nothing before it is trained
+    found = np.stack([restored[n, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4].ravel()
+                      for n in range(6) for y in range(6) for x in range(6)])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(shares.numpy(), singular[:kept]**2 / (singular**2).sum(), rtol=1e-6)
+    assert np.abs(expected - patches).max() > 1e-3  # seven components do leave something out
+
+
+def test_patch_autoencoder_whitens_as_told_and_trains_its_decoder_only():
+    images = smooth_images()
+    spread = {}
+    for whitening in (0.0, 0.5, 1.0):
+        autoencoder = PatchAutoencoder(channels=5, ch=8, ch_mult=[1, 2, 2])
+        autoencoder.fit(images, whitening)
+        spread[whitening] = autoencoder.encode(images).mean.square().mean((0, 2, 3))
+    torch.testing.assert_close(spread[1.0], torch.ones(5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(spread[0.5] / spread[0.5][0], (spread[0.0] / spread[0.0][0]).sqrt(), rtol=1e-3, atol=0)
+    assert all(name.startswith("decoder.") for name, _ in autoencoder.named_parameters())
+    assert {"mean", "analysis", "synthesis"} < set(autoencoder.state_dict())
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

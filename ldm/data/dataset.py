@@ -36,6 +36,8 @@ class PairDataset(Dataset):
             made for half of the draws. Masks of one data set look alike, so without it a network learns a set's colours
             by its masks and need not look at the reference.
         reference: `target` = the image itself, `manifest` = the row's ref_image, `none`.
+        target_share: with `manifest`, share of the draws whose reference is the image itself all the same. Nothing
+            tells more of its look, so it teaches to look at references; the method's reference_augment has to move it.
         seed: base seed of the draws.
         channels: C of the images: 3 = RGB, 1 = grey, others = arrays of so many bands (see read_image).
     Raises:
@@ -44,11 +46,14 @@ class PairDataset(Dataset):
 
     def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None = None, flip: float = 0.0,
                  random_crop: bool = False, centre_crop: bool = False, colour_jitter: float = 0.0,
-                 reference: str = "target", seed: int = 0, channels: int = 3) -> None:
+                 reference: str = "target", seed: int = 0, channels: int = 3, target_share: float = 0.0) -> None:
         if reference not in REFERENCE_MODES:
             raise UserError(f"reference: {reference!r} is unknown. Expected one of {', '.join(REFERENCE_MODES)}.")
         if not 0 <= flip <= 1:
             raise UserError(f"flip: {flip}. Expected a probability, 0..1.")
+        if not 0 <= target_share <= 1 or (target_share and reference != "manifest"):
+            raise UserError(f"target_share: {target_share} with reference={reference}. Expected a share, 0..1, and "
+                            "above 0 only with reference=manifest.")
         if colour_jitter < 0:
             raise UserError(f"colour_jitter: {colour_jitter}. Expected 0 (off) or a small number such as 0.3.")
         if (random_crop or centre_crop) and (size is None or random_crop == centre_crop):
@@ -65,7 +70,7 @@ class PairDataset(Dataset):
         self.rows, self.table, self.flip, self.reference, self.seed = list(rows), table, flip, reference, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.crop, self.random_crop = random_crop or centre_crop, random_crop
-        self.colour_jitter, self.channels = colour_jitter, channels
+        self.colour_jitter, self.channels, self.target_share = colour_jitter, channels, target_share
         self.latents = None
 
     def __len__(self) -> int:
@@ -89,7 +94,9 @@ class PairDataset(Dataset):
         item = {} if instance is None else {"instance": torch.from_numpy(instance.copy())}
         item |= {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
         pictures = {} if image is None else {"image": image}
-        if self.reference == "manifest":
+        if self.target_share and random.random() < self.target_share:
+            pictures["reference"] = image
+        elif self.reference == "manifest":
             pictures["reference"] = fit_reference(read_image(row.reference), size, self.crop, position)
         if self.colour_jitter and random.random() < 0.5:
             change = draw_colour_change(random, self.colour_jitter)
@@ -115,10 +122,10 @@ class PairDataset(Dataset):
         Raises:
             UserError: if the items are not the same whole images in every epoch.
         """
-        if self.crop or self.size is None or self.reference == "target":
-            raise UserError("cache_latents needs whole images of one size (size set, no random_crop) and references "
-                            "that are other images (reference: manifest or none). Turn cache_latents off, or change "
-                            "these.")
+        if self.crop or self.size is None or self.reference == "target" or self.target_share or self.colour_jitter:
+            raise UserError("cache_latents needs whole images of one size (size set, no random_crop), their own "
+                            "colours (no colour_jitter) and references that are other images (reference: manifest or "
+                            "none, target_share 0). Turn cache_latents off, or change these.")
         used = {row.image for row in self.rows}
         return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
 

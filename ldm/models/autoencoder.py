@@ -10,7 +10,7 @@ from ldm.util import instantiate_from_config
 
 
 class AutoencoderMethod(nn.Module):
-    """Trains an AutoencoderKL on single images: L1 in opponent colours + LPIPS + a little KL.
+    """Trains an autoencoder on single images: L1 in opponent colours + LPIPS + a little KL.
 
     Its state_dict has the keys of the autoencoder under `first_stage_model.`, as the latent methods load it.
 
@@ -18,7 +18,8 @@ class AutoencoderMethod(nn.Module):
         autoencoder: config of the network.
         perceptual_weights: file for PerceptualLoss; needed when perceptual_weight > 0.
         perceptual_weight, kl_weight: factors beside the L1 term.
-        chroma_gain: factor on the first convolution's initial response to colour (not brightness). Colours of land
+        chroma_gain: factor on the first convolution's initial response to colour (not brightness) of an
+            AutoencoderKL. Colours of land
             vary some seven times less than its brightness and are learned as much later without it.
         crop: edge of a random window that is trained on (pixels); None = the whole image. The network is
             convolutional, and small windows give more variety for the same time.
@@ -32,7 +33,8 @@ class AutoencoderMethod(nn.Module):
                  crop: int | None = None) -> None:
         super().__init__()
         self.first_stage_model = instantiate_from_config(autoencoder)
-        amplify_chroma(self.first_stage_model.encoder.conv_in.weight, chroma_gain)
+        if chroma_gain != 1:
+            amplify_chroma(self.first_stage_model.encoder.conv_in.weight, chroma_gain)
         self.perceptual_weight, self.kl_weight, self.crop = perceptual_weight, kl_weight, crop
         # In a tuple, so that 15 M frozen weights of the loss stay out of the checkpoints.
         self._perceptual = (PerceptualLoss(perceptual_weights),) if perceptual_weight else ()

@@ -1,4 +1,4 @@
-"""KL-regularised autoencoder between images and latents (Rombach et al. 2022), with CompVis key names."""
+"""Autoencoders between images and latents: KL-regularised (Rombach et al. 2022, CompVis key names), and of patches."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.blocks import Upsample, group_norm
+from ldm.modules.blocks import Upsample, group_norm, zero_module
 
 
 @dataclass
@@ -76,6 +76,69 @@ class AutoencoderKL(nn.Module):
     def last_layer(self) -> Tensor:
         """Weight of the last convolution (used to balance the losses)."""
         return self.decoder.conv_out.weight
+
+
+class PatchAutoencoder(nn.Module):
+    """Autoencoder that encodes each patch by its principal components; a network repairs what they leave out.
+
+    For small models: the encoder is fitted in seconds (`fit`), keeps mean colours exactly, and stays the same while the
+    decoder trains, so that a generator of its latents need not wait for the decoder. The decoder starts as the linear
+    way back. There is no posterior: its variance is zero up to rounding.
+
+    Args:
+        channels: principal components kept of a patch = channels of the latent.
+        ch, ch_mult, num_res_blocks: of the decoder (see AutoencoderKL); patches have edges of 2**(len(ch_mult) - 1).
+    """
+
+    def __init__(self, channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int = 1) -> None:
+        super().__init__()
+        self.downsampling = 2 ** (len(ch_mult) - 1)
+        self.latent_channels = channels
+        patch = (channels, 3, self.downsampling, self.downsampling)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("analysis", torch.zeros(patch))
+        self.register_buffer("synthesis", torch.zeros(patch))
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, 3, channels)
+        zero_module(self.decoder.conv_out)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor, whitening: float = 0.5) -> Tensor:
+        """Set the encoder and the linear way back from the patches of images.
+
+        Args:
+            images: (N, 3, H, W) float32 in [-1, 1]; H and W multiples of `downsampling`.
+            whitening: 0 keeps the variances of the components, whose first, the brightness, is thirty times that of
+                the second; 1 makes them equal. Latents have unit variance over all channels in any case.
+        Returns:
+            Share of the patches' variance that the channels keep, in the order of the channels, (channels,) float64.
+        Source: Hotelling 1933 (principal components).
+        """
+        mean = images.double().mean((0, 2, 3))
+        patches = F.pixel_unshuffle(images.double() - mean[:, None, None], self.downsampling)  # (N, 3 * p * p, h, w)
+        patches = patches.permute(1, 0, 2, 3).flatten(1)
+        variances, axes = torch.linalg.eigh(patches @ patches.T / patches.shape[1])
+        variances, axes = variances.flip(0), axes.flip(1)  # largest first
+        kept, axes = variances[:self.latent_channels], axes[:, :self.latent_channels].T
+        largest = axes.abs().argmax(1, keepdim=True)
+        axes = axes * axes.gather(1, largest).sign()  # an axis has no direction of its own; this one repeats
+        scale = kept.pow(-whitening / 2)
+        scale = scale / (kept * scale.square()).mean().sqrt()
+        axes = axes.unflatten(1, self.analysis.shape[1:])
+        for buffer, value in ((self.mean, mean), (self.analysis, axes * scale[:, None, None, None]),
+                              (self.synthesis, axes / scale[:, None, None, None])):
+            buffer.copy_(value)
+        return kept / variances.sum()
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """Latent of an image as a posterior without variance; (B, 3, H, W) in [-1, 1] -> (B, channels, h, w)."""
+        centred = image - self.mean[:, None, None]
+        latent = F.conv2d(centred, self.analysis.to(image.dtype), stride=self.downsampling)
+        return DiagonalGaussian(latent, torch.full_like(latent, -30.0))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Image of a latent: (B, channels, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
+        linear = F.conv_transpose2d(latent, self.synthesis.to(latent.dtype), stride=self.downsampling)
+        return linear + self.mean[:, None, None] + self.decoder(latent)
 
 
 class Encoder(nn.Module):
