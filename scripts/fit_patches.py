@@ -1,6 +1,6 @@
 """Fit the encoder of a PatchAutoencoder to the images of a manifest, and write it as weights that train.py starts from.
 
-    python scripts/fit_patches.py configs/model/autoencoder_mini.yaml patches.safetensors --data_root DATA \
+    python scripts/fit_patches.py configs/model/autoencoder_patch_mini.yaml patches.safetensors --data_root DATA \
         --txt_file DATA/train_set_items.json
 
 The decoder in the file is the linear way back; train.py --pretrain_path patches.safetensors trains it.
