@@ -147,6 +147,11 @@ def test_tars_hold_the_same_pictures_in_the_order_that_webdataset_groups(workspa
     assert len(members) == 3 * len(index)
     with pytest.raises(UserError, match="images are in tars. Expected files. Paint with --format folder"):
         read_run(tmp_path)
+    inside = tmp_path / "at_once"
+    with tarfile.open(inside / "tars/000000.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("../out.png"), io.BytesIO())
+    assert run(workspace, inside, *flags, "--num_per_mask", "3") == 4  # nothing of a tar lands outside
+    assert not (inside / "shards/out.png").exists()
 
 
 def test_another_setting_is_refused_in_the_same_folder(workspace, finished, capsys):
