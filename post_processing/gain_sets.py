@@ -1,7 +1,5 @@
 """What a measurement of the gain trains on and paints: labelled real pairs, masks with references, mixed masks."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from PIL import Image
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.manifest import Row, read_manifest, write_manifest
 from ldm.util import UserError
+from post_processing.files import link_or_copy
 from post_processing.filtering import encode_mask
 from post_processing.loading import read_image
 from post_processing.mixing import choose_box
@@ -67,7 +66,7 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
     Returns:
         Entries of a manifest; `target` is the mixed image, which --strength starts from.
     """
-    for name in ("masks", "images", "references"):
+    for name in ("masks", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     mixed = []
     for number, (item, pair) in enumerate(zip(items, pairs, strict=True)):
@@ -85,19 +84,12 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
         Image.fromarray(image).save(folder / "images" / name)
         mixed.append({"source": f"masks/{name}", "target": f"images/{name}", "prompt": table.prompt(mask)})
         if "ref_image" in item:
-            mixed[-1]["ref_image"] = link(Path(root) / item["ref_image"], folder, "references")
+            reference = f"references/{item['ref_image']}"  # the whole path: names may repeat in other folders
+            mixed[-1]["ref_image"] = reference
+            if not (folder / reference).exists():
+                (folder / reference).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(Path(root) / item["ref_image"], folder / reference)
     return mixed
-
-
-def link(path: Path, folder: Path, name: str) -> str:
-    """Link an image into a folder's subfolder of this name, or copy it; returns the path relative to the folder."""
-    target = f"{name}/{'_'.join(path.parts[-2:])}"
-    if not (folder / target).exists():
-        try:
-            os.link(path, folder / target)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(path, folder / target)
-    return target
 
 
 def choose_masks(

@@ -21,7 +21,7 @@ from ldm.data.classes import ClassTable, read_mask
 from ldm.data.manifest import write_manifest
 from ldm.util import UserError, nearest, run_entry_point
 from post_processing.balance import balance_of, describe_balance, draw_balance
-from post_processing.files import digest_of, find_changes, read_lines, read_settings, write_json
+from post_processing.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
 from post_processing.hardness import read_hardness
 from post_processing.loading import find_items
 from post_processing.selection import Candidate, cap, keep_by_hardness, keep_by_rule
@@ -314,14 +314,6 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
             f"--out-dir: {out} holds another choice ({'; '.join(changes)}). Expected the same one. Choose another "
             "folder, or replace it with --overwrite."
         )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy where links are not possible (another disk, a file system without them)."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 if __name__ == "__main__":

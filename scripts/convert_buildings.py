@@ -11,8 +11,6 @@ r"""Building annotations to masks and back, label files of synthetic pairs for d
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +38,7 @@ from post_processing.buildings import (  # noqa: E402
     to_layers,
     yolo_lines,
 )
+from post_processing.files import link_or_copy  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -202,7 +201,7 @@ def export_pairs(args: argparse.Namespace) -> dict[str, Any]:
         for folder in ("images", "labels"):
             (args.out / folder).mkdir()
         for (image, _), scene in zip(pairs, scenes, strict=True):
-            place_file(image, args.out / "images" / image.name)
+            link_or_copy(image, args.out / "images" / image.name)
             text = "".join(f"{line}\n" for line in yolo_lines(scene))  # an empty file: an image without buildings
             (args.out / "labels" / f"{image.stem}.txt").write_text(text, encoding="utf-8")
         write_data_yaml(args.out, [image.name for image, _ in pairs], is_val, args.building)
@@ -242,14 +241,6 @@ def write_data_yaml(out: Path, images: Sequence[str], is_val: Sequence[bool], bu
             (out / parts[part]).write_text("".join(f"./images/{name}\n" for name in names), encoding="utf-8")
     content = {"path": str(out.resolve()), **parts, "names": {0: building}}
     (out / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
-def place_file(source: Path, target: Path) -> None:
-    """Link a file to a second place, or copy it where links are not possible."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def score_predictions(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
 from ldm.data.pairing import choose_groups  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from post_processing.files import write_atomic, write_json  # noqa: E402
+from post_processing.files import link_or_copy, write_atomic, write_json  # noqa: E402
 from post_processing.filtering import encode_mask  # noqa: E402
 from post_processing.gain_report import (  # noqa: E402
     draw_curves,
@@ -292,10 +291,7 @@ def write_unfiltered(plan: Plan) -> None:
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
         write_atomic(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
         (folder / image).unlink(missing_ok=True)
-        try:
-            os.link(sample.image, folder / image)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(sample.image, folder / image)
+        link_or_copy(sample.image, folder / image)
         rows.append({"source": mask, "target": image})
     write_manifest(plan.unfiltered, rows)
 
