@@ -14,7 +14,7 @@ from ldm.sampling.modes import add_sampling_flags, choose_sampling
 from ldm.util import run_entry_point
 
 if TYPE_CHECKING:
-    from ldm.models.planning import RunSettings
+    from ldm.generation.plan import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
     if missing and not (args.status or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    from ldm.sampling.writer import OutputError
+    from ldm.generation.writer import OutputError
 
     try:
         return report(Path(args.outdir), args.verify) if args.status or args.verify else paint(args)
@@ -168,15 +168,15 @@ def paint(args: argparse.Namespace) -> int:
         OutputError: if the output cannot be written.
     """
     # torch takes seconds to import: only after the command line is known to be right.
-    from ldm.models.machine import Stopped, stop_on_signals
-    from ldm.models.planning import make_plan
-    from ldm.models.worker import run
+    from ldm.generation.machine import Stopped, stop_on_signals
+    from ldm.generation.plan import make_plan
+    from ldm.generation.worker import run
 
     settings = make_settings(args)
     try:
         with stop_on_signals():
             if settings.engine == "ray":
-                from ldm.models.ray_engine import run_on_ray
+                from ldm.generation.ray_engine import run_on_ray
 
                 return run_on_ray(settings, lambda own: choose_sampling(args, own), args.ray_workers)
             return run(make_plan(settings, lambda own: choose_sampling(args, own)))
@@ -187,8 +187,8 @@ def paint(args: argparse.Namespace) -> int:
 
 def make_settings(args: argparse.Namespace) -> "RunSettings":
     """Settings of the run, with the share of the shards that this process paints."""
-    from ldm.models.machine import find_share
-    from ldm.models.planning import RunSettings
+    from ldm.generation.machine import find_share
+    from ldm.generation.plan import RunSettings
 
     if args.shard is None:
         args.shard = find_share() if args.engine == "local" else (0, 1)
@@ -205,7 +205,7 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
 
 def report(folder: Path, is_verify: bool) -> int:
     """Print the state of an output folder; returns the exit code."""
-    from ldm.sampling.report import describe_run, verify_run
+    from ldm.generation.report import describe_run, verify_run
 
     text, bad = (verify_run if is_verify else describe_run)(folder)
     print(text)

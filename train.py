@@ -135,9 +135,9 @@ def pick_devices(gpus: str | None) -> dict:
 
 def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # noqa: ANN001, ANN201
     """The network, with the weights that the flags name, or those of the run that is resumed."""
-    from ldm.account import fill, required_while_training
-    from ldm.checkpoint import open_checkpoint
     from ldm.util import instantiate_from_config
+    from ldm.weights.checkpoint import open_checkpoint
+    from ldm.weights.report import fill, required_while_training
     method = instantiate_from_config(config.model)
     if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
         log.info(fill(method, [open_checkpoint(checkpoint)]))
@@ -167,9 +167,9 @@ def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # 
 
 def start_finetuning(method, args: argparse.Namespace, trainer) -> None:  # noqa: ANN001
     """Load trained weights for training, and their average for the callback that goes on with it."""
-    from cldm.callbacks import AveragedWeights
-    from ldm.account import fill
-    from ldm.checkpoint import open_checkpoint
+    from ldm.training.callbacks import AveragedWeights
+    from ldm.weights.checkpoint import open_checkpoint
+    from ldm.weights.report import fill
     own = method.state_dict()
     log.info(fill(method, [open_checkpoint(args.finetune_ema or args.finetune, own)]))
     average = {name: value.clone() for name, value in method.state_dict().items()}
@@ -187,7 +187,7 @@ def has_local_weights(params, name: str) -> bool:  # noqa: ANN001
 
 def cache_latents(method, data, trainer, folder: str) -> None:  # noqa: ANN001
     """Let the training set hand out latents of the frozen autoencoder instead of images."""
-    from ldm.data.latents import build_latent_cache
+    from ldm.training.latents import build_latent_cache
     if not hasattr(method, "first_stage_model"):
         raise UserError(f"cache_latents: {type(method).__name__} has no autoencoder, there is nothing to encode. Set "
                         "training.cache_latents=null.")
@@ -209,7 +209,7 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
     from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-    from cldm.callbacks import AveragedWeights, ImageGrid, RunCheckpoint, RunRecord, WeightExport
+    from ldm.training.callbacks import AveragedWeights, ImageGrid, RunCheckpoint, RunRecord, WeightExport
     from ldm.util import arguments_of
     settings = OmegaConf.to_container(config.lightning, resolve=True)
     check_keys("lightning", settings, ("trainer", "checkpoint"))
@@ -253,9 +253,9 @@ def main(argv: list[str]) -> None:
         raise FileExistsError(f"--project {run_dir}: holds a run. Go on with it by -r {run_dir}, or name a new folder.")
     import torch
 
-    from ldm.models.loading import build_skeleton
-    from ldm.models.training import TrainingModule
+    from ldm.training.module import TrainingModule
     from ldm.util import arguments_of, instantiate_from_config
+    from ldm.weights.load import build_skeleton
     settings = OmegaConf.to_container(config.training, resolve=True)
     # those that are not of TrainingModule
     others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents")

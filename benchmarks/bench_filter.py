@@ -22,10 +22,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.classes import ClassTable  # noqa: E402
-from post_processing.filtering import PixelFilter  # noqa: E402
-from post_processing.hardness import measure_hardness  # noqa: E402
-from post_processing.loading import Item, load_item  # noqa: E402
-from post_processing.segmentor import Segmentor  # noqa: E402
+from post_processing.segmentation.loading import Item, load_item  # noqa: E402
+from post_processing.segmentation.segmentor import Segmentor  # noqa: E402
+from post_processing.selection.hardness import measure_hardness  # noqa: E402
+from post_processing.selection.rules import PixelFilter  # noqa: E402
 
 
 class TimedModel(torch.nn.Module):

@@ -27,9 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 import inference  # noqa: E402
 from benchmarks import bench_sampling, bench_training, measure, upstream_style  # noqa: E402
 from benchmarks.setting import SIZES, config_of, make_inputs, make_ours  # noqa: E402
-from ldm.checkpoint import save_safetensors  # noqa: E402
-from ldm.models.machine import compile_blocks  # noqa: E402
+from ldm.generation.machine import compile_blocks  # noqa: E402
 from ldm.sampling.guidance import join_branches  # noqa: E402
+from ldm.weights.checkpoint import save_safetensors  # noqa: E402
 
 Line = dict[str, Any]
 ATTENTION = ((8, 4096, 40), (5, 4096, 64), (8, 1024, 80), (8, 256, 160))  # heads, positions, width of a head

@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from benchmarks.setting import SIZES, TOKENS, make_diffusers, make_inputs, make_ours  # noqa: E402
 from ldm.data.dataset import PairDataset, collate_batch  # noqa: E402
-from ldm.data.latents import build_latent_cache  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
 from ldm.data.transforms import normalize_batch  # noqa: E402
-from ldm.models.training import freeze_all_but  # noqa: E402
+from ldm.training.latents import build_latent_cache  # noqa: E402
+from ldm.training.module import freeze_all_but  # noqa: E402
 
 ARMS = ("diffusers", "ours", "ours_cached_latents", "ours_checkpointing")
 

@@ -21,9 +21,9 @@ import torch  # noqa: E402
 from ldm.data.dataset import PairDataset  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
 from ldm.data.transforms import normalize_batch  # noqa: E402
-from ldm.models.loading import load_method, read_model_config  # noqa: E402
 from ldm.sampling.modes import FROM_ZERO, SPACINGS, Sampling  # noqa: E402
 from ldm.sampling.noise import sample_noise  # noqa: E402
+from ldm.weights.load import load_method, read_model_config  # noqa: E402
 
 
 def main() -> None:

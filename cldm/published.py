@@ -3,8 +3,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.data.classes import ClassTable
-from ldm.key_maps import PARTS
 from ldm.util import UserError
+from ldm.weights.names import PARTS
 
 
 def infer_model(shapes: Mapping[str, Sequence[int]], table: ClassTable, edge: str = "semantic") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from cldm.spade import spade_parts
-from ldm.models.pixel import PixelDiffusion
+from ldm.methods.pixel import PixelDiffusion
 from ldm.modules.blocks import set_norm_groups
 from ldm.modules.unet import UNet
 
@@ -13,7 +13,7 @@ from ldm.modules.unet import UNet
 class SDM(PixelDiffusion):
     """Noise and variance prediction; middle and decoder are SPADE blocks, the encoder never sees the mask.
 
-    Weights are called as in the published files (see ldm.key_maps).
+    Weights are called as in the published files (see ldm.weights.names).
 
     Args:
         class_table: name, file or mapping (see ClassTable.load).

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.pixel import PixelDiffusion
+from ldm.methods.pixel import PixelDiffusion
 from ldm.modules.attention import SelfAttention
 from ldm.modules.blocks import set_norm_groups
 from ldm.modules.unet import Parts, UNet
@@ -14,7 +14,7 @@ from ldm.modules.unet import Parts, UNet
 class SegGuided(PixelDiffusion):
     """Noise prediction from image and hint, concatenated (Konz et al. 2024).
 
-    The network is that of diffusers' UNet2DModel, whose weights load (see ldm.key_maps).
+    The network is that of diffusers' UNet2DModel, whose weights load (see ldm.weights.names).
 
     Args:
         class_table: name, file or mapping (see ClassTable.load).

@@ -10,7 +10,7 @@ from cldm.control import STEM_WIDTHS, ControlBranch
 from cldm.prepared import PreparedTISynth
 from ldm.data.classes import ClassTable
 from ldm.data.transforms import encode_mask, hint_channels
-from ldm.models.diffusion import DiffusionMethod
+from ldm.methods.diffusion import DiffusionMethod
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.blocks import set_norm_groups
 from ldm.util import instantiate_from_config

@@ -13,6 +13,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+# Dotted paths that users' checkpoints and segmentors name -> where the code lives now.
+MOVED = {
+    "ldm.models.autoencoder.": "ldm.methods.autoencoder.",
+    "post_processing.mixing.": "post_processing.segmentation.mixing.",
+    "post_processing.mmseg_dataset.": "post_processing.segmentation.dataset.",
+}
+
 
 class UserError(ValueError):
     """A mistake in the user's input; the text says where, what is wrong, what was expected and what to do."""
@@ -71,8 +78,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
+def current_path(dotted: str) -> str:
+    """Today's dotted path of an object whose module has moved since a file was written; others as they are."""
+    for old, new in MOVED.items():
+        if dotted.startswith(old):
+            return new + dotted.removeprefix(old)
+    return dotted
+
+
 def locate(dotted: str) -> Any:
     """Import the object at a dotted path such as `cldm.tisynth.TISynth`; UserError when it is not there."""
+    dotted = current_path(dotted)
     module_name, _, name = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module_name), name)

@@ -33,12 +33,12 @@ from post_processing.files import (
     write_json,
     write_lines,
 )
-from post_processing.filtering import PixelFilter, draw_overlay, is_finished
-from post_processing.hardness import Hardness, fingerprint_of, get_hardness
-from post_processing.loading import Item, find_items
-from post_processing.mmseg_dataset import match_folders
 from post_processing.run_index import read_run
-from post_processing.segmentor import choose_device, load_segmentor
+from post_processing.segmentation.dataset import match_folders
+from post_processing.segmentation.loading import Item, find_items
+from post_processing.segmentation.segmentor import choose_device, load_segmentor
+from post_processing.selection.hardness import Hardness, fingerprint_of, get_hardness
+from post_processing.selection.rules import PixelFilter, draw_overlay, is_finished
 
 logger = logging.getLogger(__name__)
 

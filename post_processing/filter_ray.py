@@ -12,8 +12,8 @@ import numpy as np
 
 from ldm.util import UserError
 from post_processing.files import Record
-from post_processing.filtering import PixelFilter
-from post_processing.loading import Item
+from post_processing.segmentation.loading import Item
+from post_processing.selection.rules import PixelFilter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OBJECT_STORE = 128 << 20  # bytes; only names go through it

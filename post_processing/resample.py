@@ -20,11 +20,11 @@ import numpy as np
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.manifest import write_manifest
 from ldm.util import UserError, nearest, run_entry_point
-from post_processing.balance import balance_of, describe_balance, draw_balance
 from post_processing.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
-from post_processing.hardness import read_hardness
-from post_processing.loading import find_items
-from post_processing.selection import Candidate, cap, keep_by_hardness, keep_by_rule
+from post_processing.segmentation.loading import find_items
+from post_processing.selection.balance import balance_of, describe_balance, draw_balance
+from post_processing.selection.choice import Candidate, cap, keep_by_hardness, keep_by_rule
+from post_processing.selection.hardness import read_hardness
 
 logger = logging.getLogger(__name__)
 
@@ -240,9 +240,9 @@ def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float 
     import torch
 
     from ldm.data.manifest import read_manifest
-    from post_processing.loading import Item, load_batches, run_in_parts, stack_batch
-    from post_processing.metrics import SegmentationScore
-    from post_processing.segmentor import choose_device, load_segmentor
+    from post_processing.evaluation.scores import SegmentationScore
+    from post_processing.segmentation.loading import Item, load_batches, run_in_parts, stack_batch
+    from post_processing.segmentation.segmentor import choose_device, load_segmentor
 
     if not args.iou_txt_file:
         raise UserError("--segmentor: needs real pairs to measure its IoU on. Expected --iou_txt_file MANIFEST.")

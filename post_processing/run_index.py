@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
 from ldm.util import UserError
-from post_processing.mmseg_dataset import read_image
+from post_processing.segmentation.dataset import read_image
 
 Item = TypeVar("Item")
 

@@ -4,7 +4,8 @@ r"""Building annotations to masks and back, label files of synthetic pairs for d
     python scripts/convert_buildings.py export --run outputs/mine --instances data/buildings/instances --out data/yolo
     python scripts/convert_buildings.py score --truth val.json --predicted results.json
 
-`coco_to_masks` writes masks/ (class ids), instances/0/, 1/, ... (see post_processing/buildings.py) and classes.yaml.
+`coco_to_masks` writes masks/ (class ids), instances/0/, 1/, ... and classes.yaml; see
+post_processing/evaluation/buildings.py.
 `export` writes annotations.json (COCO), and for pairs of images and masks images/, labels/ and data.yaml (YOLO-seg).
 `score` takes predictions and truth of the same file names, or of the same stems.
 """
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from post_processing.buildings import (  # noqa: E402
+from post_processing.evaluation.buildings import (  # noqa: E402
     Scene,
     find_class,
     find_components,
@@ -218,7 +219,7 @@ def draw_validation(stems: Sequence[str], fraction: float, seed: int) -> list[bo
     Raises:
         UserError: if a side would be empty, or the fraction is not in [0, 1).
     """
-    from post_processing.loading import SEED_ENDING
+    from post_processing.segmentation.loading import SEED_ENDING
 
     names = [SEED_ENDING.sub("", stem) for stem in stems]
     order = sorted(set(names))

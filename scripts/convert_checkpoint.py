@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.published import infer_model  # noqa: E402
-from ldm.account import SCHEDULE, fill, group_of  # noqa: E402
-from ldm.checkpoint import REST, Checkpoint, open_checkpoint, save_safetensors  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
-from ldm.key_maps import PARTS, to_diffusers  # noqa: E402
-from ldm.models.loading import build_skeleton, check_targets  # noqa: E402
-from ldm.models.pixel import EDGES  # noqa: E402
+from ldm.methods.pixel import EDGES  # noqa: E402
 from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
-from ldm.weight_files import StoredTensor  # noqa: E402
+from ldm.weights.checkpoint import REST, Checkpoint, open_checkpoint, save_safetensors  # noqa: E402
+from ldm.weights.files import StoredTensor  # noqa: E402
+from ldm.weights.load import build_skeleton, check_targets  # noqa: E402
+from ldm.weights.names import PARTS, to_diffusers  # noqa: E402
+from ldm.weights.report import SCHEDULE, fill, group_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UPSTREAM = "configs/model/tisynth_sd15_upstream.yaml"

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from ldm.data.classes import ClassTable
-    from post_processing.metrics import SegmentationScore
+    from post_processing.evaluation.scores import SegmentationScore
     from post_processing.run_index import Sample
-    from post_processing.segmentor import Segmentor
+    from post_processing.segmentation.segmentor import Segmentor
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +124,9 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     """Score real tiles, pictures against their masks and against shuffled masks; returns results and a table."""
     from ldm.data.classes import ClassTable
     from ldm.data.manifest import read_manifest
-    from post_processing.metrics import position
+    from post_processing.evaluation.scores import position
     from post_processing.run_index import read_run
-    from post_processing.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.segmentor import choose_device, load_segmentor
 
     samples, run = read_run(args.run, args.data_root)
     given = ClassTable.load(args.class_table) if args.class_table else None
@@ -163,8 +163,8 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
 
 def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
-    from post_processing.mmseg_dataset import list_pairs
-    from post_processing.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.dataset import list_pairs
+    from post_processing.segmentation.segmentor import choose_device, load_segmentor
 
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device))
     pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
@@ -181,7 +181,7 @@ def score_real(pairs: Sequence[tuple[Path, Path]], segmentor: "Segmentor", args:
     import torch
     from PIL import Image
 
-    from post_processing.metrics import SegmentationScore
+    from post_processing.evaluation.scores import SegmentationScore
     from post_processing.run_index import group_batches, read_image_batch, read_mask_at
 
     table = segmentor.class_table
@@ -207,7 +207,7 @@ def score_run(
     """
     import torch
 
-    from post_processing.metrics import SegmentationScore, derange
+    from post_processing.evaluation.scores import SegmentationScore, derange
     from post_processing.run_index import group_batches, read_image_batch, read_mask_at
 
     keys = sorted({(sample.mask, sample.size) for sample in samples})
@@ -280,9 +280,9 @@ def mask_table(results: dict[str, Any]) -> str:
 def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Judge runs against an exact one, on the same masks and noise; returns results and a table."""
     from ldm.data.classes import ClassTable
-    from post_processing.gate import judge
+    from post_processing.evaluation.gate import judge
     from post_processing.run_index import read_run
-    from post_processing.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.segmentor import choose_device, load_segmentor
 
     samples, exact_run = read_run(args.exact, args.data_root)
     table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
@@ -333,7 +333,7 @@ def measure_areas(samples: Iterable["Sample"], segmentor: "Segmentor", args: arg
     import numpy as np
     import torch
 
-    from post_processing.gate import class_areas
+    from post_processing.evaluation.gate import class_areas
     from post_processing.run_index import group_batches, read_image_batch, read_mask_at
 
     samples, table = list(samples), segmentor.class_table
@@ -366,7 +366,7 @@ def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:
 
 def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Compare colour statistics of pictures of the same masks painted with two sets of references."""
-    from post_processing.metrics import compare_references
+    from post_processing.evaluation.scores import compare_references
 
     set_a, set_b = select_sets(args)
     pairs = pair_by_mask(set_a, set_b)
@@ -443,9 +443,9 @@ def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, "t
     """Colour statistics of every file, batched over files of one size."""
     from PIL import Image
 
-    from post_processing.metrics import colour_statistics
+    from post_processing.evaluation.scores import colour_statistics
     from post_processing.run_index import group_batches, read_image_batch
-    from post_processing.segmentor import choose_device
+    from post_processing.segmentation.segmentor import choose_device
 
     device = choose_device(args.device)
     ordered = sorted(paths)

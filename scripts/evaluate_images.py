@@ -26,7 +26,7 @@ def add_commands(commands: Any, style: dict[str, Any]) -> None:
     network = sets.add_mutually_exclusive_group()  # without: ImageNet's MobileNetV2
     network.add_argument("--inception", help="pt_inception-2015-12-05-6726825d.pth: FID and KID as published")
     network.add_argument("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="features of a segmentor instead")
-    network.add_argument("--vgg", help="file of scripts/convert_lpips.py: features of ImageNet's VGG16 instead")
+    network.add_argument("--vgg", help="file of demo/make/convert_lpips.py: features of ImageNet's VGG16 instead")
     sets.add_argument("--subsets", type=int, default=100, help="subsets that KID is the mean of")
     sets.add_argument("--subset_size", type=int, default=1000, help="images in each, at most half of the smaller set")
     sets.add_argument("--seed", type=int, default=0, help="seed of subsets and parts")
@@ -34,7 +34,7 @@ def add_commands(commands: Any, style: dict[str, Any]) -> None:
 
     diversity = commands.add_parser("diversity", help="LPIPS between samples of one mask and reference", **style)
     diversity.add_argument("--run", required=True, help="--outdir of inference.py with --num_per_mask 2 or more")
-    diversity.add_argument("--vgg", required=True, help="file of scripts/convert_lpips.py")
+    diversity.add_argument("--vgg", required=True, help="file of demo/make/convert_lpips.py")
     diversity.set_defaults(measure=measure_diversity)
 
 
@@ -42,26 +42,26 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     import torch
 
-    from ldm.models.machine import choose_device
+    from ldm.generation.machine import choose_device
 
     device = choose_device(args.device)
     if args.inception:
-        from post_processing.inception import InceptionFeatures
+        from post_processing.evaluation.inception import InceptionFeatures
 
         network = InceptionFeatures(args.inception).to(device)
         return "Inception v3 (2048)", torch.no_grad()(lambda images: network(images.to(device)))
     if args.segmentor:
-        from post_processing.image_metrics import segmentor_features
-        from post_processing.segmentor import load_segmentor
+        from post_processing.evaluation.images import segmentor_features
+        from post_processing.segmentation.segmentor import load_segmentor
 
         segmentor = load_segmentor(*args.segmentor, device=device)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
     if not args.vgg:
-        from post_processing.image_metrics import load_mobilenet, mobilenet_features
+        from post_processing.evaluation.images import load_mobilenet, mobilenet_features
 
         mobilenet = load_mobilenet().to(device)
         return "MobileNetV2 (320)", lambda images: mobilenet_features(mobilenet, images.to(device))
-    from ldm.models.perceptual import PerceptualLoss
+    from ldm.modules.perceptual import PerceptualLoss
 
     vgg = PerceptualLoss(args.vgg).to(device)
     return "VGG16 relu5_3 (512)", torch.no_grad()(
@@ -93,7 +93,7 @@ def read_features(
 def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """FID and KID of a run to real images; returns results and a table."""
     from ldm.data.manifest import read_manifest
-    from post_processing.image_metrics import compare_sets
+    from post_processing.evaluation.images import compare_sets
     from post_processing.run_index import read_run
 
     samples, run = read_run(args.run, args.data_root)
@@ -134,9 +134,9 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
     import torch
 
-    from ldm.models.machine import choose_device
-    from ldm.models.perceptual import PerceptualLoss
-    from post_processing.image_metrics import mean_pair_distances
+    from ldm.generation.machine import choose_device
+    from ldm.modules.perceptual import PerceptualLoss
+    from post_processing.evaluation.images import mean_pair_distances
     from post_processing.run_index import read_image_batch, read_run
 
     samples, run = read_run(args.run, args.data_root)

@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
-from ldm.data.pairing import choose_groups  # noqa: E402
+from ldm.data.prepare.pairing import choose_groups  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.files import link_or_copy, write_atomic, write_json  # noqa: E402
-from post_processing.filtering import encode_mask  # noqa: E402
-from post_processing.gain_report import (  # noqa: E402
+from post_processing.gain.report import (  # noqa: E402
     draw_curves,
     draw_examples,
     make_page,
@@ -37,7 +36,7 @@ from post_processing.gain_report import (  # noqa: E402
     read_curves,
     summarise,
 )
-from post_processing.gain_sets import (  # noqa: E402
+from post_processing.gain.sets import (  # noqa: E402
     SPLIT_SEED,
     find_references,
     list_items,
@@ -45,9 +44,10 @@ from post_processing.gain_sets import (  # noqa: E402
     write_mixtures,
     write_real,
 )
-from post_processing.loading import Item, load_item  # noqa: E402
+from post_processing.gain.stages import Stage, StageRunner, make_slots  # noqa: E402
 from post_processing.run_index import read_run  # noqa: E402
-from post_processing.stages import Stage, StageRunner, make_slots  # noqa: E402
+from post_processing.segmentation.loading import Item, load_item  # noqa: E402
+from post_processing.selection.rules import encode_mask  # noqa: E402
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]

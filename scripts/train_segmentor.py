@@ -24,14 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.util import UserError, is_rank_zero, run_entry_point  # noqa: E402
-from post_processing.backbone import find_imagenet_weights, load_backbone  # noqa: E402
-from post_processing.mixing import JOINT_DATASET, MIX_DATASET, MIXES, RATIO_SAMPLER  # noqa: E402
-from post_processing.mmseg_dataset import class_weights, count_pixels, dataset_config, list_pairs  # noqa: E402
-from post_processing.segmentor import (  # noqa: E402
+from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone  # noqa: E402
+from post_processing.segmentation.dataset import class_weights, count_pixels, dataset_config, list_pairs  # noqa: E402
+from post_processing.segmentation.mixing import JOINT_DATASET, MIX_DATASET, MIXES, RATIO_SAMPLER  # noqa: E402
+from post_processing.segmentation.segmentor import (  # noqa: E402
     HISTORY_BUFFER,
     HISTORY_METHOD,
     check_weights,
     read_checkpoint,
+    read_config,
     require_mmseg,
     save_checkpoint,
 )
@@ -94,11 +95,7 @@ def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
         FileNotFoundError: if there is no such config.
         UserError: if there is no class table, or flags contradict a config that has its own data.
     """
-    from mmengine.config import Config
-
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f"segmentor config not found: {args.config}. Give one such as configs/mmseg/small.py.")
-    config = Config.fromfile(args.config)
+    config = read_config(args.config)
     given = [f"--{name}" for name in args.given if name in (*SETTINGS, *DATA_FLAGS)]
     if "train_dataloader" in config and given:
         raise UserError(

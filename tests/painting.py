@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import inference
-from ldm.checkpoint import save_safetensors
 from ldm.util import instantiate_from_config, run_entry_point
+from ldm.weights.checkpoint import save_safetensors
 
 REPOSITORY = Path(inference.__file__).parent
 MODEL = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldm.data.classes import ClassTable
-from post_processing.segmentor import Segmentor, save_checkpoint
+from post_processing.segmentation.segmentor import Segmentor, save_checkpoint
 
 
 def table_of(count: int, **changes: object) -> ClassTable:
@@ -40,7 +40,7 @@ def make_segmentor(folder: Path, table: ClassTable, align_corners: bool = False)
     """Write config.json and segmentor.pth of a small mmseg model with random weights."""
     from mmengine.config import Config
 
-    from post_processing.segmentor import build_model, require_mmseg
+    from post_processing.segmentation.segmentor import build_model, require_mmseg
 
     require_mmseg()
     torch.manual_seed(0)

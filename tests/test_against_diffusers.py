@@ -10,9 +10,9 @@ from tiny import ROOT, randomize
 from torch import Tensor, nn
 
 from cldm.tisynth import TISynth
-from ldm.checkpoint import open_checkpoint
-from ldm.key_maps import PARTS, from_diffusers, to_diffusers
 from ldm.modules.unet import UNet
+from ldm.weights.checkpoint import open_checkpoint
+from ldm.weights.names import PARTS, from_diffusers, to_diffusers
 from scripts import convert_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
@@ -40,7 +40,7 @@ def folder(method: TISynth, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The method, converted to a diffusers folder by our own script."""
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import save_safetensors
+    from ldm.weights.checkpoint import save_safetensors
 
     root = tmp_path_factory.mktemp("diffusers")
     save_safetensors(root / "ours.safetensors", method.state_dict(), OmegaConf.create({"model": CONFIG}))

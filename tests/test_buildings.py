@@ -14,7 +14,7 @@ from ldm.util import UserError
 masks = pytest.importorskip("pycocotools.mask")
 cv2 = pytest.importorskip("cv2")
 
-from post_processing.buildings import (  # noqa: E402
+from post_processing.evaluation.buildings import (  # noqa: E402
     Instance,
     Scene,
     decode,

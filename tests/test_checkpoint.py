@@ -17,12 +17,12 @@ from torch import Tensor
 
 import train
 from cldm.tisynth import TISynth
-from ldm.account import fill
-from ldm.checkpoint import load_checkpoint, open_checkpoint, save_safetensors
-from ldm.key_maps import to_diffusers
-from ldm.models.loading import load_method, read_model_config
-from ldm.models.planning import use_tokenizer
+from ldm.generation.plan import use_tokenizer
 from ldm.util import UserError
+from ldm.weights.checkpoint import load_checkpoint, open_checkpoint, save_safetensors
+from ldm.weights.load import load_method, read_model_config
+from ldm.weights.names import to_diffusers
+from ldm.weights.report import fill
 from scripts import convert_checkpoint
 
 CONFIG = {"target": "cldm.tisynth.TISynth", "params": model_params("tisynth_tiny")}
@@ -316,7 +316,7 @@ def test_bad_files_are_refused_and_never_run(kind: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("kind", BAD)
 def test_segmentor_refuses_the_same_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from post_processing.segmentor import read_checkpoint
+    from post_processing.segmentation.segmentor import read_checkpoint
 
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pth"
@@ -328,7 +328,7 @@ def test_segmentor_refuses_the_same_files(kind: str, tmp_path: Path, monkeypatch
 
 def test_a_config_inside_a_file_may_only_name_our_networks(weights: dict[str, Tensor], tmp_path: Path):
     path = tmp_path / "x.safetensors"
-    for target in ("os.system", "ldm.util.run_entry_point", "ldm.checkpoint.Path", "torch.nn.Linear"):
+    for target in ("os.system", "ldm.util.run_entry_point", "ldm.weights.checkpoint.Path", "torch.nn.Linear"):
         text_encoder = {"target": target, "params": {}}
         config = {"model": {**CONFIG, "params": {**CONFIG["params"], "text_encoder": text_encoder}}}
         save_safetensors(path, weights, OmegaConf.create(config))
@@ -404,8 +404,8 @@ def test_diffusers_refuses_what_it_cannot_express(weights: dict[str, Tensor], tm
 
 
 def test_an_account_of_a_skeleton_reads_nothing(weights: dict[str, Tensor]):
-    from ldm.checkpoint import Checkpoint
-    from ldm.weight_files import StoredTensor
+    from ldm.weights.checkpoint import Checkpoint
+    from ldm.weights.files import StoredTensor
 
     def fail() -> Tensor:
         raise AssertionError("read")

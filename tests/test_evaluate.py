@@ -8,10 +8,10 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
-from post_processing.metrics import SegmentationScore, derange, position, rgb_to_lab
-from post_processing.mmseg_dataset import class_weights, list_pairs
+from post_processing.evaluation.scores import SegmentationScore, derange, position, rgb_to_lab
 from post_processing.run_index import read_run
-from post_processing.segmentor import read_checkpoint
+from post_processing.segmentation.dataset import class_weights, list_pairs
+from post_processing.segmentation.segmentor import read_checkpoint
 from scripts.evaluate import main
 
 COLOURS = np.array([[200, 60, 50], [190, 170, 130], [90, 90, 90], [40, 120, 50], [30, 60, 140]], np.uint8)
@@ -214,7 +214,7 @@ def nearest_colour(self, images):
 def run_mask_following(trained, folder, pictures, monkeypatch):
     """Score pictures (indices of real images) as the synthesized images of masks 0, 1, ..."""
     root, work = trained
-    monkeypatch.setattr("post_processing.segmentor.Segmentor.logits", nearest_colour)
+    monkeypatch.setattr("post_processing.segmentation.segmentor.Segmentor.logits", nearest_colour)
     images = [np.asarray(Image.open(root / f"img/{number}.png")) for number in pictures]
     samples = [(f"label/{mask}.png", None, image) for mask, image in enumerate(images)]
     make_run(folder, root, samples, ClassTable.load("mini"))
@@ -242,7 +242,7 @@ def test_batched_logits_equal_those_of_mmseg(trained):
     root, work = trained
     from mmseg.apis import inference_model
 
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     segmentor = load_segmentor(work / "config.json", work / "segmentor.pth")
     images = [np.asarray(Image.open(root / f"img/{number}.png")) for number in range(3)]
@@ -255,7 +255,7 @@ def test_batched_logits_equal_those_of_mmseg(trained):
 
 
 def test_segmentor_refuses_other_classes_and_reads_training_checkpoints(trained):
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     _, work = trained
     with pytest.raises(ValueError, match="trained on classes"):

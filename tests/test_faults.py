@@ -53,11 +53,11 @@ from painting import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.checkpoint import save_safetensors
-from ldm.models import synthesis
-from ldm.models.machine import is_out_of_memory
-from ldm.sampling import writer
-from ldm.sampling.shards import ShardStore
+from ldm.generation import generator as synthesis
+from ldm.generation import writer
+from ldm.generation.machine import is_out_of_memory
+from ldm.generation.store import ShardStore
+from ldm.weights.checkpoint import save_safetensors
 
 pytest.importorskip("tokenizers")
 
@@ -109,7 +109,7 @@ def test_fault_5_progress_that_cannot_be_noted_is_no_error(tmp_path):
 
 def test_fault_5_a_warning_when_the_disk_may_not_suffice(workspace, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1 << 20))
-    monkeypatch.setattr("ldm.models.worker.PNG_SHARE", 1000)
+    monkeypatch.setattr("ldm.generation.worker.PNG_SHARE", 1000)
     assert run(workspace, tmp_path, "--H", "16", "--W", "16") == 0
     assert "1 MB are free, about 2 MB may be needed" in caplog.text
 
@@ -135,7 +135,7 @@ def test_fault_6_verify_in_a_folder_that_cannot_be_written(workspace, tmp_path, 
     assert run(workspace, tmp_path) == 0
     (tmp_path / "images/mask_0_seed_42.png").write_bytes(b"damaged")
     monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01,))
-    for where, name in (("ldm.sampling.shards", "take_lock"), (Path, "unlink")):
+    for where, name in (("ldm.generation.store", "take_lock"), (Path, "unlink")):
         target = (where, name) if where is Path else (f"{where}.{name}",)
         with monkeypatch.context() as patch:
             patch.setattr(*target, refuse)

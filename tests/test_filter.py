@@ -16,11 +16,11 @@ from ldm.data.classes import read_mask
 from ldm.util import UserError
 from post_processing.files import append_lines, file_identity, read_lines
 from post_processing.filter import main
-from post_processing.filtering import PixelFilter, encode_mask, judge_batch
-from post_processing.hardness import fingerprint_of, get_hardness, measure_hardness, pixel_loss
-from post_processing.loading import Item, find_items
 from post_processing.run_index import read_mask_at
-from post_processing.segmentor import Segmentor
+from post_processing.segmentation.loading import Item, find_items
+from post_processing.segmentation.segmentor import Segmentor
+from post_processing.selection.hardness import fingerprint_of, get_hardness, measure_hardness, pixel_loss
+from post_processing.selection.rules import PixelFilter, encode_mask, judge_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((12, 16), (16, 16), (8, 20))
@@ -191,7 +191,7 @@ def test_loss_in_strips_is_that_of_torch_to_the_last_bit(size):
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_loss_is_that_of_the_head_at_the_size_of_the_mask(tmp_path, align_corners):
     pytest.importorskip("mmseg")
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     segmentor = load_segmentor(*make_segmentor(tmp_path, table_of(5), align_corners))
     images = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
@@ -219,7 +219,7 @@ def test_filtered_masks_are_read_by_the_table_of_their_source(tmp_path, form):
         picture = Image.fromarray(ids * 255).convert("1")
     picture.save(tmp_path / "a.png")
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "b.png")
-    from post_processing.loading import load_item
+    from post_processing.segmentation.loading import load_item
 
     loaded = load_item(Item(tmp_path / "b.png", tmp_path / "a.png"), table)
     is_dropped = np.random.default_rng(1).random(ids.shape) < 0.4
@@ -250,8 +250,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import post_processing.filtering as filtering
-from post_processing.loading import find_items
+import post_processing.selection.rules as filtering
+from post_processing.segmentation.loading import find_items
 from segmentors import colour_segmentor
 
 folder, out, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -276,7 +276,7 @@ worker.run(find_items(folder / "img", folder / "label"))
 
 def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
     from post_processing.filter import claim_shard
-    from post_processing.filtering import is_finished
+    from post_processing.selection.rules import is_finished
 
     items = make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
     segmentor, limits = colour_segmentor(4), torch.full((256,), 1.0)
@@ -311,7 +311,7 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
 SIGNALLED = """
 import os, sys
 import post_processing.filter as entry
-import post_processing.filtering as filtering
+import post_processing.selection.rules as filtering
 from segmentors import colour_segmentor
 
 number, last, *flags = sys.argv[1:]
@@ -392,7 +392,8 @@ def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
     segmentor, path = colour_segmentor(3), tmp_path / "hardness.json"
     first = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
     calls = []
-    monkeypatch.setattr("post_processing.hardness.measure_hardness", lambda *args: calls.append(args) or first)
+    monkeypatch.setattr("post_processing.selection.hardness.measure_hardness",
+                        lambda *args: calls.append(args) or first)
     again = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
     assert not calls and again.mean.tolist() == first.mean.tolist() and again.pixels.tolist() == first.pixels.tolist()
     get_hardness(path, {"real": 2}, segmentor, real, 2, 1)
@@ -506,7 +507,7 @@ def test_hardness_in_the_folder_is_used_again(workspace, tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("post_processing.hardness.measure_hardness", refuse)
+    monkeypatch.setattr("post_processing.selection.hardness.measure_hardness", refuse)
     for path in (tmp_path / "out").glob("*.png"):
         path.unlink()
     assert main(flags(workspace, tmp_path / "out", tmp_path)) == 0
@@ -621,7 +622,7 @@ def test_a_run_of_inference_is_read_through_its_index(workspace, tmp_path):
 
 def test_a_full_disk_is_reported_and_nothing_is_lost(workspace, tmp_path, monkeypatch, capsys):
     make_pictures(tmp_path, 6, 5, 1, "{}_seed_7")
-    from post_processing import filtering
+    from post_processing.selection import rules as filtering
 
     write = filtering.write_atomic
 

@@ -17,10 +17,10 @@ from painting import make_workspace
 from PIL import Image, ImageFont
 from pixel import config, make
 
-from ldm.checkpoint import save_safetensors
 from ldm.util import UserError
-from post_processing.gain_report import draw_curves, make_table, read_curves, summarise
-from post_processing.stages import Stage, StageRunner, make_slots
+from ldm.weights.checkpoint import save_safetensors
+from post_processing.gain.report import draw_curves, make_table, read_curves, summarise
+from post_processing.gain.stages import Stage, StageRunner, make_slots
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,7 +91,7 @@ def test_shards_share_a_stage_and_slots_share_the_cores(tmp_path):
 def test_a_signal_ends_the_processes_that_run(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(
-        "import signal, sys\nfrom pathlib import Path\nfrom post_processing.stages import *\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom post_processing.gain.stages import *\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "sleep = (sys.executable, '-c', \"import os, time; print(os.getpid(), flush=True); time.sleep(60)\")\n"
         f"StageRunner([Stage('a', (sleep,)), Stage('b', (sleep,))], Path({str(tmp_path / 'out')!r}), make_slots(1))"
@@ -197,7 +197,7 @@ def measure(workspace, outdir, *extra):
 def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmseg")
     monkeypatch.setattr(StageRunner, "run_command", in_this_process)
-    monkeypatch.setattr("ldm.models.machine.stop_on_signals", contextlib.nullcontext)  # for main threads only
+    monkeypatch.setattr("ldm.generation.machine.stop_on_signals", contextlib.nullcontext)  # for main threads only
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
     flags = ["--real_fraction", "0.5", "--val_txt_file", workspace / "val_set_items.json"]
@@ -306,7 +306,7 @@ def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
 def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypatch):
     pytest.importorskip("mmseg")
     monkeypatch.setattr(StageRunner, "run_command", in_this_process)
-    monkeypatch.setattr("ldm.models.machine.stop_on_signals", contextlib.nullcontext)
+    monkeypatch.setattr("ldm.generation.machine.stop_on_signals", contextlib.nullcontext)
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
     with pytest.raises(UserError, match="--arms mixed: expected --mix_masks"):
@@ -344,7 +344,7 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
 def test_masks_with_rare_classes_are_preferred(tmp_path):
     from ldm.data.classes import ClassTable
     from ldm.data.manifest import Row
-    from post_processing.gain_sets import choose_masks
+    from post_processing.gain.sets import choose_masks
 
     rows = []
     for number in range(100):

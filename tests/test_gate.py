@@ -10,8 +10,8 @@ from test_evaluate import make_pairs, make_run, nearest_colour
 
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
-from post_processing.gate import class_areas, iou_of, judge, mean_iou, paired_drops, verdict
-from post_processing.segmentor import Segmentor
+from post_processing.evaluation.gate import class_areas, iou_of, judge, mean_iou, paired_drops, verdict
+from post_processing.segmentation.segmentor import Segmentor
 from scripts.evaluate import main
 
 RANDOM = np.random.default_rng(0)
@@ -75,8 +75,8 @@ def test_consistency_of_runs(tmp_path, monkeypatch):
     images = [np.asarray(Image.open(tmp_path / f"img/{number}.png")) for number in range(6)]
     segmentor = Segmentor.__new__(Segmentor)
     segmentor.class_table, segmentor.device = table, torch.device("cpu")
-    monkeypatch.setattr("post_processing.segmentor.Segmentor.logits", nearest_colour)
-    monkeypatch.setattr("post_processing.segmentor.load_segmentor", lambda *_, **__: segmentor)
+    monkeypatch.setattr("post_processing.segmentation.segmentor.Segmentor.logits", nearest_colour)
+    monkeypatch.setattr("post_processing.segmentation.segmentor.load_segmentor", lambda *_, **__: segmentor)
 
     def paint(name, order, seed=1):
         make_run(tmp_path / name, tmp_path, [(f"label/{i}.png", None, images[j]) for i, j in enumerate(order)], table)

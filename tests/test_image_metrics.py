@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm.models.perceptual import VGG16
+from ldm.modules.perceptual import VGG16
 from ldm.util import UserError
-from post_processing.image_metrics import compare_sets, frechet_distance, kernel_distance, squared_discrepancy
-from post_processing.inception import InceptionFeatures
+from post_processing.evaluation.images import compare_sets, frechet_distance, kernel_distance, squared_discrepancy
+from post_processing.evaluation.inception import InceptionFeatures
 from scripts.evaluate import main
 
 
@@ -156,7 +156,7 @@ def test_distribution_and_diversity_of_a_run(tmp_path: Path, vgg: Path):
 
     main(["diversity", *flags])
     results = json.loads((run / "diversity/results.json").read_text())
-    from ldm.models.perceptual import PerceptualLoss
+    from ldm.modules.perceptual import PerceptualLoss
 
     one, two = (torch.from_numpy(dark[n].copy()).permute(2, 0, 1)[None] / 127.5 - 1 for n in (1, 2))
     expected = PerceptualLoss(vgg)(one, two).item() / 2  # the mean of two masks, the first of which has equal samples

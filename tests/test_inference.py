@@ -28,12 +28,12 @@ from PIL import Image
 from pixel import TINY, config, make
 
 import inference
-from ldm.checkpoint import save_safetensors
-from ldm.models.loading import load_method
-from ldm.models.machine import compile_blocks
-from ldm.models.synthesis import Painter
+from ldm.generation.generator import Painter
+from ldm.generation.machine import compile_blocks
 from ldm.sampling.modes import Sampling
 from ldm.util import UserError
+from ldm.weights.checkpoint import save_safetensors
+from ldm.weights.load import load_method
 from post_processing.run_index import read_run
 from scripts import preview
 
@@ -82,7 +82,7 @@ def test_a_sample_does_not_depend_on_batch_loader_or_shard(workspace, finished, 
 
 
 def test_an_interrupted_run_is_completed_and_finished_images_stay(workspace, finished, tmp_path, monkeypatch):
-    from ldm.models import synthesis
+    from ldm.generation import generator as synthesis
 
     whole = synthesis.sample_images
     calls = []
@@ -218,7 +218,7 @@ def test_starting_from_an_image_needs_one_of_the_masks_size(workspace, tmp_path,
 
 
 def test_samples_that_are_not_finite_are_listed_not_written(workspace, tmp_path, monkeypatch):
-    from ldm.models import synthesis
+    from ldm.generation import generator as synthesis
 
     whole = synthesis.sample_images
 
@@ -250,7 +250,7 @@ def test_ten_kinds_of_bad_rows_are_one_error_before_the_model_loads(workspace, t
     ]  # fmt: skip
     lines = [row if isinstance(row, str) else json.dumps(row) for row in [good, *bad]]
     (workspace / "bad.json").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr("ldm.models.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.generation.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
     assert run(workspace, tmp_path / "out", manifest="bad.json") == 2
     text = capsys.readouterr().err
     assert text.count("error:") == 1
@@ -285,7 +285,7 @@ def test_savings_that_a_method_has_not_are_refused_before_it_is_loaded(tmp_path,
     save_safetensors(tmp_path / "tiny.safetensors", make(name).state_dict(), OmegaConf.create({"model": config(name)}))
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mask.png")
     (tmp_path / "rows.json").write_text('{"source": "mask.png"}\n')
-    monkeypatch.setattr("ldm.models.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.generation.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
     assert run(tmp_path, tmp_path / "out", *flags) == 2
     assert "has no control features to share or reuse" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

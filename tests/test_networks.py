@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from cldm.all_in_attention import AllInAttentionBlock, AllInAttentionUNet
 from cldm.control import ControlBranch, Features
 from cldm.tisynth import TISynth
-from ldm.models.loading import build_skeleton
 from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian, PatchAutoencoder
 from ldm.modules.unet import UNet
 from ldm.sampling.modes import Sampling
+from ldm.weights.load import build_skeleton
 
 # The lower level has no transformer, like the 8 x 8 level of SD1.5.
 UNET = {"in_channels": 4, "model_channels": 8, "num_res_blocks": 1, "attention_resolutions": [1],

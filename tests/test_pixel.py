@@ -18,19 +18,19 @@ from tiny import ROOT, model_params, randomize
 
 import inference
 import train
-from cldm.callbacks import AveragedWeights, ImageGrid
 from cldm.published import infer_model
 from cldm.tisynth import TISynth
-from ldm.checkpoint import save_safetensors
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset, read_image
 from ldm.data.manifest import ManifestError, read_manifest
 from ldm.data.transforms import draw_edges, encode_mask
-from ldm.models.loading import build_skeleton, load_method, read_model_config
-from ldm.models.pixel import erase_classes
-from ldm.models.training import learning_rate_factor
+from ldm.methods.pixel import erase_classes
 from ldm.sampling.noise import SampleNoise
+from ldm.training.callbacks import AveragedWeights, ImageGrid
+from ldm.training.module import learning_rate_factor
 from ldm.util import UserError, load_config, run_entry_point
+from ldm.weights.checkpoint import save_safetensors
+from ldm.weights.load import build_skeleton, load_method, read_model_config
 from scripts import convert_checkpoint, preview
 
 MINI = ClassTable.load("mini")
@@ -109,7 +109,7 @@ def test_classes_are_ablated_per_sample_in_training_and_never_in_sampling(monkey
     ignored = torch.full((1, 1, 1), 255)
     assert torch.equal(erase_classes(ignored, 1.0, 5), ignored)
     calls = []
-    monkeypatch.setattr("ldm.models.pixel.erase_classes", lambda mask, *_: calls.append(1) or mask)
+    monkeypatch.setattr("ldm.methods.pixel.erase_classes", lambda mask, *_: calls.append(1) or mask)
     method = make("seg_guided_tiny", ablation=0.5).train()
     method.training_loss(batch_of())
     assert len(calls) == 1

@@ -12,8 +12,8 @@ from PIL import Image
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.manifest import read_manifest
 from ldm.util import UserError
-from post_processing.image_metrics import segmentor_features
-from post_processing.segmentor import Segmentor
+from post_processing.evaluation.images import segmentor_features
+from post_processing.segmentation.segmentor import Segmentor
 from scripts.predict_masks import main
 
 COLOURS = [[60, 60, 60], [220, 60, 60], [60, 60, 220]]
@@ -47,7 +47,7 @@ class NearestColour(torch.nn.Module):
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three images (one of another size), known buildings, and the segmentor; predictions are counted in `calls`."""
     segmentor = Segmentor(NearestColour(), ClassTable.load(TABLE))
-    monkeypatch.setattr("post_processing.segmentor.load_segmentor", lambda *args, **kwargs: segmentor)
+    monkeypatch.setattr("post_processing.segmentation.segmentor.load_segmentor", lambda *args, **kwargs: segmentor)
     (tmp_path / "seg.pth").write_bytes(b"weights")
     for folder in ("img", "known/masks"):
         (tmp_path / folder).mkdir(parents=True)

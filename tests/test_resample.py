@@ -10,9 +10,9 @@ from PIL import Image
 from segmentors import make_segmentor, table_of
 
 from ldm.util import UserError
-from post_processing.mmseg_dataset import list_pairs
 from post_processing.resample import link_or_copy, main
-from post_processing.selection import Candidate, cap, keep_by_hardness, keep_by_rule, mask_hardness
+from post_processing.segmentation.dataset import list_pairs
+from post_processing.selection.choice import Candidate, cap, keep_by_hardness, keep_by_rule, mask_hardness
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 5
@@ -311,7 +311,7 @@ def test_iou_is_measured_by_mmsegs_metric(filtered, monkeypatch):
     pytest.importorskip("mmseg")
     from mmseg.evaluation.metrics import IoUMetric
 
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     segmentor = make_segmentor(filtered / "segmentor", table_of(COUNT))
     rows = [{"source": f"label/{number}.png", "target": f"img/{number}_seed_0.png"} for number in range(3)]

@@ -7,8 +7,8 @@ import torch
 from tiny import model_params, randomize
 
 from cldm.tisynth import TISynth
-from ldm.models.conditions import ConditionCache
-from ldm.models.diffusion import DiffusionMethod
+from ldm.methods.conditions import ConditionCache
+from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.modes import Sampling
 
 CONFIGS = ("tisynth_sd15_upstream", "tisynth_sd15", "tisynth_mini")

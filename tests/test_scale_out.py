@@ -24,11 +24,11 @@ from painting import REPOSITORY, arguments, contents, finished_shards, make_work
 from zygote import Zygote, wait_until
 
 import inference
-from ldm.models import ray_engine, worker
-from ldm.models.machine import find_share
-from ldm.models.planning import plan_layout
-from ldm.sampling.run import open_run
-from ldm.sampling.shards import ShardStore, take_lock
+from ldm.generation import ray_engine, worker
+from ldm.generation.machine import find_share
+from ldm.generation.plan import plan_layout
+from ldm.generation.run import open_run
+from ldm.generation.store import ShardStore, take_lock
 from ldm.util import UserError
 
 pytest.importorskip("tokenizers")
@@ -171,8 +171,8 @@ BREAKAGES = {
 def test_fault_20_what_breaks_reaches_the_exit_code_in_5_seconds(workspace, zygote, finished, tmp_path, breakage):
     action, text = BREAKAGES[breakage]
     place = "writer.encode_image" if "writer" in breakage else "synthesis.ConditionDataset.__getitem__"
-    fault = (f"import os, signal\nfrom pathlib import Path\nfrom ldm.models import synthesis\n"
-             f"from ldm.sampling import writer\ndef fail(*_):\n    Path({str(tmp_path / 'moment')!r}).touch()\n"
+    fault = (f"import os, signal\nfrom pathlib import Path\nfrom ldm.generation import generator as synthesis\n"
+             f"from ldm.generation import writer\ndef fail(*_):\n    Path({str(tmp_path / 'moment')!r}).touch()\n"
              f"    {action}\n{place} = fail")  # fmt: skip
     argv = arguments(workspace, tmp_path / "out", *FLAGS, "--num_workers", "1")
     zygote.start(argv, tmp_path / "log", fault=fault)
@@ -415,7 +415,7 @@ def test_ray_paints_the_same_files_though_a_worker_dies(workspace, finished, tmp
 import os, signal, sys
 from pathlib import Path
 import inference
-from ldm.models import ray_engine
+from ldm.generation import ray_engine
 from ldm.util import run_entry_point
 whole = ray_engine.RayWorker.paint_shard
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from pixel import make
 
-from ldm.checkpoint import open_checkpoint, save_safetensors
 from ldm.diffusion.schedule import make_schedule
-from ldm.models.loading import load_method, read_model_config
 from ldm.sampling.modes import Sampling
 from ldm.sampling.multistep import spaced_timesteps
 from ldm.sampling.noise import sample_noise
 from ldm.sampling.sampler import sample
+from ldm.weights.checkpoint import open_checkpoint, save_safetensors
+from ldm.weights.load import load_method, read_model_config
 from scripts import convert_checkpoint
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ import torch
 
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
-from post_processing.mixing import RatioSampler, choose_box, choose_classes, paste
+from post_processing.segmentation.mixing import RatioSampler, choose_box, choose_classes, paste
 
 mmengine_config = pytest.importorskip("mmengine.config")
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def test_joint_training_draws_from_both_sets(flags, toy_data, tmp_path):
             toy_data / "val_set_items.json", "--synthetic_ratio", 3]  # fmt: skip
     train(*flags, *sets, "--work_dir", tmp_path)
     loader = json.loads((tmp_path / "config.json").read_text())["train_dataloader"]
-    assert loader["sampler"] == {"type": "post_processing.mixing.RatioSampler", "ratio": 3.0}
+    assert loader["sampler"] == {"type": "post_processing.segmentation.mixing.RatioSampler", "ratio": 3.0}
     assert [Path(node["manifest"]).name for node in loader["dataset"]["datasets"]] == [
         "train_set_items.json", "val_set_items.json",
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def test_joint_training_draws_from_both_sets(flags, toy_data, tmp_path):
 
 
 def test_fine_tuning_starts_from_the_given_weights(flags, toy_data, tmp_path):
-    from post_processing.segmentor import read_checkpoint
+    from post_processing.segmentation.segmentor import read_checkpoint
 
     synthetic = ["--synthetic_txt_file", toy_data / "val_set_items.json"]
     train(*flags, *synthetic, "--augment", "copy_paste", "--work_dir", tmp_path / "first")
@@ -125,7 +125,7 @@ def test_fine_tuning_starts_from_the_given_weights(flags, toy_data, tmp_path):
 @pytest.mark.parametrize(("name", "million"), [("segformer_b0", 3.7), ("segformer_b1", 13.7), ("segformer_b2", 27.4),
                                                ("pspnet_r50", 49.0), ("small", 1.94)])  # fmt: skip
 def test_configs_build_and_learn(name, million):
-    from post_processing.segmentor import require_mmseg
+    from post_processing.segmentation.segmentor import require_mmseg
     from scripts.train_segmentor import fill_classes
 
     require_mmseg()
@@ -178,7 +178,7 @@ def test_the_pair_of_fusu_configs_trains_on_its_own_data(toy_data, tmp_path, mon
     (tmp_path / "joint.json").write_text(json.dumps(joint.to_dict()))
     monkeypatch.chdir(tmp_path)
     train("--config", "joint.json", "--work_dir", "work")
-    from post_processing.segmentor import load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     segmentor = load_segmentor("work/config.json", "work/segmentor.pth")
     assert segmentor.class_table.name == "fusu"

@@ -70,7 +70,7 @@ def test_rows_have_start_end_and_padding():
 
 
 def test_tokenizer_training_repeats_and_keeps_existing_files(tmp_path, monkeypatch, capsys):
-    from scripts import train_tokenizer as script
+    from demo.make import train_tokenizer as script
 
     corpus = script.make_corpus(["building", "low vegetation"], ["a satellite image of {classes}"], ["river", "sea"])
     text = script.train_tokenizer(corpus, 300)

@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader
 
 import train
 from cldm.tisynth import TISynth
-from ldm.checkpoint import save_safetensors
 from ldm.data.dataset import read_image, to_tensor
-from ldm.data.latents import build_latent_cache
 from ldm.data.transforms import normalize_batch, resize_image
 from ldm.diffusion.objective import loss_weight
 from ldm.diffusion.schedule import make_schedule
-from ldm.models.loading import load_method, read_model_config
-from ldm.models.training import TrainingModule, freeze_all_but, learning_rate_factor, step_seed
 from ldm.sampling.modes import Sampling
+from ldm.training.latents import build_latent_cache
+from ldm.training.module import TrainingModule, freeze_all_but, learning_rate_factor, step_seed
 from ldm.util import UserError, run_entry_point
+from ldm.weights.checkpoint import save_safetensors
+from ldm.weights.load import load_method, read_model_config
 
 IMPROVED = ("tisynth_sd15", "tisynth_tiny")
 DECODER = "model.diffusion_model."

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.sampling import writer
-from ldm.sampling.run import check_run, open_run
-from ldm.sampling.writer import ImageWriter, OutputError, RecordFile, write_atomic
+from ldm.generation import writer
+from ldm.generation.run import check_run, open_run
+from ldm.generation.writer import ImageWriter, OutputError, RecordFile, write_atomic
 
 
 def add_records(arguments):

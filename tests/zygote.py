@@ -81,10 +81,10 @@ def serve() -> None:
     from PIL import Image
 
     import inference
-    from ldm.models import worker  # noqa: F401  imports all that a run needs
-    from ldm.models.loading import build_skeleton
+    from ldm.generation import worker  # noqa: F401  imports all that a run needs
     from ldm.sampling import modes  # noqa: F401
     from ldm.util import run_entry_point
+    from ldm.weights.load import build_skeleton
 
     build_skeleton({"model": MODEL})  # torch imports hundreds of modules at the first tensor without memory
     Image.init()

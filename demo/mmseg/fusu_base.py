@@ -8,7 +8,7 @@ num_classes = 17  # (their config says 18, for 17 class names)
 data_root = "data/fusu"
 max_steps = 80_000
 
-table_dataset = "post_processing.mmseg_dataset.TableSegDataset"
+table_dataset = "post_processing.segmentation.dataset.TableSegDataset"
 real = dict(
     type=table_dataset, class_table=class_table, manifest=f"{data_root}/train_set_items.json", data_root=data_root,
     pipeline=_base_.train_pipeline,  # noqa: F821

@@ -4,10 +4,10 @@
 # sampler draws `ratio` synthesized pictures for each real one, however many files there are, and the length is equal.
 _base_ = "fusu_base.py"
 train_dataloader = dict(
-    sampler=dict(_delete_=True, type="post_processing.mixing.RatioSampler", ratio=1.0),
+    sampler=dict(_delete_=True, type="post_processing.segmentation.mixing.RatioSampler", ratio=1.0),
     dataset=dict(
         _delete_=True,
-        type="post_processing.mixing.JointSegDataset",
+        type="post_processing.segmentation.mixing.JointSegDataset",
         datasets=[
             _base_.real,  # noqa: F821
             dict(

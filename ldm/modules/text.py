@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_tensors
 from ldm.modules.tokenizer import PromptTokenizer, load_tokenizer
+from ldm.weights.checkpoint import read_tensors
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 NAME_PREFIXES = ("text_model.", "transformer.text_model.", "cond_stage_model.transformer.text_model.", "")

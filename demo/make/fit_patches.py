@@ -1,0 +1,54 @@
+"""Fit the encoder of a PatchAutoencoder to the images of a manifest, and write it as weights that train.py starts from.
+
+    python demo/make/fit_patches.py configs/model/autoencoder_patch_mini.yaml patches.safetensors --data_root DATA \
+        --txt_file DATA/train_set_items.json
+
+The decoder in the file is the linear way back; train.py --pretrain_path patches.safetensors trains it.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ldm.util import UserError, run_entry_point  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    """Fit, save, and print what the channels keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="yaml whose model.params.autoencoder is a PatchAutoencoder")
+    parser.add_argument("out", type=Path, help="safetensors file to write")
+    parser.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
+    parser.add_argument("--txt_file", required=True, help="manifest whose images (`target`) are looked at")
+    parser.add_argument("--images", type=int, default=1500, help="how many, evenly spaced (default: %(default)s)")
+    parser.add_argument("--whitening", type=float, default=0.5, help="see PatchAutoencoder.fit (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+
+    import torch
+    from omegaconf import OmegaConf
+
+    from ldm.data.dataset import read_image, to_tensor
+    from ldm.data.manifest import read_manifest
+    from ldm.data.transforms import normalize_batch
+    from ldm.modules.autoencoder import PatchAutoencoder
+    from ldm.util import instantiate_from_config, load_config
+    from ldm.weights.checkpoint import save_safetensors
+    model = OmegaConf.to_container(load_config([args.config]).model)
+    network = instantiate_from_config(model["params"]["autoencoder"])
+    if not isinstance(network, PatchAutoencoder):
+        raise UserError(f"{args.config}: its autoencoder is a {type(network).__name__}. Expected a PatchAutoencoder.")
+    paths = sorted({row.image for row in read_manifest(args.txt_file, args.data_root, check_files=False)})
+    pictures = [to_tensor(read_image(path)) for path in paths[::max(1, len(paths) // args.images)]]
+    sizes = {tuple(picture.shape[1:]) for picture in pictures}
+    if len(sizes) > 1:
+        raise UserError(f"{args.txt_file}: images of {len(sizes)} sizes. Expected tiles of one size.")
+    kept = network.fit(normalize_batch({"image": torch.stack(pictures)}, "cpu")["image"], args.whitening)
+    weights = {f"first_stage_model.{name}": value for name, value in network.state_dict().items()}
+    save_safetensors(args.out, weights, OmegaConf.create({"model": model}))
+    print(f"{len(pictures)} images; {len(kept)} components keep {kept.sum():.2%} of the variance of "
+          f"{network.downsampling} x {network.downsampling} patches; wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

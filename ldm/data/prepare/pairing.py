@@ -1,0 +1,143 @@
+"""Who goes with whom: groups to splits, and masks to references."""
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from ldm.data.prepare.tiling import Picture, Tile
+from ldm.util import UserError
+
+
+def choose_groups(pictures: Sequence[Picture], fraction: float, rng: np.random.Generator) -> set[str]:
+    """Draw whole groups that together hold about a fraction of the pictures.
+
+    Args:
+        pictures: labelled pictures to draw from.
+        fraction: share of the pictures wanted, 0..1 (exclusive).
+        rng: random generator.
+    Returns:
+        Names of the drawn groups: at least one, never all; empty for fraction 0. Groups larger than what is still
+        wanted are passed over, so large groups seldom make the split much larger than asked.
+    Raises:
+        UserError: if there are fewer than two groups.
+    """
+    if fraction == 0:
+        return set()
+    sizes: dict[str, int] = defaultdict(int)
+    for picture in pictures:
+        sizes[picture.group] += 1
+    if len(sizes) < 2:
+        raise UserError(f"--val_fraction/--test_fraction {fraction}: the {len(pictures)} training images form "
+                        f"{len(sizes)} group. Expected two or more. Set the fraction to 0 or change --group_regex.")
+    order = [sorted(sizes)[i] for i in rng.permutation(len(sizes))]
+    wanted = fraction * len(pictures)
+    chosen: set[str] = set()
+    total = 0
+    for group in order:
+        if total + sizes[group] <= wanted and len(chosen) < len(sizes) - 1:
+            chosen.add(group)
+            total += sizes[group]
+    return chosen or {min(order, key=lambda group: sizes[group])}
+
+
+def pick_random(tile: Tile, pool: Sequence[Tile], count: int, rng: np.random.Generator) -> list[Tile]:
+    """Draw up to `count` distinct tiles of a pool that show no ground of `tile`; fewer when there are not as many."""
+    picked: list[Tile] = []
+    for index in rng.permutation(len(pool)):
+        if len(picked) == count:
+            break
+        if not tile.overlaps(pool[index]):
+            picked.append(pool[index])
+    return picked
+
+
+def class_mix(tiles: Sequence[Tile]) -> np.ndarray:
+    """Class shares of tiles, (N, K) float64; rows sum to 1, or are 0 where every pixel is ignored."""
+    counts = np.array([tile.counts[:-1] for tile in tiles], np.float64)
+    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+
+def pick_nearest_mix(tile: Tile, pool: Sequence[Tile], pool_mix: np.ndarray, count: int,
+                     rng: np.random.Generator) -> list[Tile]:
+    """Find the tiles of a pool whose class mix is nearest to that of a tile.
+
+    Args:
+        tile: tile with a mask.
+        pool: candidates with masks.
+        pool_mix: their class_mix, (N, K).
+        count: how many; distance is the L1 distance of class shares, equal distances in random order.
+        rng: random generator.
+    Returns:
+        Up to `count` tiles that show no ground of `tile`, nearest first.
+    """
+    distance = np.abs(pool_mix - class_mix([tile])).sum(1)  # (N,)
+    shuffled = rng.permutation(len(pool))
+    picked: list[Tile] = []
+    for index in shuffled[np.argsort(distance[shuffled].round(9), kind="stable")]:
+        if len(picked) == count:
+            break
+        if not tile.overlaps(pool[index]):
+            picked.append(pool[index])
+    return picked
+
+
+def make_rows(tile: Tile, references: Sequence[Tile | None]) -> list[dict[str, str]]:
+    """Manifest rows of a tile, one a reference (None = a row without reference)."""
+    base = {"source": tile.mask, "target": tile.image, "prompt": tile.prompt}
+    return [base if reference is None else {**base, "ref_image": reference.image} for reference in references]
+
+
+def pair_for_training(tiles: Sequence[Tile], kind: str, count: int, rng: np.random.Generator) -> tuple[list[dict], int]:
+    """Make the rows of a training or validation manifest.
+
+    Args:
+        tiles: tiles of one split; they are also the candidates, so a split never looks into another.
+        kind: `none`, `same_group` (a reference of the tile's group) or `random` (of any group).
+        count: rows, each with another reference, a tile; fewer where a group has not as many other tiles.
+        rng: random generator.
+    Returns:
+        Rows, and the number of tiles left out because no other tile could be their reference.
+    """
+    if kind == "none":
+        return [row for tile in tiles for row in make_rows(tile, [None])], 0
+    pools: dict[str, list[Tile]] = defaultdict(list)
+    for tile in tiles:
+        pools[tile.picture.group if kind == "same_group" else ""].append(tile)
+    rows: list[dict] = []
+    left_out = 0
+    for tile in tiles:
+        references = pick_random(tile, pools[tile.picture.group if kind == "same_group" else ""], count, rng)
+        rows += make_rows(tile, references)
+        left_out += not references
+    return rows, left_out
+
+
+def pair_for_inference(tiles: Sequence[Tile], kind: str, pool: Sequence[Tile], count: int,
+                       rng: np.random.Generator) -> list[dict]:
+    """Make the rows of an inference manifest.
+
+    Args:
+        tiles: tiles whose masks are to be painted.
+        kind: `random`, `folder` (both drawn from the pool) or `nearest_mix`.
+        pool: candidates for references; nearest_mix uses those with labelled pixels.
+        count: references a mask.
+        rng: random generator.
+    Returns:
+        len(tiles) * count rows.
+    Raises:
+        UserError: if the pool has not enough tiles for some mask.
+    """
+    if kind == "nearest_mix":
+        pool = [tile for tile in pool if tile.is_labelled]
+    pool_mix = class_mix(pool) if kind == "nearest_mix" and pool else np.zeros((len(pool), 1))
+    rows: list[dict] = []
+    for tile in tiles:
+        if kind == "nearest_mix" and pool:
+            references = pick_nearest_mix(tile, pool, pool_mix, count, rng)
+        else:
+            references = pick_random(tile, pool, count, rng)
+        if len(references) < count:
+            raise UserError(f"--pair {kind}: {len(references)} references for {tile.mask}, expected {count}, from "
+                            f"{len(pool)} candidates. Lower --refs_per_mask or give more images.")
+        rows += make_rows(tile, references)
+    return rows

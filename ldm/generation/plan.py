@@ -1,0 +1,365 @@
+"""What a run of inference.py is going to do, with everything checked that can be checked before the model is loaded."""
+
+import hashlib
+import logging
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from ldm.data.classes import ClassTable
+from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.generation.generator import Job
+from ldm.generation.machine import choose_device
+from ldm.generation.run import check_run, read_run
+from ldm.generation.store import ShardStore
+from ldm.generation.writer import Record
+from ldm.methods.diffusion import DiffusionMethod
+from ldm.sampling.modes import Sampling
+from ldm.sampling.multistep import spaced_timesteps
+from ldm.sampling.noise import sample_seed
+from ldm.util import UserError
+from ldm.weights.checkpoint import file_sha256
+from ldm.weights.load import build_skeleton, read_model_config
+
+logger = logging.getLogger(__name__)
+
+SHARD_SIZE = 512  # rows; some minutes of one GPU at SD1.5's size
+LONGEST_NAME = 255  # bytes in a file name, on all common file systems
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run; all but the sampler's. Names and meanings are those of inference.py's flags."""
+
+    ckpt: str
+    config: str | None
+    tokenizer_dir: str | None
+    device: str
+    precision: str
+    compile: bool
+    latent_channels: int | None
+    downsampling: int | None
+    data_root: str
+    txt_file: str
+    dataset: str | None
+    height: int | None
+    width: int | None
+    bad_rows: str
+    follow_links: bool
+    num_workers: int | None
+    seed: int
+    fixed_code: bool
+    num_per_mask: int
+    batch_size: int
+    outdir: str
+    extension: str
+    format: str
+    shard: tuple[int, int]
+    shard_size: int | None
+    overwrite: bool
+    engine: str
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) to paint; None = the masks' own."""
+        return None if self.height is None else (self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run.
+
+    Attributes:
+        settings: the command line.
+        sampling: how to sample.
+        config: of the model.
+        table: class table that masks are read with.
+        rows: good rows of the manifest.
+        bad_rows: records of rows that are left out, with a `reason`.
+        use_autocast: bfloat16 where it is safe.
+        device: where to compute.
+        fingerprint: what decides the pictures.
+        layout: `rows`, `shard_size` and `copies` of the run.
+        numbers: shards that this process paints, finished ones left out; their files were checked.
+    """
+
+    settings: RunSettings
+    sampling: Sampling
+    config: dict[str, Any]
+    table: ClassTable
+    rows: list[Row]
+    bad_rows: list[Record]
+    use_autocast: bool
+    device: str
+    fingerprint: dict[str, Any]
+    layout: dict[str, int]
+    numbers: list[int]
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.settings.outdir)
+
+    def store(self) -> ShardStore:
+        """The shards on disk."""
+        return ShardStore(self.folder, self.settings.format == "tar")
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """First row of a shard, and the first of the next one."""
+        first = number * self.layout["shard_size"]
+        return first, min(first + self.layout["shard_size"], self.layout["rows"])
+
+    def jobs(self, number: int, copies: int) -> tuple[list[Job], list[Record]]:
+        """What there is to paint of a shard.
+
+        Args:
+            number: of the shard.
+            copies: images a row.
+
+        Returns:
+            A job for every copy of every good row: its noise and its line of the index; and a record with a `reason`
+            for every copy of the other rows, among them those whose mask was lost since the run began.
+        """
+        first, end = self.bounds(number)
+        sizes: dict[Path, tuple[int, int] | str] = {}
+        jobs, bad = [], [record for record in self.bad_rows if first <= record["row"] < end]
+        for position in range(*find_positions(self.rows, first, end)):
+            row = self.rows[position]
+            if row.mask not in sizes:
+                sizes[row.mask] = read_size(row.mask)
+            size = sizes[row.mask]
+            if isinstance(size, str):
+                bad.append({"row": row.index, "copy": 0, "line": row.line, "reason": size})
+                logger.warning("row %d: no image: %s", row.index, size)
+                continue
+            for copy in range(copies):
+                record = make_record(self.settings, row, copy, size)
+                record["checkpoint_sha256"] = self.fingerprint["checkpoint_sha256"]
+                jobs.append(Job(row, position, self.settings.seed if self.settings.fixed_code else record["seed"],
+                                record))  # fmt: skip
+        return jobs, [record | {"copy": copy} for record in bad for copy in range(copies)]
+
+    def details(self) -> dict[str, Any]:
+        """What run.json keeps beside the fingerprint."""
+        return {"arguments": asdict(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
+                "data_root": os.path.abspath(self.settings.data_root), "class_table": self.table.to_dict()}  # fmt: skip
+
+
+def find_positions(rows: Sequence[Row], first: int, end: int) -> tuple[int, int]:
+    """Where rows with first <= index < end stand in a list that is sorted by index."""
+    return bisect_left(rows, first, key=lambda row: row.index), bisect_left(rows, end, key=lambda row: row.index)
+
+
+def read_size(mask: Path) -> tuple[int, int] | str:
+    """(height, width) in the header of a mask, or what is wrong with the file."""
+    try:
+        with Image.open(mask) as image:
+            return image.height, image.width
+    except Exception as error:  # Pillow raises OSError, bomb errors, ...
+        return f"{mask}: cannot be read any more ({error}). Bring it back and start this again."
+
+
+def make_record(settings: RunSettings, row: Row, copy: int, own_size: tuple[int, int]) -> Record:
+    """Line of the index for one image."""
+    number = sample_seed(settings.seed, row.index, copy)
+    height, width = settings.size or own_size
+    if settings.format == "tar":
+        image = f"{row.index:08d}_{copy:04d}.{settings.extension}"
+    else:
+        image = f"images/{image_name(row.mask.stem, number, settings.extension)}"
+    record = {
+        "row": row.index, "copy": copy, "seed": number, "image": image,
+        "mask": _below(row.mask, settings.data_root), "reference": _below(row.reference, settings.data_root),
+        "prompt": row.prompt, "width": width, "height": height,
+    }  # fmt: skip
+    return record if (height, width) == own_size else record | {"resized_from": list(own_size)}
+
+
+def image_name(stem: str, number: int, extension: str) -> str:
+    """File name of an image; the number alone makes it unique, so a stem that is too long may be cut."""
+    ending = f"_seed_{number}.{extension}"
+    kept = os.fsencode(stem)[: LONGEST_NAME - len(ending)]
+    return kept.decode(errors="ignore") + ending
+
+
+def _below(path: Path | None, root: str) -> str | None:
+    return None if path is None else Path(os.path.relpath(path, root)).as_posix()
+
+
+def make_plan(
+    settings: RunSettings, choose_sampling: Callable[[Sampling], Sampling], has_gpu: bool | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Check a command line and the files that it names.
+
+    Args:
+        settings: the command line.
+        choose_sampling: gives the sampler's settings from the model's own.
+        has_gpu: whether the machines that will paint have GPUs; None = this machine paints.
+        processes: how many will paint these shards; a new run has one for each, if the rows suffice.
+
+    Raises:
+        UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
+    """
+    config = read_model_config(settings.ckpt, settings.config)
+    if settings.tokenizer_dir:
+        use_tokenizer(config, settings.tokenizer_dir)
+    device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
+    use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
+    method = build_skeleton(config)
+    if method.image_channels not in (1, 3):
+        settings = replace(settings, extension="npy")
+    sampling = choose_sampling(method.own_sampling)
+    check_settings(settings, sampling, method)
+    ignored = sorted({"prompt", "reference"} - set(method.takes))
+    if ignored:
+        logger.info("%s does not look at the manifest's %s", type(method).__name__, " and ".join(ignored))
+    table = choose_table(settings.dataset, method.class_table)
+    layout = plan_layout(settings, processes)
+    numbers = find_unfinished(settings, layout)
+    need = (*method.takes, *(["image"] if sampling.strength < 1 else []))
+    rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
+    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
+    plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
+    check_run(plan.folder, fingerprint, plan.details())
+    return plan
+
+
+def use_tokenizer(config: dict[str, Any], folder: str) -> None:
+    """Put the folder of --tokenizer_dir into the config of the model."""
+    text = config["model"].get("params", {}).get("text_encoder")
+    if text is None:
+        raise UserError(f"--tokenizer_dir: {folder} is of no use, the model has no text encoder. Leave the flag out.")
+    text.setdefault("params", {})["tokenizer_dir"] = folder
+
+
+def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module) -> None:
+    """Raise UserError where flags do not fit the model or each other."""
+    height, width, factor = settings.height, settings.width, method.size_factor
+    if (height is None) != (width is None):
+        raise UserError(f"--H {height} --W {width}: only one is given. Expected both or none. Add the other.")
+    if height and (height % factor or width % factor):
+        raise UserError(
+            f"--H {height} --W {width}: the model cannot paint this size. Expected multiples of {factor}. Change them."
+        )
+    channels, rows, _ = method.noise_shape(factor, factor)
+    for flag, given, actual in (("--C", settings.latent_channels, channels),
+                                ("--f", settings.downsampling, factor // rows)):  # fmt: skip
+        if given not in (None, actual):
+            raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
+    if (sampling.share_control or sampling.reuse_every != 1) and type(method).prepare is DiffusionMethod.prepare:
+        raise UserError(f"--mode: {type(method).__name__} has no control features to share or reuse. Expected exact or "
+                        "fast, or turbo with --no-share_control --reuse_every 1. Change it.")
+    spaced_timesteps(sampling.num_steps, method.schedule, sampling.spacing)
+    if "prompt" in method.takes:  # the tokenizer is loaded at its first use; missing files should show now
+        method.text_encoder.tokenizer([""])
+
+
+def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
+    """Class table that masks are read with: --dataset, which must have as many classes as the model's, or the model's.
+
+    By default masks are stored as those of the training were; --dataset is for masks numbered or coloured otherwise.
+    """
+    table = ClassTable.load(dataset) if dataset else own
+    if table.num_classes != own.num_classes:
+        raise UserError(
+            f"--dataset: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
+            f" table {own.name}. Use a table with the model's classes."
+        )
+    return table
+
+
+def plan_layout(settings: RunSettings, processes: int = 1) -> dict[str, int]:
+    """Rows, rows a shard and copies of the run; a run that was begun keeps its size of shards and its copies.
+
+    A new run of few rows gets smaller shards, so that every process of --shard i/n has one, and each of `processes`.
+    """
+    path = Path(settings.txt_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"manifest not found: {path}. Expected a JSON-lines file. Check --txt_file.")
+    rows = sum(1 for line in path.read_bytes().splitlines() if line.strip())
+    fair = max(1, -(-rows // max(processes, settings.shard[1])))
+    size = settings.shard_size or min(SHARD_SIZE, fair)
+    old = read_run(Path(settings.outdir)).get("layout") or {}
+    if settings.shard_size and old.get("shard_size", settings.shard_size) != settings.shard_size:
+        raise FileExistsError(f"--shard_size: {settings.shard_size} is not that of the run in {settings.outdir}. "
+                              f"Expected {old['shard_size']}. Leave the flag out.")
+    return {"rows": rows, "shard_size": old.get("shard_size", size),
+            "copies": max(settings.num_per_mask, old.get("copies", 0))}  # fmt: skip
+
+
+def find_unfinished(settings: RunSettings, layout: dict[str, int]) -> list[int]:
+    """Shards of this process that lack an image."""
+    first, step = settings.shard
+    store = ShardStore(Path(settings.outdir), settings.format == "tar")
+    count = -(-layout["rows"] // layout["shard_size"])
+    return [number for number in range(first, count, step)
+            if settings.overwrite or is_unfinished(store.statistics(number), layout["copies"])]
+
+
+def is_unfinished(statistics: Record | None, copies: int) -> bool:
+    """Whether a shard with these statistics lacks images: never painted, failed samples, or fewer copies."""
+    return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
+
+
+def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, need: Sequence[str],
+              numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
+    """Rows of the manifest with what they need; the files of those that this process paints are checked.
+
+    Returns:
+        Good rows, and records of bad ones with --bad_rows skip; else one error lists all bad rows.
+    """
+    open_shards = set(numbers)
+    problems: list[tuple[int, str]] | None = [] if settings.bad_rows == "skip" else None
+    rows = read_manifest(
+        settings.txt_file, settings.data_root, need=need, table=table, size_factor=method.size_factor,
+        size=settings.size, decode=lambda row: row // layout["shard_size"] in open_shards, problems=problems,
+        follow_links=settings.follow_links,
+    )  # fmt: skip
+    if not problems:
+        return rows, []
+    lines = Path(settings.txt_file).read_bytes().splitlines()
+    index_of, index = {}, 0
+    for line, content in enumerate(lines, start=1):
+        index_of[line] = index
+        index += bool(content.strip())
+    found: dict[int, Record] = {}
+    for line, text in problems:
+        record = found.setdefault(line, {"row": index_of[line], "copy": 0, "line": line, "reason": text})
+        if record["reason"] != text:
+            record["reason"] += f" {text}"
+    logger.warning("%d rows are left out, see failures.jsonl", len(found))
+    return rows, list(found.values())
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
+                     use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
+    """What decides the pictures; two runs may share an output folder only if they agree in it.
+
+    Not part of it: what changes rounding at most (device, batch size, --compile) or nothing (processes, engine, number
+    of copies). Of the files that rows name, sizes are compared, not contents: reading a million would take hours.
+    """
+    inputs = hashlib.sha256(Path(settings.txt_file).read_bytes())
+    if settings.bad_rows == "stop":  # with "skip", a file that is mended later must not make it another run
+        for path in sorted({path for row in rows for path in files_of(row)}):
+            inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
+    return {
+        "checkpoint_sha256": file_sha256(settings.ckpt),
+        "config_sha256": hash_of(config),
+        "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
+        "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
+        "precision": "autocast" if use_autocast else "full", "seed": settings.seed,
+        "fixed_code": settings.fixed_code, "ext": settings.extension, "format": settings.format,
+        **sampling.to_dict(),
+    }  # fmt: skip

@@ -1,0 +1,182 @@
+"""What train.py writes beside the weights: the record of the run, sample grids, weights for inference."""
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageDraw
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+
+from ldm.data.transforms import normalize_batch, to_uint8
+from ldm.weights.checkpoint import save_safetensors
+
+
+class RunRecord(pl.Callback):
+    """Writes run_dir/config.yaml and a line of run_dir/run.jsonl (command, revision, versions) when a fit starts."""
+
+    def __init__(self, run_dir: Path, config: DictConfig) -> None:
+        self.run_dir, self.config = run_dir, config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write both files, on one process."""
+        if not trainer.is_global_zero:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.run_dir / "config.yaml")
+        revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                  cwd=Path(__file__).parent, check=False).stdout.strip()
+        record = {"command": sys.argv, "revision": revision or "unknown", "python": platform.python_version(),
+                  "torch": torch.__version__, "lightning": pl.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+                  "world_size": trainer.world_size, "start_step": trainer.global_step}
+        with (self.run_dir / "run.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that also saves the last step of a training.
+
+    Lightning's saves last.ckpt at the end only when it never saved one before. And it would save a resumed run at the
+    step it was resumed at, in the middle of an accumulation, whose gradients are in no checkpoint.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the step that a run starts at as saved."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save last.ckpt unless it is there."""
+        if trainer.global_step != self._last_global_step_saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average of the weights, which validation and the exported weights use.
+
+    Unlike Lightning's, it leaves frozen weights exactly as they are (decay * w + (1 - decay) * w is not w in floating
+    point), and the module keeps the trained weights at the end, so that the last checkpoint can be resumed, too.
+
+    Args:
+        decay: share of the old average that each optimizer step keeps.
+        use_warmup: keep less at the beginning, (1 + n) / (10 + n) after n updates, so that early averages forget the
+            random start.
+        start: averaged weights to go on from, by the names of the method; None = those that the training starts from.
+    """
+
+    def __init__(self, decay: float, use_warmup: bool = False, start: dict[str, torch.Tensor] | None = None) -> None:
+        def average(old: torch.Tensor, current: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            if not use_warmup:
+                return torch.lerp(old, current, 1.0 - decay)
+            kept = ((1.0 + count) / (10.0 + count)).clamp(max=decay)  # stays on the device
+            return torch.lerp(old, current, (1.0 - kept).to(old.dtype))
+
+        super().__init__(avg_fn=average)
+        self.start = start
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average, from `start` if there is one."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.start is not None:
+            self._average_model.module.method.load_state_dict(self.start)
+            # At 0 the first update would put the current weights in their place, and a warm-up soon after.
+            self._average_model.n_averaged.fill_(1_000_000)
+            self.start = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep both sets of weights."""
+
+
+class WeightExport(pl.Callback):
+    """Puts the config into every checkpoint, and exports the weights for inference.
+
+    They go to run_dir/checkpoints/last.safetensors; the averaged ones when EMA is on.
+
+    Args:
+        run_dir: folder of the run.
+        config: resolved config.
+    """
+
+    def __init__(self, run_dir: Path, config: DictConfig) -> None:
+        self.path, self.config = run_dir / "checkpoints" / "last.safetensors", config
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
+                           checkpoint: dict[str, Any]) -> None:
+        """Add the config; export whenever Lightning saves a checkpoint."""
+        checkpoint["config"] = OmegaConf.to_container(self.config, resolve=True)
+        if trainer.is_global_zero:
+            weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
+            save_safetensors(self.path, weights, self.config, {"step": str(trainer.global_step)})
+
+
+class ImageGrid(pl.Callback):
+    """Paints the same few validation rows every `every` optimizer steps: run_dir/images/gs-000100.png.
+
+    Each line of the grid is one row of the manifest, each column one picture of `method.preview(batch)`. With EMA they
+    are painted with the averaged weights, as the exported ones are.
+
+    Args:
+        run_dir: folder of the run.
+        dataset: what to show.
+        every: optimizer steps between two grids.
+        rows: lines of the grid, evenly spaced over the dataset.
+    """
+
+    def __init__(self, run_dir: Path, dataset: torch.utils.data.Dataset, every: int, rows: int = 6) -> None:
+        self.folder, self.every = run_dir / "images", every
+        count = min(rows, len(dataset))
+        self.items = [dataset[i * len(dataset) // count] for i in range(count)]
+        self.last_step = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Write the grid when it is due."""
+        step = trainer.global_step
+        if step % self.every or step == self.last_step or not trainer.is_global_zero:
+            return
+        self.last_step = step
+        batch = normalize_batch(torch.utils.data.default_collate(self.items), pl_module.device)
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, AveragedWeights)]
+        for average in averages:
+            average._swap_models(pl_module)  # as Lightning does for validation; the average may be on another device
+        try:
+            pl_module.eval()
+            with torch.random.fork_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+                columns = pl_module.method.preview(batch)
+        finally:
+            pl_module.train()
+            for average in averages:
+                average._swap_models(pl_module)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".gs-{step:06d}.{os.getpid()}.png"
+        draw_grid(columns).save(temporary)
+        os.replace(temporary, self.folder / f"gs-{step:06d}.png")
+
+
+def draw_grid(columns: dict[str, torch.Tensor], gap: int = 4) -> Image.Image:
+    """Grid of pictures with the names of the columns on top.
+
+    Args:
+        columns: name -> (B, C, H, W) float in [-1, 1]; of more than three bands the first three are drawn.
+        gap: pixels between pictures.
+    """
+    shown = {name: images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+             for name, images in columns.items()}
+    pictures = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in shown.items()}
+    count, height, width, _ = next(iter(pictures.values())).shape
+    canvas = np.full((14 + count * (height + gap), len(pictures) * (width + gap), 3), 255, np.uint8)
+    for x, images in enumerate(pictures.values()):
+        for y, picture in enumerate(images):
+            top, left = 14 + y * (height + gap), x * (width + gap)
+            canvas[top:top + height, left:left + width] = picture
+    sheet = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(sheet)
+    for x, name in enumerate(pictures):
+        draw.text((x * (width + gap) + 2, 1), name, fill=(0, 0, 0))
+    return sheet

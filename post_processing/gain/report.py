@@ -1,0 +1,164 @@
+"""The results of a gain measurement: mean and spread over seeds, gains paired by seed, one HTML page."""
+
+import base64
+import html
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from post_processing.run_index import read_mask_at, read_run
+from post_processing.segmentation.dataset import read_image
+
+BASELINE = "real"
+MEASURES = ("OA", "mIoU", "mAcc")
+LETTER = 7.5  # width in an SVG of 12 px letters, rather too much than too little: fonts differ
+COLOURS = ("#222222", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+
+def summarise(scores: Scores) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of every number of every arm.
+
+    Args:
+        scores: arm -> seed -> results of `evaluate.py segmentor` (OA, mIoU, mAcc, IoU by class; percent).
+    Returns:
+        arm -> {seeds, OA, mIoU, mAcc: (mean, SD), IoU: class -> (mean, SD), gain: (mean, SD) of mIoU minus that of the
+        arm `real` with the same seed}. SD is the sample's (n - 1), None for one seed; a number is None where any seed
+        has none, the gain where the arm is `real` or lacks it.
+    """
+    result = {}
+    for arm, seeds in scores.items():
+        names = next(iter(seeds.values()))["IoU"]
+        pairs = [score["mIoU"] - scores[BASELINE][seed]["mIoU"] for seed, score in seeds.items()
+                 if arm != BASELINE and seed in scores.get(BASELINE, {})]  # fmt: skip
+        result[arm] = {
+            "seeds": sorted(seeds),
+            **{key: mean_and_sd([score[key] for score in seeds.values()]) for key in MEASURES},
+            "IoU": {name: mean_and_sd([score["IoU"][name] for score in seeds.values()]) for name in names},
+            "gain": mean_and_sd(pairs) if pairs else None,
+        }
+    return result
+
+
+def mean_and_sd(values: Sequence[float | None]) -> tuple[float, float | None] | None:
+    """Mean and sample standard deviation (None for one value); None if a value is None."""
+    if any(value is None for value in values):
+        return None
+    return round(statistics.fmean(values), 2), round(statistics.stdev(values), 2) if len(values) > 1 else None
+
+
+def make_table(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Markdown table of a summary: an arm a row, `mean ± SD`."""
+    classes = list(next(iter(summary.values()))["IoU"])
+    heads = ["trained on", "seeds", *MEASURES, "gain in mIoU", *(f"IoU {name}" for name in classes)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, row in summary.items():
+        values = [*(row[key] for key in MEASURES), row["gain"], *(row["IoU"][name] for name in classes)]
+        cells = [show(value, is_signed=place == len(MEASURES)) for place, value in enumerate(values)]
+        lines.append(f"| {labels[arm]} | {len(row['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def show(value: tuple[float, float | None] | None, is_signed: bool = False) -> str:
+    """One cell: `mean ± SD`, the mean alone, or a dash."""
+    if value is None:
+        return "-"
+    mean = f"{value[0]:+.2f}" if is_signed else f"{value[0]:.2f}"
+    return mean if value[1] is None else f"{mean} ± {value[1]:.2f}"
+
+
+def read_curves(work_dirs: Mapping[str, Sequence[Path]], key: str) -> dict[str, list[tuple[int, float]]]:
+    """Curves from mmengine's logs, (step, mean over the trainings of an arm); lines cut off by a kill are left out.
+
+    Args:
+        work_dirs: arm -> folders of its trainings.
+        key: `loss`, or `mIoU` for the validation's.
+    """
+    curves = {}
+    for arm, folders in work_dirs.items():
+        values: dict[int, dict[Path, float]] = {}
+        for folder in folders:
+            for path in sorted(folder.glob("*/vis_data/scalars.json")):  # a resumed training has several
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    try:
+                        record = json.loads(line)
+                        step, value = int(record["step"]), float(record[key])
+                    except (ValueError, TypeError, KeyError):  # KeyError: lines of other measures
+                        continue
+                    values.setdefault(step, {})[folder] = value
+        curves[arm] = [(step, statistics.fmean(found.values())) for step, found in sorted(values.items())]
+    return {arm: curve for arm, curve in curves.items() if curve}
+
+
+def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, labels: Mapping[str, str]) -> str:
+    """Curves as an SVG picture with axes and legend; "" if there are none."""
+    if not curves:
+        return ""
+    points = [point for curve in curves.values() for point in curve]
+    last = max(step for step, _ in points)
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    scale = (high - low) or 1.0
+    width = 470 + int(LETTER * max(len(labels[arm]) for arm in curves))
+    parts = [f'<svg viewBox="0 0 {width} 300" width="{width}"><text x="50" y="16">{html.escape(title)}</text>'
+             '<path d="M50 30V260H450" fill="none" stroke="#999"/>'
+             f'<text x="4" y="36">{high:.3g}</text><text x="4" y="260">{low:.3g}</text>'
+             f'<text x="400" y="280">{last} steps</text>']  # fmt: skip
+    for place, (arm, curve) in enumerate(curves.items()):
+        colour = COLOURS[place % len(COLOURS)]
+        path = " ".join(f"{50 + 400 * step / last:.1f},{260 - 230 * (y - low) / scale:.1f}" for step, y in curve)
+        label = f'<text x="460" y="{44 + 18 * place}" fill="{colour}">{html.escape(labels[arm])}</text>'
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{label}')
+    return "".join(parts) + "</svg>"
+
+
+def draw_examples(run_folder: Path, filtered: Path, count: int, class_table: ClassTable) -> Image.Image:
+    """A sheet of samples, one a row: mask, reference, picture, filtered mask (dropped pixels in the ignore colour)."""
+    samples, run = read_run(run_folder)
+    table = ClassTable.load(run["class_table"]) if run.get("class_table") else class_table
+    chosen = [samples[int(place)] for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))]
+    rows = []
+    for sample in chosen:
+        height, width = sample.size
+        mask = read_mask_at(sample.mask, table, sample.size)
+        kept = read_mask(filtered / f"{sample.image.stem}.png", table)
+        reference = np.zeros((height, width, 3), np.uint8)
+        if sample.reference:
+            reference = np.asarray(Image.fromarray(read_image(sample.reference)).resize((width, height)))
+        parts = [table.colourise(mask), reference, read_image(sample.image), table.colourise(kept)]
+        rows.append(np.pad(np.concatenate(parts, axis=1), ((0, 4), (0, 0), (0, 0)), constant_values=255))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=IGNORE_INDEX) for row in rows]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def make_page(table: str, facts: Sequence[str], drawings: Sequence[str], examples: Image.Image | None) -> str:
+    """One HTML page that needs no other file.
+
+    Args:
+        table: Markdown table (see make_table).
+        facts: sentences on what was measured and how.
+        drawings: SVG pictures.
+        examples: sheet of samples, or None.
+    """
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    parts = ["<!doctype html><meta charset='utf-8'><title>Gain</title><style>body{font:14px sans-serif;margin:2em}"
+             "td,th{padding:.3em .6em;border-bottom:1px solid #ccc;text-align:right}td:first-child{text-align:left}"
+             "svg text{font-size:12px}</style><h1>Gain of synthesized pairs</h1>",
+             "".join(f"<p>{html.escape(fact)}</p>" for fact in facts), f"<table><tr>{head}</tr>{body}</table>",
+             *drawings]  # fmt: skip
+    if examples is not None:
+        buffer = io.BytesIO()
+        examples.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts.append("<h2>Examples</h2><p>Mask, reference, synthesized picture, filtered mask.</p>"
+                     f'<img src="data:image/png;base64,{data}" alt="examples">')  # fmt: skip
+    return "\n".join(parts) + "\n"

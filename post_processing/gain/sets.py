@@ -1,0 +1,140 @@
+"""What a measurement of the gain trains on and paints: labelled real pairs, masks with references, mixed masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.data.manifest import Row, read_manifest, write_manifest
+from ldm.util import UserError
+from post_processing.files import link_or_copy
+from post_processing.segmentation.dataset import IMAGE_SUFFIXES, class_weights
+from post_processing.segmentation.loading import read_image
+from post_processing.segmentation.mixing import choose_box
+from post_processing.selection.rules import encode_mask
+
+SPLIT_SEED = 23
+LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
+
+
+def write_real(path: str, real: Sequence[Row], root: str) -> None:
+    """Write the manifest of the real pairs."""
+    write_manifest(path, [{"source": row.mask_name, "target": str(relative(row.image, root))} for row in real])
+
+
+def list_items(
+    real: Sequence[Row], root: str, pool: Sequence[str], table: ClassTable, count: int | None, balance: float,
+    copies: int,
+) -> tuple[list[dict[str, str]], list[Row]]:
+    """Draw the masks to paint and give each its references.
+
+    Args:
+        real: labelled pairs.
+        root: data root that paths are relative to.
+        pool: reference images; empty = the generator takes none.
+        count: masks; None = all.
+        balance: see choose_masks.
+        copies: references a mask, each with a row of its own.
+    Returns:
+        Entries of a manifest (source, target, prompt, and ref_image if there is a pool), and the pair of each.
+    """
+    prompts, chosen = choose_masks(real, table, count, balance)
+    rng = np.random.default_rng([SPLIT_SEED, 2])
+    items, pairs = [], []
+    for place in chosen:
+        item = {"source": real[place].mask_name, "target": str(relative(real[place].image, root)),
+                "prompt": prompts[place]}  # fmt: skip
+        numbers = rng.choice(len(pool), copies, replace=False) if pool else []
+        items += [{**item, "ref_image": pool[number]} for number in numbers] if pool else [item]
+        pairs += [real[place]] * (len(numbers) or 1)
+    return items, pairs
+
+
+def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequence[Row], root: str,
+                   table: ClassTable) -> list[dict[str, str]]:
+    """Write new layouts: into each mask, and alike into its image, a box of another pair of the draw is pasted.
+
+    What is pasted where follows from the place in the list alone (CutMix, Yun et al. 2019).
+
+    Args:
+        folder: gets masks/, images/ and references/, so that all paths of the result start there.
+        items, pairs: from list_items.
+        root: where the references of the items start.
+        table: class table of the masks.
+    Returns:
+        Entries of a manifest; `target` is the mixed image, which --strength starts from.
+    """
+    for name in ("masks", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    mixed = []
+    for number, (item, pair) in enumerate(zip(items, pairs, strict=True)):
+        random = np.random.RandomState([SPLIT_SEED, number])  # has the methods of numpy's global generator
+        (image, raw, mask), other = (
+            [read_image(row.image).copy(), read_raw_mask(row.mask).copy(), read_mask(row.mask, table).copy()]
+            for row in (pair, pairs[random.randint(len(pairs))])
+        )
+        height, width = np.minimum(mask.shape, other[2].shape)  # where they differ, what both have takes part
+        chosen = choose_box(height, width, random)
+        for here, there in zip((image, raw, mask), other, strict=True):
+            here[:height, :width][chosen] = there[:height, :width][chosen]
+        name = f"{number:06d}.png"
+        (folder / "masks" / name).write_bytes(encode_mask(raw, np.zeros((1, 1), bool), table))
+        Image.fromarray(image).save(folder / "images" / name)
+        mixed.append({"source": f"masks/{name}", "target": f"images/{name}", "prompt": table.prompt(mask)})
+        if "ref_image" in item:
+            reference = f"references/{item['ref_image']}"  # the whole path: names may repeat in other folders
+            mixed[-1]["ref_image"] = reference
+            if not (folder / reference).exists():
+                (folder / reference).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(Path(root) / item["ref_image"], folder / reference)
+    return mixed
+
+
+def choose_masks(
+    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float
+) -> tuple[list[str], list[int]]:
+    """Draw the masks to paint: the chance of one is the sum over its classes of (share in the set) ** -balance.
+
+    Returns:
+        The prompt of every row, and the places of the drawn rows in ascending order.
+    """
+    pixels, prompts = np.zeros((len(rows), 256)), []
+    for place, row in enumerate(rows):
+        mask = read_mask(row.mask, table)
+        pixels[place] = np.bincount(mask.ravel(), minlength=256)
+        prompts.append(row.prompt or table.prompt(mask))
+    pixels = pixels[:, : table.num_classes]
+    is_there = pixels > LEAST_SHARE * pixels.sum(1, keepdims=True)
+    weights = is_there @ np.array(class_weights(pixels.sum(0), balance))
+    usable = int(np.count_nonzero(weights))
+    size = min(count or usable, usable)
+    drawn = np.random.default_rng([SPLIT_SEED, 1]).choice(len(rows), size, replace=False, p=weights / weights.sum())
+    return prompts, sorted(map(int, drawn))
+
+
+def find_references(sources: Sequence[str], root: Path) -> list[str]:
+    """Reference images of folders and manifests, relative to the data root, each once.
+
+    Raises:
+        UserError: if a folder does not lie below the data root or holds no image.
+    """
+    found: list[str] = []
+    for source in sources:
+        if Path(source).is_dir():
+            paths = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            paths = [row.image for row in read_manifest(source, root, need=("image",), check_files=False)]
+        if not paths:
+            raise UserError(f"--references {source}: no images. Expected {', '.join(IMAGE_SUFFIXES)}. Check the path.")
+        found += [str(relative(path, str(root))) for path in paths]
+    return list(dict.fromkeys(found))
+
+
+def relative(path: Path, root: str) -> Path:
+    """A path relative to the data root; UserError if it does not lie below."""
+    try:
+        return path.absolute().relative_to(root)
+    except ValueError:
+        raise UserError(f"{path}: does not lie below --data_root {root}. Expected all images there.") from None

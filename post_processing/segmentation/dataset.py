@@ -1,0 +1,198 @@
+"""Pairs of images and masks as an MMSegmentation dataset: from a class table and a manifest or two folders.
+
+Nothing is copied into mmseg and no class list is edited: a config names `TABLE_DATASET` as its type, and the class
+table travels inside the config.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.classes import ClassTable, read_mask
+from ldm.data.manifest import read_manifest
+
+TABLE_DATASET = "post_processing.segmentation.dataset.TableSegDataset"  # mmengine imports the class by this dotted path
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+
+
+def dataset_config(
+    table: ClassTable,
+    pipeline: Sequence[Mapping[str, Any]],
+    *,
+    manifest: str | Path | None = None,
+    data_root: str | Path = ".",
+    image_folder: str | Path | None = None,
+    mask_folder: str | Path | None = None,
+    check_files: bool = True,
+) -> dict[str, Any]:
+    """Config node of a dataset for mmengine's Runner.
+
+    Args:
+        table: the classes.
+        pipeline: mmseg transforms after loading (RandomCrop, ..., PackSegInputs).
+        manifest: JSON-lines file of image-mask rows relative to data_root; or else both folders:
+        data_root: where the manifest's paths start.
+        image_folder: folder of images.
+        mask_folder: folder of masks that have the stem of their image.
+        check_files: decode all files of the manifest first; False where that has been done.
+    Returns:
+        Plain dictionary with `type` and the arguments of TableSegDataset.
+    """
+    node = {"type": TABLE_DATASET, "class_table": table.to_dict(), "pipeline": [dict(step) for step in pipeline]}
+    if manifest is not None:
+        node |= {"manifest": str(manifest), "data_root": str(data_root), "check_files": check_files}
+    if image_folder is not None or mask_folder is not None:
+        node |= {"image_folder": str(image_folder), "mask_folder": str(mask_folder)}
+    return node
+
+
+def list_pairs(
+    table: ClassTable,
+    *,
+    manifest: str | Path | None = None,
+    data_root: str | Path = ".",
+    image_folder: str | Path | None = None,
+    mask_folder: str | Path | None = None,
+    check_files: bool = True,
+) -> list[tuple[Path, Path]]:
+    """Find the (image, mask) files of a manifest or of two folders, in a fixed order, each pair once.
+
+    Raises:
+        ValueError: if neither or both sources are given, or an image lacks its mask, or nothing is there.
+        FileNotFoundError: if a folder is missing.
+    """
+    if (manifest is None) == (image_folder is None or mask_folder is None):
+        raise ValueError(
+            "dataset: expected either a manifest or both an image folder and a mask folder. Give one of the two."
+        )
+    if manifest is not None:
+        rows = read_manifest(manifest, data_root, need=("image",), table=table, check_files=check_files)
+        pairs = list(dict.fromkeys((row.image, row.mask) for row in rows))  # rows may differ in the reference only
+    else:
+        pairs = match_folders(Path(image_folder), Path(mask_folder))
+    if not pairs:
+        raise ValueError(f"dataset: no pairs in {manifest or image_folder}. Expected at least one image with its mask.")
+    return pairs
+
+
+def match_folders(image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
+    """Pair the images of a folder with the masks of the same stem in another one (see list_pairs)."""
+    for folder in (image_folder, mask_folder):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"dataset: folder not found: {folder}. Check the path.")
+    images = sorted(path for path in image_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
+    lacking = [path.name for path in images if path.stem not in masks]
+    if lacking:
+        raise ValueError(
+            f"dataset: {len(lacking)} of {len(images)} images in {image_folder} have no mask in {mask_folder} "
+            f"({', '.join(lacking[:5])}). Expected a mask with the stem of every image."
+        )
+    return [(path, masks[path.stem]) for path in images]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a picture as (H, W, 3) uint8 RGB; ValueError naming the file if it is damaged."""
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image not found: {path}. Check the path.") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"image {path}: cannot be read ({error}). Expected a complete picture. Replace the file."
+        ) from error
+
+
+class TableSegDataset(torch.utils.data.Dataset):
+    """Image-mask pairs that pass through an mmseg pipeline; masks are read exactly, through the class table."""
+
+    def __init__(
+        self,
+        class_table: Mapping[str, Any] | str,
+        pipeline: Sequence[Mapping[str, Any]] = (),
+        manifest: str | None = None,
+        data_root: str = ".",
+        image_folder: str | None = None,
+        mask_folder: str | None = None,
+        check_files: bool = True,
+    ) -> None:
+        """List the files; see dataset_config for the arguments."""
+        from mmengine.dataset import Compose
+
+        self.table = ClassTable.load(class_table)
+        self.pairs = list_pairs(
+            self.table, manifest=manifest, data_root=data_root, image_folder=image_folder, mask_folder=mask_folder,
+            check_files=check_files,
+        )  # fmt: skip
+        self.pipeline = Compose(list(pipeline))
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """Class names and colours, as mmengine stores them in checkpoints."""
+        return {
+            "classes": tuple(self.table.names),
+            "palette": [list(map(int, colour)) for colour in self.table.colours],
+        }
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Load one pair and run the pipeline.
+
+        Returns:
+            What the last transform gives; for PackSegInputs `inputs` (3, h, w) uint8 BGR and `data_samples`.
+        Raises:
+            ValueError: if image and mask differ in size.
+        """
+        image_path, mask_path = self.pairs[index]
+        image = np.ascontiguousarray(read_image(image_path)[:, :, ::-1])  # mmseg's transforms expect BGR
+        mask = read_mask(mask_path, self.table)
+        if image.shape[:2] != mask.shape:
+            raise ValueError(
+                f"dataset: image {image_path} has {image.shape[:2]} pixels, mask {mask_path} {mask.shape}. "
+                "Expected equal sizes (height, width). Replace one of them."
+            )
+        size = image.shape[:2]
+        return self.pipeline(
+            {
+                "img": image,
+                "gt_seg_map": mask,
+                "seg_fields": ["gt_seg_map"],
+                "img_path": str(image_path),
+                "seg_map_path": str(mask_path),
+                "ori_shape": size,
+                "img_shape": size,
+                "reduce_zero_label": False,
+                "sample_idx": index,
+            }
+        )
+
+
+def count_pixels(pairs: Sequence[tuple[Path, Path]], table: ClassTable) -> np.ndarray:
+    """Pixels of each class over all masks, (K,) int64; ignored pixels are not counted."""
+    total = np.zeros(256, dtype=np.int64)
+    for _, mask in pairs:
+        total += np.bincount(read_mask(mask, table).ravel(), minlength=256)
+    return total[: table.num_classes]
+
+
+def class_weights(pixels: np.ndarray, exponent: float) -> list[float]:
+    """Loss weights that rise with the rarity of a class.
+
+    Args:
+        pixels: (K,) pixel counts of the training set.
+        exponent: weight ~ share ** -exponent; 0 = all equal, 1 = every class counts the same in sum.
+    Returns:
+        K weights whose mean over the pixels is 1; a class without pixels gets 1.
+    """
+    share = pixels / max(pixels.sum(), 1)
+    weight = np.where(share > 0, np.maximum(share, 1e-4) ** -exponent, 0.0)
+    weight = weight / max((weight * share).sum(), 1e-12)
+    return [float(value) for value in np.where(share > 0, weight, 1.0).round(5)]

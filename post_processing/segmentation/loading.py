@@ -1,0 +1,192 @@
+"""Pictures and their masks, read ahead by threads and put together in batches of one size."""
+
+import logging
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
+from post_processing.files import file_identity
+from post_processing.segmentation.dataset import IMAGE_SUFFIXES, read_image
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+SEED_ENDING = re.compile(r"_seed_\d+$")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture and the mask that it shows, as files.
+
+    Attributes:
+        image: the picture.
+        mask: its mask.
+        is_resized: the picture was painted at another size than the mask's, so the mask is brought to it.
+    """
+
+    image: Path
+    mask: Path
+    is_resized: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An item in memory.
+
+    Attributes:
+        item: where it comes from.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8 ids of the class table, 255 = ignored.
+        raw: the numbers of the mask's file, (H, W) ids or (H, W, 3) colours.
+        identity: of the two files (see file_identity).
+    """
+
+    item: Item
+    image: np.ndarray
+    mask: np.ndarray
+    raw: np.ndarray
+    identity: dict[str, str]
+
+
+def find_items(image_folder: Path, mask_folder: Path) -> list[Item]:
+    """Pair pictures called `{mask stem}_seed_{N}` (or as their mask) with masks; a mask need not exist.
+
+    Raises:
+        FileNotFoundError: if a folder is missing, or none of the pictures has a mask.
+        ValueError: if there are no pictures.
+    """
+    for folder in (image_folder, mask_folder):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of pictures. Check the path.")
+    images = sorted(path for path in image_folder.iterdir() if is_picture(path))
+    masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if is_picture(path)}
+    if not images:
+        raise ValueError(f"{image_folder}: no pictures. Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+    items = []
+    for image in images:
+        stem = SEED_ENDING.sub("", image.stem)  # the end only: a mask may be called a_seed_1 itself
+        items.append(Item(image, masks.get(stem) or masks.get(image.stem) or mask_folder / f"{stem}.png"))
+    if not any(item.mask.is_file() for item in items):
+        raise FileNotFoundError(
+            f"{mask_folder}: none of the {len(items)} pictures in {image_folder} has its mask there (the first would "
+            f"be {items[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the mask's own name. Check the folders."
+        )
+    return items
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a directory entry is a picture by its name; hidden files are not."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def load_item(item: Item, table: ClassTable) -> Loaded:
+    """Read a picture and its mask.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        ValueError: if one is damaged, an id is not in the table, or they differ in size.
+    """
+    image = read_image(item.image)
+    raw = read_raw_mask(item.mask)
+    size = image.shape[:2]
+    if raw.shape[:2] != size:
+        if not item.is_resized:
+            raise ValueError(
+                f"mask {item.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its picture {item.image.name} "
+                f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them."
+            )
+        raw = raw[nearest_places(raw.shape[0], size[0])][:, nearest_places(raw.shape[1], size[1])]
+    mask = decode_colours(raw, table, item.mask) if raw.ndim == 3 else decode_ids(raw, table, item.mask)
+    return Loaded(item, image, mask, raw, identity_of(item))
+
+
+def nearest_places(length: int, new_length: int) -> np.ndarray:
+    """Which of `length` pixels in a row Pillow's NEAREST takes for each of `new_length`: (new_length,) int32."""
+    row = Image.fromarray(np.arange(length, dtype=np.int32)[None])
+    return np.asarray(row.resize((new_length, 1), Image.Resampling.NEAREST))[0]
+
+
+def identity_of(item: Item) -> dict[str, str]:
+    """What tells the content of an item's files from other content."""
+    return {"image": file_identity(item.image), "mask": file_identity(item.mask)}
+
+
+def load_batches(
+    items: Iterable[Item],
+    table: ClassTable,
+    batch_size: int,
+    workers: int,
+    on_failure: Callable[[Item, Exception], None],
+) -> Iterator[list[Loaded]]:
+    """Yield batches of pictures of one size, read ahead by threads; the order does not depend on their number.
+
+    Args:
+        items: what to read.
+        table: class table that the masks are read with.
+        batch_size: most pictures in a batch.
+        workers: threads.
+        on_failure: gets every item that cannot be read, and why.
+    """
+    groups: dict[tuple[int, int], list[Loaded]] = {}
+    waiting: deque = deque()
+    source = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            while len(waiting) < 2 * batch_size + workers and (item := next(source, None)) is not None:
+                waiting.append((item, pool.submit(load_item, item, table)))
+            if not waiting:
+                break
+            item, future = waiting.popleft()
+            try:
+                loaded = future.result()
+            except (ValueError, OSError) as error:
+                on_failure(item, error)
+                continue
+            size = loaded.mask.shape
+            groups.setdefault(size, []).append(loaded)
+            if len(groups[size]) == batch_size:
+                yield groups.pop(size)
+            elif sum(map(len, groups.values())) > 4 * batch_size:  # many sizes: do not hold them all
+                yield groups.pop(max(groups, key=lambda size: len(groups[size])))
+    yield from groups.values()
+
+
+def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B, 3, H, W) uint8 and masks (B, H, W) uint8 of a batch, on a device."""
+    images = torch.from_numpy(np.stack([loaded.image for loaded in batch])).permute(0, 3, 1, 2)
+    masks = torch.from_numpy(np.stack([loaded.mask for loaded in batch]))
+    return images.to(device), masks.to(device)
+
+
+def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[Result]:
+    """Call a function on a batch, or on halves, quarters, ... of it where the device's memory ends.
+
+    Args:
+        function: takes as many tensors as there are in `batch`, each with the same part of it.
+        batch: tensors (B, ...).
+    Returns:
+        What the function gave for each part, in order.
+    Raises:
+        torch.cuda.OutOfMemoryError: if one picture alone is too much.
+    """
+    try:
+        return [function(*batch)]
+    except torch.cuda.OutOfMemoryError:
+        if len(batch[0]) == 1:
+            raise
+        logger.warning("out of memory with %d pictures at once, trying halves", len(batch[0]))
+    half = len(batch[0]) // 2  # outside of the except block, which would keep the tensors of the failed call alive
+    return [
+        result
+        for part in (slice(half), slice(half, None))
+        for result in run_in_parts(function, *(tensor[part] for tensor in batch))
+    ]

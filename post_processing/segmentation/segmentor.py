@@ -1,0 +1,289 @@
+"""A trained MMSegmentation model as a function from images to class ids; the checkpoint never runs code."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.data.classes import ClassTable
+from ldm.util import UserError, current_path
+
+
+class Discarded:
+    """Takes the place of training-only objects in a checkpoint while it is read; keeps nothing and runs nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Discarded":
+        """Swallow any arguments: a pickle may rebuild the object in several ways."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Swallow any arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop the state."""
+
+
+# mmengine writes loss histories beside the weights; their pickles ask for these two names.
+HISTORY_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
+HISTORY_METHOD = "builtins.getattr"
+
+
+def allowed_globals(replaced: Mapping[str, Any]) -> list[Any]:
+    """Everything but tensors that a segmentor checkpoint may contain, for torch's weights_only reader.
+
+    Args:
+        replaced: name in the file -> what to call in its place.
+    """
+    numpy_core = getattr(np, "_core", None) or np.core
+    numbers = {type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "u8", "u4", "u1", "?")}
+    named = [
+        (numpy_core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")
+    ]
+    named += [(numpy_core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [np.ndarray, np.dtype, *numbers, *named, *((substitute, name) for name, substitute in replaced.items())]
+
+
+def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a segmentor checkpoint without running anything in it.
+
+    mmengine's own loader retries with an unrestricted unpickler when the safe one refuses; this one stops.
+
+    Args:
+        path: .pth file of scripts/train_segmentor.py, or any mmengine checkpoint.
+        replaced: see allowed_globals; None = loss histories are dropped.
+    Returns:
+        The dictionary in the file; `state_dict` holds the weights, `meta` (if there) the classes.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint, is truncated, or contains anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"segmentor checkpoint not found: {path}. Give the segmentor.pth of a training.")
+    try:
+        replaced = replaced or {HISTORY_BUFFER: Discarded, HISTORY_METHOD: Discarded}
+        with torch.serialization.safe_globals(allowed_globals(replaced)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")
+        refused = next((part.strip(" .") for part in reason.split("GLOBAL")[1:2]), reason)[:200]
+        raise ValueError(
+            f"segmentor checkpoint {path}: contains something other than weights and plain values, or is no torch file "
+            f"({refused}). Expected tensors only; nothing was run. Save the state_dict alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"segmentor checkpoint {path}: cannot be read ({error}). Is the file complete?") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of weights."
+        )
+    return content if "state_dict" in content else {"state_dict": content}
+
+
+def save_checkpoint(path: str | Path, model: torch.nn.Module, class_table: ClassTable, **meta: Any) -> None:
+    """Write weights and class table as one file of tensors and plain values, atomically.
+
+    Args:
+        path: file to write, usually run_dir/segmentor.pth.
+        model: the mmseg model.
+        class_table: what its classes mean.
+        meta: further plain values (steps, seed).
+    """
+    path = Path(path)
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    table = class_table.to_dict()
+    meta = {"class_table": table, "dataset_meta": dataset_meta(class_table), **meta}
+    partial = path.with_name(path.name + ".partial")
+    torch.save({"state_dict": state_dict, "meta": meta}, partial)
+    partial.replace(path)
+
+
+def dataset_meta(class_table: ClassTable) -> dict[str, Any]:
+    """Class names and colours in the form that MMSegmentation keeps them."""
+    return {"classes": list(class_table.names), "palette": [list(map(int, colour)) for colour in class_table.colours]}
+
+
+class Segmentor:
+    """An mmseg model in evaluation mode that takes batches of images as they are on disk."""
+
+    def __init__(self, model: torch.nn.Module, class_table: ClassTable, device: str | torch.device = "cpu") -> None:
+        """Wrap a model.
+
+        Args:
+            model: an mmseg segmentor whose head has as many classes as the table.
+            class_table: what its class ids mean.
+            device: where it runs.
+        Raises:
+            ValueError: if the model has another number of classes than the table.
+        """
+        is_cascade = isinstance(model.decode_head, torch.nn.ModuleList)
+        self.head = model.decode_head[-1] if is_cascade else model.decode_head
+        count = self.head.num_classes
+        if count != class_table.num_classes:
+            raise ValueError(
+                f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class table "
+                f"{class_table.name}. Give the table that it was trained with."
+            )
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.class_table = class_table
+
+    @torch.inference_mode()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Class scores of every pixel.
+
+        Args:
+            images: (B, 3, H, W) uint8 RGB in [0, 255], any device.
+        Returns:
+            (B, K, H, W) float32 on the segmentor's device.
+        Raises:
+            ValueError: for another dtype or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, (B, 3, H, W)."
+            )
+        images = images.to(self.device, non_blocking=True)
+        # mmseg's models normalise what mmseg loads: BGR.
+        inputs = self.model.data_preprocessor({"inputs": list(images.flip(1))}, training=False)["inputs"]
+        size = tuple(images.shape[-2:])
+        metas = [{"ori_shape": size, "img_shape": size, "pad_shape": size, "padding_size": [0, 0, 0, 0]}] * len(images)
+        return self.model.inference(inputs.contiguous(memory_format=torch.channels_last), metas).float()
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Most likely class of every pixel: (B, 3, H, W) uint8 RGB -> (B, H, W) uint8 on the segmentor's device."""
+        logits = self.logits(images)
+        if logits.shape[1] == 1:  # a sigmoid head with one channel: class 1 is above its threshold, mmseg's default 0.3
+            return (logits[:, 0].sigmoid() > self.head.threshold).to(torch.uint8)
+        return logits.argmax(dim=1).to(torch.uint8)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to compute on, `auto` = CUDA if there is one; UserError if it cannot be used."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
+        ) from error
+    return device
+
+
+def require_mmseg() -> None:
+    """Import MMSegmentation's models and choose its registry; UserError with what to install if that fails."""
+    try:
+        import mmseg.models  # noqa: F401  registers the models
+        from mmengine.registry import init_default_scope
+    except ImportError as error:
+        raise UserError(
+            f"MMSegmentation cannot be imported ({error}). Expected the packages of requirements/seg.txt and, with "
+            "--no-deps, requirements/seg.nodeps.txt. Install them."
+        ) from error
+    init_default_scope("mmseg")
+
+
+def read_config(path: str | Path) -> Any:
+    """Read an mmengine config file; classes of this project that have moved since it was written are found.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    from mmengine.config import Config
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"segmentor config not found: {path}. Give configs/mmseg/small.py, say, or a config.json.")
+    config = Config.fromfile(str(path))
+    nodes = [config._cfg_dict]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            if isinstance(node.get("type"), str):
+                node["type"] = current_path(node["type"])
+            nodes.extend(node.values())
+        elif isinstance(node, (list, tuple)):
+            nodes.extend(node)
+    return config
+
+
+def build_model(config: str | Path | Mapping[str, Any]) -> torch.nn.Module:
+    """Build an mmseg model with random weights; pretrained backbones named in the config are not fetched.
+
+    Args:
+        config: path of an mmengine config (.json and .yaml are data; a .py file is code and is run: use your own),
+            or its contents.
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    require_mmseg()
+    from mmengine.config import Config
+    from mmseg.apis import init_model
+
+    config = Config(dict(config)) if isinstance(config, Mapping) else read_config(config)
+    return init_model(config, checkpoint=None, device="cpu")
+
+
+def load_segmentor(
+    config: str | Path,
+    checkpoint: str | Path,
+    device: str | torch.device = "cpu",
+    class_table: ClassTable | None = None,
+) -> Segmentor:
+    """Load a trained segmentor.
+
+    Args:
+        config: mmengine config of the model (see build_model).
+        checkpoint: its weights (see read_checkpoint).
+        device: where it runs.
+        class_table: what its class ids mean; None = the table stored in the checkpoint.
+    Returns:
+        The segmentor in evaluation mode.
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the weights do not fit the config, or the class table does not fit the weights.
+    """
+    content = read_checkpoint(checkpoint)
+    meta = content.get("meta") or {}
+    stored = meta.get("class_table")
+    if class_table is None and stored is None:
+        raise ValueError(f"segmentor checkpoint {checkpoint}: no class table inside. Give it with --class_table.")
+    if class_table is None:
+        class_table = ClassTable.load(stored)
+    names = list((meta.get("dataset_meta") or {}).get("classes") or class_table.names)
+    if names != list(class_table.names):
+        raise ValueError(
+            f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected {list(class_table.names)} of "
+            f"class table {class_table.name}. Give the table that it was trained with."
+        )
+    model = build_model(config)
+    report = check_weights(model, content["state_dict"])
+    if report:
+        raise ValueError(
+            f"segmentor checkpoint {checkpoint}: does not fit {config}: {report}. Give the pair of one training."
+        )
+    model.load_state_dict(content["state_dict"])
+    return Segmentor(model, class_table, device)
+
+
+def check_weights(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Say in one line how weights differ from a model in names and shapes; "" if they fit."""
+    own = model.state_dict()
+    missing = sorted(set(own) - set(state_dict))
+    unexpected = sorted(set(state_dict) - set(own))
+    shapes = [
+        f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state_dict and state_dict[name].shape != own[name].shape
+    ]
+    parts = [
+        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    return "; ".join(parts)
