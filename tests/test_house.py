@@ -291,6 +291,7 @@ def test_files_of_users_find_what_has_moved(tmp_path: Path):
     assert locate("ldm.models.autoencoder.AutoencoderMethod") is AutoencoderMethod
     for old, new in MOVED.items():
         assert current_path(old + "X") == new + "X" and (ROOT / (new[:-1].replace(".", "/") + ".py")).is_file()
-    (tmp_path / "config.json").write_text('{"a": [{"type": "post_processing.mixing.RatioSampler", "n": {"type": "X"}}]}')
+    old = '{"a": [{"type": "post_processing.mixing.RatioSampler", "n": {"type": "X"}}]}'
+    (tmp_path / "config.json").write_text(old)
     config = read_config(tmp_path / "config.json")
     assert config.a[0].type == "post_processing.segmentation.mixing.RatioSampler" and config.a[0].n.type == "X"
