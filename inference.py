@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to paint")
     model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
+    model.add_argument("--allow_modules", nargs="+", default=[], metavar="MODULE", help="modules of your own that the "
+                       "config may name; else it may name networks of this project only")  # fmt: skip
     model.add_argument(
         "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
     )
@@ -199,7 +201,7 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
         bad_rows=args.bad_rows, follow_links=args.follow_links, num_workers=args.num_workers, seed=args.seed,
         fixed_code=args.fixed_code, num_per_mask=args.num_per_mask, batch_size=args.batch_size, outdir=args.outdir,
         extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
-        overwrite=args.overwrite, engine=args.engine,
+        overwrite=args.overwrite, engine=args.engine, allow_modules=tuple(args.allow_modules),
     )  # fmt: skip
 
 

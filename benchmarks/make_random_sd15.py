@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.diffusion.schedule import make_schedule  # noqa: E402
-from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
+from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.load import build_skeleton, load_method, read_model_config  # noqa: E402
 from ldm.weights.report import SCHEDULE  # noqa: E402
 
@@ -58,6 +58,7 @@ def random_values(name: str, like: Tensor) -> Tensor:
 def write(path: Path, config_file: str, kind: str) -> int:
     """Write the checkpoint tensor by tensor, so that it takes no memory; returns its size in bytes."""
     config = OmegaConf.to_container(load_config([config_file]), resolve=True)
+    check_targets(config, config_file)
     names = {name: tensor.detach() for name, tensor in build_skeleton(config).state_dict().items()}
     header, size = make_header(names, kind, OmegaConf.to_yaml(OmegaConf.create(config)))
     torch.manual_seed(0)

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.published import infer_model  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.methods.pixel import EDGES  # noqa: E402
-from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
+from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.checkpoint import REST, Checkpoint, open_checkpoint, save_safetensors  # noqa: E402
 from ldm.weights.files import StoredTensor  # noqa: E402
-from ldm.weights.load import build_skeleton, check_targets  # noqa: E402
+from ldm.weights.load import build_skeleton  # noqa: E402
 from ldm.weights.names import PARTS, to_diffusers  # noqa: E402
 from ldm.weights.report import SCHEDULE, fill, group_of  # noqa: E402
 
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema", action="store_true", help="put averaged weights (model_ema.) in the place of the plain ones")
     add("--only_trainable", action="store_true", help="write only the groups that train; needs a config")
     add("--allow_partial", action="store_true", help="write files that do not fill the config's model")
+    add("--allow_modules", nargs="+", default=[], metavar="MODULE", help="modules of your own that the config may name")
     add("--drop_objects", action="store_true", help="keep the tensors of a pickle that holds other objects too")
     add("--overwrite", action="store_true", help="replace the output")
     add("--debug", action="store_true", help="show tracebacks")
@@ -207,6 +208,7 @@ def main(argv: list[str]) -> None:
     if args.config and args.class_table:
         raise UserError("--class_table: the config of --config names the classes already. Give one of the two.")
     config = load_config([args.config]) if args.config else None
+    check_targets(config, f"--config {args.config}", args.allow_modules)
     known = build_skeleton(OmegaConf.to_container(config, resolve=True)).state_dict() if config else {}
     checkpoints = [open_checkpoint(source, known, args.ema, args.drop_objects) for source in sources]
     stored, inner = merge(checkpoints)
@@ -215,7 +217,7 @@ def main(argv: list[str]) -> None:
         model = infer_model(shapes, ClassTable.load(args.class_table), args.edge)
         config = OmegaConf.create({"model": model})
     if config is None and inner is not None:
-        check_targets(OmegaConf.to_container(inner.get("model"), resolve=True), str(sources[-1]))
+        check_targets(inner, f"checkpoint {sources[-1]}", args.allow_modules)
         config = inner
     metadata = {}
     if config is None:

@@ -64,6 +64,7 @@ class RunSettings:
     shard_size: int | None
     overwrite: bool
     engine: str
+    allow_modules: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -207,7 +208,7 @@ def make_plan(
     Raises:
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
     """
-    config = read_model_config(settings.ckpt, settings.config)
+    config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")

@@ -1,6 +1,7 @@
 """A trained MMSegmentation model as a function from images to class ids; the checkpoint never runs code."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from ldm.data.classes import ClassTable
 from ldm.util import UserError, current_path
+from ldm.weights.files import refusal
 
 
 class Discarded:
@@ -65,17 +67,20 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
         raise FileNotFoundError(f"segmentor checkpoint not found: {path}. Give the segmentor.pth of a training.")
     try:
         replaced = replaced or {HISTORY_BUFFER: Discarded, HISTORY_METHOD: Discarded}
-        with torch.serialization.safe_globals(allowed_globals(replaced)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed_globals(replaced)), path.open("rb") as file, \
+                warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
+            # Torch goes by the ending of a path and takes .safetensors for just that, whatever is in the file.
+            is_pickle = file.peek(2)[:1] == b"\x80" or file.peek(2)[:2] == b"PK"
+            content = torch.load(file if is_pickle else path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")
-        refused = next((part.strip(" .") for part in reason.split("GLOBAL")[1:2]), reason)[:200]
-        raise ValueError(
+        raise UserError(
             f"segmentor checkpoint {path}: contains something other than weights and plain values, or is no torch file "
-            f"({refused}). Expected tensors only; nothing was run. Save the state_dict alone."
+            f"({refusal(error)}). Expected tensors only; nothing was run. Save the state_dict alone."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"segmentor checkpoint {path}: cannot be read ({error}). Is the file complete?") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise UserError(
+            f"segmentor checkpoint {path}: cannot be read ({refusal(error)}). Is the file complete?") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of weights."
