@@ -29,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to paint")
     model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
-    model.add_argument("--allow_modules", nargs="+", default=[], metavar="MODULE", help="modules of your own that the "
-                       "config may name; else it may name networks of this project only")  # fmt: skip
+    model.add_argument("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that "
+                       "the config may name, once or more often; else networks of this project only")  # fmt: skip
     model.add_argument(
         "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
     )

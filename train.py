@@ -21,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-b", "--base", nargs="*", default=[], metavar="YAML", help="data, optimizer and trainer; merged left to right")
     add("--config_model", metavar="YAML", help="network, for example configs/model/tisynth_sd15.yaml")
-    add("--allow_modules", nargs="+", default=[], metavar="MODULE", help="modules of your own that configs may name; "
-        "else they may name networks and data modules of this project only")
+    add("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that configs "
+        "may name; may be given several times; else only networks and data modules of this project")
     add("-n", "--name", default="", help="ending of the run folder's name")
     add("-f", "--postfix", default="", help="further ending of the run folder's name")
     add("-p", "--project", help="run folder to use instead of logdir/time_name")

@@ -138,10 +138,10 @@ def may_call(target: Any, allow_modules: Sequence[str] = ()) -> bool:
     if not target.startswith(OWN_PACKAGES):
         return False
     found = locate(target)
-    # By name, for neither torch nor Lightning is needed to read a command line.
-    return isinstance(found, type) and found.__module__.startswith(OWN_PACKAGES) and any(
-        f"{base.__module__}.{base.__name__}" == "torch.nn.modules.module.Module" or base.__name__ == "LightningDataModule"
-        for base in found.__mro__)
+    # Bases by name, for neither torch nor Lightning is needed to read a command line.
+    bases = {f"{base.__module__}.{base.__name__}" for base in getattr(found, "__mro__", ())}
+    is_known = any(base.endswith((".module.Module", ".LightningDataModule")) for base in bases)
+    return isinstance(found, type) and found.__module__.startswith(OWN_PACKAGES) and is_known
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:

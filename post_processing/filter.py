@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.data.classes import ClassTable
+from ldm.data.classes import ClassTable, same_names
 from ldm.data.manifest import read_manifest
 from ldm.util import UserError, run_entry_point
 from post_processing.files import (
@@ -110,7 +110,7 @@ def run_filter(args: argparse.Namespace) -> int:
     given = ClassTable.load(args.classes) if args.classes else run_table
     segmentor = load_segmentor(args.config, args.checkpoint, choose_device(args.device), given)
     table = run_table or segmentor.class_table  # of the painted masks; the real ones may have other numbers on disk
-    if table.names != segmentor.class_table.names:
+    if not same_names(table.names, segmentor.class_table.names):
         raise UserError(
             f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
             "Expected the same ones. Leave --classes out."

@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema", action="store_true", help="put averaged weights (model_ema.) in the place of the plain ones")
     add("--only_trainable", action="store_true", help="write only the groups that train; needs a config")
     add("--allow_partial", action="store_true", help="write files that do not fill the config's model")
-    add("--allow_modules", nargs="+", default=[], metavar="MODULE", help="modules of your own that the config may name")
+    add("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that the config "
+        "may name; may be given several times")
     add("--drop_objects", action="store_true", help="keep the tensors of a pickle that holds other objects too")
     add("--overwrite", action="store_true", help="replace the output")
     add("--debug", action="store_true", help="show tracebacks")

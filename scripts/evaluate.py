@@ -122,7 +122,7 @@ def write_text(path: Path, text: str) -> None:
 
 def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score real tiles, pictures against their masks and against shuffled masks; returns results and a table."""
-    from ldm.data.classes import ClassTable
+    from ldm.data.classes import ClassTable, same_names
     from ldm.data.manifest import read_manifest
     from post_processing.evaluation.scores import position
     from post_processing.run_index import read_run
@@ -133,7 +133,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
-    if run_table.names != table.names:
+    if not same_names(run_table.names, table.names):
         raise UserError(
             f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
             f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}."

@@ -35,10 +35,10 @@ def read_shares(text: str, table: ClassTable) -> np.ndarray:
             value = float(share)
         except ValueError:
             value = 0.0
-        if name.strip() not in table.names or not 0 < value <= 1:
+        if table.find(name.strip()) is None or not 0 < value <= 1:
             raise UserError(f"--min_share {part}: expected CLASS=SHARE, the share in (0, 1], the class one of "
                             f"{', '.join(table.names)}.")  # fmt: skip
-        shares[list(table.names).index(name.strip())] = value
+        shares[table.find(name.strip())] = value
     return shares
 
 

@@ -272,7 +272,8 @@ def test_two_processes(coupling: str, toy_data: Path, tmp_path: Path):
         settings = ["model.params.train=[all_in_attention,control,reference]", "--pretrain_path",
                     tmp_path / "start.safetensors"]  # fmt: skip
     command = [sys.executable, "train.py", "--config_model", "configs/model/tisynth_tiny.yaml", "-b",
-               toy_data / "train.yaml", "model.target=tiny.RecordingTISynth", "--allow_modules", "tiny", "-s", "23", f"model.params.coupling={coupling}",
+               toy_data / "train.yaml", "model.target=tiny.RecordingTISynth", "--allow_modules", "tiny",
+               f"model.params.coupling={coupling}",
                "lightning.trainer.max_steps=3", *DDP, *settings, "--data_root", toy_data, "-p",
                tmp_path / "run"]  # fmt: skip
     environment = {**os.environ, "RECORD_TO": str(tmp_path), "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1",
