@@ -85,7 +85,9 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the trained parameters, its rate stepped by optimizer steps."""
         parameters = [p for p in self.method.parameters() if p.requires_grad]
-        fused = all(p.device.type == "cuda" for p in parameters)
+        # A fused optimizer takes the loss's scale out of the gradients by itself, too late to clip them: none with fp16.
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        fused = not is_scaled and all(p.device.type in ("cuda", "cpu") for p in parameters)
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None)
         max_steps = self.trainer.max_steps
@@ -94,6 +96,21 @@ class TrainingModule(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.warmup_steps, self.schedule, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        """Clip by norm or by value, the same in every precision.
+
+        Lightning's own clipping refuses every fused optimizer under mixed precision, also where, as with bf16,
+        gradients have no scale that would have to be taken out first.
+        """
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if (gradient_clip_algorithm or "norm") == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """uint8 batches become what the methods expect, on the device."""
