@@ -179,17 +179,14 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def score_real(pairs: Sequence[tuple[Path, Path]], segmentor: "Segmentor", args: argparse.Namespace) -> dict[str, Any]:
     """Score the segmentor on real (image, mask) files, each at its own size."""
     import torch
-    from PIL import Image
 
+    from ldm.data.images import image_size
     from post_processing.evaluation.scores import SegmentationScore
     from post_processing.run_index import group_batches, read_image_batch, read_mask_at
 
     table = segmentor.class_table
     score = SegmentationScore(table.names, table.ignore_index)
-    sizes = []
-    for image, _ in pairs:
-        with Image.open(image) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(image) for image, _ in pairs]
     with ThreadPoolExecutor(args.num_threads) as pool:
         for size, batch in group_batches(pairs, sizes, args.batch_size):
             images = read_image_batch([image for image, _ in batch], size, pool)
@@ -441,18 +438,14 @@ def pair_by_mask(set_a: Sequence["Sample"], set_b: Sequence["Sample"]) -> list[t
 
 def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, "torch.Tensor"]:
     """Colour statistics of every file, batched over files of one size."""
-    from PIL import Image
-
+    from ldm.data.images import image_size
     from post_processing.evaluation.scores import colour_statistics
     from post_processing.run_index import group_batches, read_image_batch
     from post_processing.segmentation.segmentor import choose_device
 
     device = choose_device(args.device)
     ordered = sorted(paths)
-    sizes = []
-    for path in ordered:
-        with Image.open(path) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(path) for path in ordered]
     result: dict[Path, torch.Tensor] = {}
     with ThreadPoolExecutor(args.num_threads) as pool:
         for size, batch in group_batches(ordered, sizes, args.batch_size):

@@ -74,14 +74,11 @@ def read_features(
 ) -> tuple["np.ndarray", list[tuple[int, int]]]:
     """Features of image files, (N, D) float32, in the order of the files, and the (height, width) that occur."""
     import numpy as np
-    from PIL import Image
 
+    from ldm.data.images import image_size
     from post_processing.run_index import group_batches, read_image_batch
 
-    sizes = []
-    for path in paths:
-        with Image.open(path) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(path) for path in paths]
     found: dict[Path, np.ndarray] = {}
     with ThreadPoolExecutor(args.num_threads) as pool:
         for size, batch in group_batches(paths, sizes, args.batch_size):

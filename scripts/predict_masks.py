@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
+from ldm.data.images import find_images, image_size  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import find_class, repeated_stems  # noqa: E402
@@ -60,13 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def list_inputs(args: argparse.Namespace) -> list[Path]:
     """Images to predict, sorted; UserError if none or both sources are given, or two images have one stem."""
-    from ldm.data.prepare.tiling import list_images
-
     if (args.images is None) == (args.txt_file is None):
         raise UserError("--images, --txt_file: expected one of the two.")
     if args.images:
-        found, problems = list_images(args.images)
-        paths = list(found.values())
+        found = find_images(args.images)
+        paths, problems = list(found.files.values()), found.problems
+        if left_out := found.describe(args.images):
+            print(left_out)
     else:
         root = args.data_root or args.txt_file.parent
         rows = read_manifest(args.txt_file, root, need=("image",), check_files=False)
@@ -135,10 +136,7 @@ def predict_missing(
         known_building = find_class(known_table, args.building, "--building")
     lookup = table.map_from(segmentor.class_table) if args.map_to else np.arange(256, dtype=np.uint8)
     missing = [image for image, target in targets.items() if not target.is_file()]
-    sizes = []
-    for image in missing:
-        with Image.open(image) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(image) for image in missing]
 
     def finish(image: Path, mask: np.ndarray) -> None:
         mask = lookup[mask]

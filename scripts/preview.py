@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.classes import ClassTable, read_mask
+from ldm.data.images import read_image
 from ldm.generation.writer import RecordFile, write_atomic
 from ldm.util import UserError, run_entry_point
 
@@ -106,11 +107,8 @@ class Sources:
 
 
 def _read_rgb(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":  # of many bands the first three
-        bands = np.load(path, allow_pickle=False)
-        return bands[..., np.minimum(range(3), bands.shape[2] - 1)]
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    image = read_image(path, None)  # of many bands the first three
+    return image[..., np.minimum(range(3), image.shape[2] - 1)]
 
 
 def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:

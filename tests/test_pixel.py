@@ -21,7 +21,8 @@ import train
 from cldm.published import infer_model
 from cldm.tisynth import TISynth
 from ldm.data.classes import ClassTable
-from ldm.data.dataset import PairDataset, read_image
+from ldm.data.dataset import PairDataset
+from ldm.data.images import read_image
 from ldm.data.manifest import ManifestError, read_manifest
 from ldm.data.transforms import draw_edges, encode_mask
 from ldm.methods.pixel import erase_classes

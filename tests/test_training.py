@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 import train
 from cldm.tisynth import TISynth
-from ldm.data.dataset import read_image, to_tensor
+from ldm.data.dataset import to_tensor
+from ldm.data.images import read_image
 from ldm.data.transforms import normalize_batch, resize_image
 from ldm.diffusion.objective import loss_weight
 from ldm.diffusion.schedule import make_schedule

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.data.images import read_image
 from ldm.data.manifest import Row
 from ldm.data.transforms import change_colours, draw_colour_change, fit_pair, fit_reference, resize_mask
 from ldm.util import UserError
@@ -128,34 +128,6 @@ class PairDataset(Dataset):
                             "none, target_share 0). Turn cache_latents off, or change these.")
         used = {row.image for row in self.rows}
         return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
-
-
-def read_image(path: Path, channels: int = 3) -> np.ndarray:
-    """Read an image.
-
-    Args:
-        path: an image of any 8-bit colour mode, or with another number of channels than 1 and 3 a .npy array of
-            (H, W, channels) uint8.
-        channels: 3 = RGB, 1 = grey.
-    Returns:
-        (H, W, channels) uint8.
-    Raises:
-        UserError: when it cannot be decoded or has another number of bands.
-    """
-    try:
-        if path.suffix == ".npy":
-            bands = np.load(path, allow_pickle=False)
-            if bands.shape[2:] != (channels,) or bands.dtype != np.uint8:
-                raise ValueError(f"{bands.shape} {bands.dtype}, expected (height, width, {channels}) uint8")
-            return bands
-        if channels not in (1, 3):
-            raise ValueError(f"expected a .npy array of {channels} bands")
-        with Image.open(path) as picture:
-            return np.atleast_3d(np.asarray(picture.convert("RGB" if channels == 3 else "L")))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
 
 
 def read_instances(path: Path) -> np.ndarray:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.dataset import read_image, to_tensor
+from ldm.data.dataset import to_tensor
+from ldm.data.images import read_image
 from ldm.data.transforms import normalize_batch, resize_image
 
 log = logging.getLogger(__name__)
