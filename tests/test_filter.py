@@ -555,7 +555,7 @@ def test_faulty_pictures_are_set_aside_and_the_others_filtered(workspace, tmp_pa
     out = tmp_path / "out"
     assert main(flags(workspace, out, tmp_path)) == 3
     reasons = {name: record["reason"] for name, record in read_lines(out / "failures.jsonl").items()}
-    expected = {"0": "not found", "1": "cannot be read", "3": "Expected equal sizes", "4": "ids 77"}
+    expected = {"0": "not found", "1": "not readable", "3": "Expected equal sizes", "4": "ids 77"}
     assert reasons.keys() == {f"{number}_seed_7.png" for number in expected}
     assert all(text in reasons[f"{number}_seed_7.png"] for number, text in expected.items())
     assert len(list(out.glob("*.png"))) == 4
