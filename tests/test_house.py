@@ -144,6 +144,7 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
         yield long[0].lstrip("-").replace("-", "_")
 
 
+READERS = {"scripts/train_segmentor.py": ["post_processing/segmentation/training.py"]}  # read the entry's `args` too
 ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_processing/resample.py",
            "scripts/measure_gain.py", "scripts/train_segmentor.py"]  # fmt: skip
 
@@ -152,12 +153,13 @@ ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_proces
 def test_every_flag_is_read(entry: str):
     tree = parse(ROOT / entry)
     flags = list(parsed_flags(tree))
+    trees = [tree, *(parse(ROOT / name) for name in READERS.get(entry, ()))]
     read = {
-        node.attr for node in ast.walk(tree)
+        node.attr for part in trees for node in ast.walk(part)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
     }  # fmt: skip
     read.add("debug")  # by ldm.util.run_entry_point, from the command line itself
-    for node in tree.body:  # flags of this name replace settings of the config, in a loop over their names
+    for node in (node for part in trees for node in part.body):  # flags that replace the config's, in a loop
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SETTINGS":
             read |= set(ast.literal_eval(node.value))
     assert len(flags) > 15
