@@ -9,8 +9,8 @@ from PIL import Image
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, read_image
 from ldm.data.manifest import Row, read_manifest, write_manifest
+from ldm.files import link_or_copy
 from ldm.util import UserError
-from post_processing.files import link_or_copy
 from post_processing.segmentation.dataset import class_weights
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask

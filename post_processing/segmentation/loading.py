@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, read_image
-from post_processing.files import file_identity
+from ldm.files import file_identity
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
