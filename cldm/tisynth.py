@@ -172,7 +172,7 @@ class TISynth(DiffusionMethod):
         if self.training:
             drop = torch.rand(4, len(mask)) < torch.tensor(self.dropout)[:, None]
             drop = drop[:3] | drop[3]  # prompt, mask, reference
-            # A prompt that names no class becomes the dropped one: its words would tell unlabelled sets from the others.
+            # A prompt that names no class becomes the dropped one: its words would tell unlabelled sets from labelled.
             prompts = ["" if lost or prompt == self.class_table.prompt_empty else prompt
                        for prompt, lost in zip(prompts, drop[0] | drop[1], strict=True)]
             keep = (~drop).to(hint.device, hint.dtype)[:, :, None, None, None]
