@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
+from ldm.files import link_or_copy  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import (  # noqa: E402
     Scene,
@@ -39,7 +40,6 @@ from post_processing.evaluation.buildings import (  # noqa: E402
     to_layers,
     yolo_lines,
 )
-from post_processing.files import link_or_copy  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

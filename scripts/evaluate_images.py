@@ -42,7 +42,7 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     import torch
 
-    from ldm.generation.machine import choose_device
+    from ldm.cli import choose_device
 
     device = choose_device(args.device)
     if args.inception:
@@ -134,7 +134,7 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
     import torch
 
-    from ldm.generation.machine import choose_device
+    from ldm.cli import choose_device
     from ldm.modules.perceptual import PerceptualLoss
     from post_processing.evaluation.images import mean_pair_distances
     from post_processing.run_index import read_image_batch, read_run

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
+from ldm.files import atomic_write, file_sha256, read_json, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import find_class, repeated_stems  # noqa: E402
 
@@ -90,17 +91,8 @@ def read_known(args: argparse.Namespace, paths: Sequence[Path]) -> dict[Path, Pa
     return known
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either complete or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
     """Note in run.json what decides about the masks; UserError if the folder was begun with something else."""
-    from ldm.weights.checkpoint import file_sha256
-
     settings = {
         "segmentor_sha256": file_sha256(args.segmentor[1]), "class_table": table.to_dict(),
         "threshold": args.threshold, "buildings": str(args.buildings.resolve()) if args.buildings else None,
@@ -108,15 +100,14 @@ def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
     path = args.outdir / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    before = read_json(path) or settings
     different = [key for key, value in settings.items() if before.get(key) != value]
     if different:
         raise UserError(f"--outdir {args.outdir}: its masks were made with another {', '.join(different)}. Choose a "
                         "new folder, or the same settings to go on.")  # fmt: skip
     (args.outdir / "masks").mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
-    content = yaml.safe_dump(table.to_dict(), sort_keys=False)
-    write_file(args.outdir / "classes.yaml", content.encode())
+    write_json(path, settings)
+    atomic_write(args.outdir / "classes.yaml", yaml.safe_dump(table.to_dict(), sort_keys=False))
     return settings
 
 
@@ -150,7 +141,7 @@ def predict_missing(
             mask = burn_in(mask, buildings == known_building, building, background)
         content = io.BytesIO()
         Image.fromarray(mask).save(content, "PNG")
-        write_file(targets[image], content.getvalue())
+        atomic_write(targets[image], content.getvalue(), is_synced=False)
 
     with ThreadPoolExecutor(args.num_threads) as pool, tqdm(total=len(missing), disable=None) as bar:
         for size, batch in group_batches(missing, sizes, args.batch_size):
@@ -182,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 0..1.")
     if min(args.batch_size, args.num_threads) < 1:
         raise UserError("--batch_size, --num_threads: expected 1 or more.")
-    from ldm.generation.machine import choose_device
+    from ldm.cli import choose_device
     from post_processing.segmentation.segmentor import load_segmentor
 
     targets = {path: args.outdir / "masks" / f"{path.stem}.png" for path in list_inputs(args)}

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.files import atomic_write
 from ldm.util import UserError
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
@@ -380,6 +381,4 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, "".join(lines))

@@ -8,8 +8,8 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.manifest import Row, read_manifest, write_manifest
+from ldm.files import link_or_copy
 from ldm.util import UserError
-from post_processing.files import link_or_copy
 from post_processing.segmentation.dataset import IMAGE_SUFFIXES, class_weights
 from post_processing.segmentation.loading import read_image
 from post_processing.segmentation.mixing import choose_box

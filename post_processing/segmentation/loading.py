@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
-from post_processing.files import file_identity
+from ldm.files import file_identity
 from post_processing.segmentation.dataset import IMAGE_SUFFIXES, read_image
 
 logger = logging.getLogger(__name__)
