@@ -55,7 +55,7 @@ def expected_to_train(name: str, method: TISynth) -> set[str]:
     if name == "tisynth_tiny":
         return {key for key in names if not key.startswith("first_stage_model.")}
     attention = {key for key in names if key.startswith(DECODER) and "trainable" in key}
-    reference = {key for key in names if key.startswith("ssl_stage_model.")}
+    reference = {key for key in names if key.startswith(("ssl_stage_model.", "reference_statistics."))}
     if name == "tisynth_sd15":
         return attention | reference | {key for key in names if key.startswith("control_model.")}
     # The two features of the level without a transformer reach nothing, nor do the projections that make them.
