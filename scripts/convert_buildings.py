@@ -25,7 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask  # noqa: E402
+from ldm.data.images import image_size  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
+from ldm.files import link_or_copy  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import (  # noqa: E402
     Scene,
@@ -39,7 +41,6 @@ from post_processing.evaluation.buildings import (  # noqa: E402
     to_layers,
     yolo_lines,
 )
-from post_processing.files import link_or_copy  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -180,8 +181,7 @@ def read_scene(image: Path | None, mask: Path, table: ClassTable, args: argparse
     values = read_mask(mask, table)
     size = values.shape
     if image is not None:
-        with Image.open(image) as picture:
-            size = (picture.height, picture.width)
+        size = image_size(image)
     inside = resize_nearest(values, size) == find_class(table, args.building, "--building")
     if args.instances:
         layers = [resize_nearest(layer, size) for layer in read_instance_layers(args.instances, mask.stem)]

@@ -10,7 +10,6 @@
 """
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.published import infer_model  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
+from ldm.files import atomic_write  # noqa: E402
 from ldm.methods.pixel import EDGES  # noqa: E402
 from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.base import open_whole  # noqa: E402
@@ -187,9 +187,7 @@ def write(path: Path, weights: dict[str, Tensor], config: DictConfig | None, met
         if config is not None:
             content["config"] = OmegaConf.to_container(config, resolve=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(content, partial)
-        partial.replace(path)
+        atomic_write(path, lambda file: torch.save(content, file))
     elif path.suffix == "":
         if config is None:
             raise UserError(f"{path}: a diffusers folder needs the model's config. Add --config {UPSTREAM}.")

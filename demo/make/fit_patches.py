@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.data.dataset import read_image, to_tensor
+    from ldm.data.dataset import to_tensor
+    from ldm.data.images import read_image
     from ldm.data.manifest import read_manifest
     from ldm.data.transforms import normalize_batch
     from ldm.modules.autoencoder import PatchAutoencoder

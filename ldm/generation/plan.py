@@ -12,19 +12,18 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.files import Record, file_sha256
 from ldm.generation.generator import Job
-from ldm.generation.machine import choose_device
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
-from ldm.generation.writer import Record
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.modes import Sampling
 from ldm.sampling.multistep import spaced_timesteps
 from ldm.sampling.noise import sample_seed
 from ldm.util import UserError
-from ldm.weights.checkpoint import file_sha256
 from ldm.weights.load import build_skeleton, read_model_config
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
@@ -42,7 +43,7 @@ from post_processing.segmentation.noise import (
     read_noise,
     write_noise,
 )
-from post_processing.segmentation.segmentor import choose_device, load_segmentor
+from post_processing.segmentation.segmentor import load_segmentor
 
 LOG = logging.getLogger(__name__)
 NOISE_HOOK = "post_processing.segmentation.dlc_training.make_noise_hook"

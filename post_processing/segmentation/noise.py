@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ldm.files import write_json
 from ldm.util import UserError
-from post_processing.files import write_json
 
 LEAST_POINTS = 200  # a class with fewer labels is taken to be free of noise
 LEAST_DIAGONAL = 0.2  # below, the estimate would say that a class is mostly called something else

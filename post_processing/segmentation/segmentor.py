@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ldm.data.classes import ClassTable, same_names
+from ldm.files import atomic_write
 from ldm.util import UserError
 from ldm.weights.files import refusal
 from post_processing.segmentation.config import fill_preprocessor, read_config
@@ -102,9 +103,7 @@ def save_checkpoint(path: str | Path, model: torch.nn.Module, class_table: Class
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = class_table.to_dict()
     meta = {"class_table": table, "dataset_meta": dataset_meta(class_table), **meta}
-    partial = path.with_name(path.name + ".partial")
-    torch.save({"state_dict": state_dict, "meta": meta}, partial)
-    partial.replace(path)
+    atomic_write(path, lambda file: torch.save({"state_dict": state_dict, "meta": meta}, file))
 
 
 def dataset_meta(class_table: ClassTable) -> dict[str, Any]:
@@ -165,20 +164,6 @@ class Segmentor:
         if logits.shape[1] == 1:  # a sigmoid head with one channel: class 1 is above its threshold, mmseg's default 0.3
             return (logits[:, 0].sigmoid() > self.head.threshold).to(torch.uint8)
         return logits.argmax(dim=1).to(torch.uint8)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device to compute on, `auto` = CUDA if there is one; UserError if it cannot be used."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
-        ) from error
-    return device
 
 
 def require_mmseg() -> None:
