@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import natural, positive_int, shard
+from ldm.cli import add_classes, natural, positive_int, shard
 from ldm.sampling.modes import add_sampling_flags, choose_sampling
 from ldm.util import run_entry_point
 
@@ -48,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to paint"
     )
-    data.add_argument(
-        "--dataset", default=None, help="class table (name or file) of masks with other ids on disk than the model's"
-    )
+    add_classes(data.add_argument, "of masks with other ids on disk than the model's", dest="dataset")
     data.add_argument("--H", type=positive_int, default=None, help="height to paint; default: the mask's")
     data.add_argument("--W", type=positive_int, default=None, help="width to paint; default: the mask's")
     data.add_argument(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.cli import choose_device
+from ldm.cli import add_classes, choose_device
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.manifest import read_manifest
 from ldm.files import (
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("config", help="segmentor: config.json of train_segmentor.py, or another mmseg config")
     add("checkpoint", help="segmentor: its segmentor.pth; nothing in it is run")
-    add("--classes", "--class_table", help="class table, name or path; default: the run's, else the segmentor's")
+    add_classes(add, "default: the run's, else the segmentor's")
     add("--real-img-path", help="folder of the real images that the segmentor was trained on")
     add("--real-mask-path", "--real-label-path", help="folder of their masks, with the stems of the images")
     add("--real_txt_file", help="manifest of real pairs (source, target), instead of the two folders")

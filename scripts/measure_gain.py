@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
+from ldm.cli import add_classes  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
 from ldm.data.prepare.pairing import choose_groups  # noqa: E402
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument_group("data").add_argument
-    add("--class_table", required=True, help="name in configs/classes or path of a class table")
+    add_classes(add, "of all masks", dest="class_table", is_required=True)
     add("--data_root", required=True, help="where the paths of all manifests start")
     add("--real_txt_file", help="manifest of real training pairs; default: train_set_items.json in --data_root")
     add("--test_txt_file", help="manifest of unseen real pairs; default: test_set_items.json in --data_root")

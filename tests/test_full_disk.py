@@ -80,7 +80,7 @@ def raises(error: BaseException, cause: BaseException | None = None) -> Callable
     [
         (raises(PermissionError(13, "Permission denied", "o/x.png")), 4, "error: o/x.png: Permission denied. Expected"),
         (raises(IsADirectoryError(21, "Is a directory", b"out")), 4, "error: out: Is a directory. Expected"),
-        (raises(RuntimeError("worker 0"), OSError(28, "No space left on device", "a")), 4, "error: a: the disk is full"),
+        (raises(RuntimeError("worker"), OSError(28, "No space left on device", "a")), 4, "error: a: the disk is full"),
         (raises(UserError("a: cannot be written"), OSError(122, "Disk quota exceeded")), 4, "error: the disk is full"),
         (raises(RuntimeError("Caught OSError in worker\n[Errno 28] No space left on device")), 4, "error: the disk is"),
         (raises(FileNotFoundError("--x: not there")), 2, "error: --x: not there"),
