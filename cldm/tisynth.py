@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cldm.all_in_attention import AllInAttentionUNet
 from cldm.control import STEM_WIDTHS, ControlBranch
+from cldm.look import ReferenceStatistics
 from cldm.prepared import PreparedTISynth
 from ldm.data.classes import ClassTable
 from ldm.data.transforms import encode_mask, hint_channels
@@ -23,7 +24,7 @@ class TISynth(DiffusionMethod):
 
     Sub-modules carry the names of the published checkpoints, so that the state_dict is theirs:
     `model.diffusion_model` U-Net, `control_model` mask branch, `ssl_stage_model` reference branch,
-    `first_stage_model` autoencoder, `cond_stage_model` text encoder.
+    `first_stage_model` autoencoder, `cond_stage_model` text encoder. Only `reference_statistics` is ours alone.
 
     Args:
         unet: arguments of UNetEncoder, shared by the U-Net and both branches.
@@ -44,6 +45,8 @@ class TISynth(DiffusionMethod):
             batch sizes) instead of taking its mean.
         norm_groups: groups of the group norms of U-Net, branches and autoencoder whose channels it divides (Stable
             Diffusion: 32, at any width). Elsewhere, and with None: 32, or fewer where channels are less than 128.
+        reference_statistics: give all residual blocks the statistics of the reference latent, beside the timestep (see
+            ReferenceStatistics; trains with the group `reference`). Upstream has no such thing.
         diffusion: see DiffusionMethod.
     """
 
@@ -54,7 +57,7 @@ class TISynth(DiffusionMethod):
                  joint_dropout: float = 0.0,
                  guidance_drops: Sequence[str] = ("prompt",), reference_augment: Mapping[str, Any] | None = None,
                  stem_widths: Sequence[int] = STEM_WIDTHS, sample_reference: bool = False,
-                 norm_groups: int | None = None, **diffusion: Any) -> None:
+                 norm_groups: int | None = None, reference_statistics: bool = False, **diffusion: Any) -> None:
         super().__init__(**diffusion)
         check_names("train", train, GROUPS)
         check_names("guidance_drops", guidance_drops, ("prompt", "mask", "reference"))
@@ -74,6 +77,8 @@ class TISynth(DiffusionMethod):
         self.control_model = ControlBranch(
             hint_channels(hint_mode, self.class_table), self.stem_strides(), stem_widths, **unet)
         self.ssl_stage_model = ControlBranch(channels, (1, 1, 1), stem_widths, **unet)
+        self.reference_statistics = (
+            ReferenceStatistics(channels, self.model.diffusion_model.embedding_dim) if reference_statistics else None)
         self.register_buffer("logvar", torch.zeros(self.schedule.num_timesteps))  # published files carry it
         if norm_groups is not None:
             set_norm_groups(self, norm_groups)
@@ -104,7 +109,8 @@ class TISynth(DiffusionMethod):
             "unet": [p for name, p in decoder.items() if "trainable" not in name],
             "all_in_attention": [p for name, p in decoder.items() if "trainable" in name],
             "control": self.reached_parameters(self.control_model),
-            "reference": self.reached_parameters(self.ssl_stage_model),
+            "reference": [*self.reached_parameters(self.ssl_stage_model),
+                          *(self.reference_statistics.parameters() if self.reference_statistics else ())],
             "text": list(self.cond_stage_model.parameters()),
         }
         return {name: groups[name] for name in GROUPS if name in self.train_groups}
@@ -151,7 +157,8 @@ class TISynth(DiffusionMethod):
                 `reference_moments` (B, 2c, h, w) of a LatentCache. With a condition_cache, `reference_key` may name
                 the references: a list of B values that are equal only where the references are.
         Returns:
-            `context` (B, L, D), `hint` (B, C, H, W), `reference_latent` (B, c, h, w).
+            `context` (B, L, D), `hint` (B, C, H, W), `reference_latent` (B, c, h, w), and with reference_statistics
+            `look` (B, 3, E), zero where the reference is dropped.
         """
         mask, prompts = batch["mask"], list(batch["prompt"])
         with torch.no_grad():
@@ -161,15 +168,20 @@ class TISynth(DiffusionMethod):
                 reference_latent = self.pick_reference(posterior)
             else:
                 reference_latent = self.encode_reference(batch["reference"], batch.get("reference_key"))
+        look = None if self.reference_statistics is None else self.reference_statistics(reference_latent)
         if self.training:
             drop = torch.rand(4, len(mask)) < torch.tensor(self.dropout)[:, None]
             drop = drop[:3] | drop[3]  # prompt, mask, reference
-            prompts = ["" if lost else prompt for prompt, lost in zip(prompts, drop[0] | drop[1], strict=True)]
+            # A prompt that names no class becomes the dropped one: its words would tell unlabelled sets from labelled.
+            prompts = ["" if lost or prompt == self.class_table.prompt_empty else prompt
+                       for prompt, lost in zip(prompts, drop[0] | drop[1], strict=True)]
             keep = (~drop).to(hint.device, hint.dtype)[:, :, None, None, None]
             hint, reference_latent = hint * keep[1], reference_latent * keep[2]
+            look = None if look is None else look * keep[2].flatten(2)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" in self.train_groups):
             context = self.encode_prompts(prompts)
-        return {"context": context, "hint": hint, "reference_latent": reference_latent}
+        conditions = {"context": context, "hint": hint, "reference_latent": reference_latent}
+        return conditions if look is None else {**conditions, "look": look}
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts, (B, L, D); each prompt is encoded once in its life where there is a condition_cache."""
@@ -209,8 +221,8 @@ class TISynth(DiffusionMethod):
         null = dict(conditions)
         if "prompt" in drops:
             null["context"] = self.encode_prompts([""]).expand_as(conditions["context"])
-        for drop, key in (("mask", "hint"), ("reference", "reference_latent")):
-            if drop in drops:
+        for drop, key in (("mask", "hint"), ("reference", "reference_latent"), ("reference", "look")):
+            if drop in drops and key in null:
                 null[key] = torch.zeros_like(conditions[key])
         return null
 
@@ -220,7 +232,7 @@ class TISynth(DiffusionMethod):
         return PreparedTISynth(self, branches, share_control, reuse_every)
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
-                      reference_latent: Tensor) -> Tensor:
+                      reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
         """Output of the network.
 
         Args:
@@ -229,12 +241,15 @@ class TISynth(DiffusionMethod):
             context: (B, L, D) text embedding.
             hint: (B, K, H, W) encoded mask.
             reference_latent: (B, C, h, w) scaled.
+            look: (B, 3, E), what reference_statistics adds to the timestep embeddings of U-Net, mask branch and
+                reference branch.
         Returns:
             Prediction of kind prediction_type, (B, C, h, w).
         """
-        from_mask = self.control_model(latent, timestep, context, hint)
-        from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent)
-        return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference)
+        unet, mask, reference = (None, None, None) if look is None else look.unbind(1)
+        from_mask = self.control_model(latent, timestep, context, hint, mask)
+        from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent, reference)
+        return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference, unet)
 
 
 def check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
 from ldm.data.prepare.pairing import choose_groups  # noqa: E402
+from ldm.files import atomic_write, link_or_copy, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from post_processing.files import link_or_copy, write_atomic, write_json  # noqa: E402
 from post_processing.gain.report import (  # noqa: E402
     draw_curves,
     draw_examples,
@@ -289,7 +289,7 @@ def write_unfiltered(plan: Plan) -> None:
     for sample in samples:
         loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
-        write_atomic(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
+        atomic_write(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
         (folder / image).unlink(missing_ok=True)
         link_or_copy(sample.image, folder / image)
         rows.append({"source": mask, "target": image})
@@ -308,7 +308,7 @@ def report(plan: Plan) -> str:
     table = make_table(summary, ARMS)
     settings = {key: value for key, value in vars(args).items() if key not in ("debug", "dry_run", "overwrite")}
     write_json(plan.outdir / "results.json", {"summary": summary, "scores": scores, "settings": settings})
-    write_atomic(plan.outdir / "table.md", table.encode())
+    atomic_write(plan.outdir / "table.md", table)
     tiles = scores["real"][args.seeds[0]]["images"]
     facts = [
         f"Real pairs: {count_lines(plan.real_set)} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}."
@@ -330,7 +330,7 @@ def report(plan: Plan) -> str:
     if "filter" in stages:
         filtered = plan.outdir / "filter/masks"
         examples = draw_examples(plan.outdir / "synthesis", filtered, 8, ClassTable.load(plan.table))
-    write_atomic(plan.outdir / "report.html", make_page(table, facts, drawings, examples).encode())
+    atomic_write(plan.outdir / "report.html", make_page(table, facts, drawings, examples))
     return table
 
 

@@ -363,7 +363,8 @@ def test_deltas_and_precision(method: TISynth, weights: dict[str, Tensor], tmp_p
     save_safetensors(tmp_path / "all.safetensors", weights, OmegaConf.create({"model": config}))
     convert(tmp_path / "all.safetensors", tmp_path / "delta.safetensors", "--only_trainable")
     delta = load_checkpoint(tmp_path / "delta.safetensors")[0]
-    expected = {k: v for k, v in weights.items() if "trainable" in k or k.startswith("ssl_stage_model.")}
+    trained = ("ssl_stage_model.", "reference_statistics.")
+    expected = {k: v for k, v in weights.items() if "trainable" in k or k.startswith(trained)}
     assert_equal(delta, expected)
     base = {k: torch.zeros_like(v) if k in expected else v for k, v in weights.items()}
     torch.save(base, tmp_path / "base.ckpt")

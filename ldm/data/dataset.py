@@ -5,17 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from ldm.data.cache import TileCache, TileKey
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.data.images import read_image
 from ldm.data.manifest import Row
 from ldm.data.transforms import (
     apply_draws,
     cover_size,
     draw_colour_change,
     draw_window,
+    match_colours,
     resize_image,
     resize_mask,
 )
@@ -46,6 +47,9 @@ class PairDataset(Dataset):
         reference: `target` = the image itself, `manifest` = the row's ref_image, `none`.
         target_share: with `manifest`, share of the draws whose reference is the image itself all the same. Nothing
             tells more of its look, so it teaches to look at references; the method's reference_augment has to move it.
+        recolour_share: with `manifest`, share of the draws whose reference is the image of any other row, and whose
+            image gets the mean and covariance of that reference's colours (see match_colours): masks of one data set
+            in the colours of another, which no data set has. The shares together are at most 1.
         seed: base seed of the draws.
         channels: C of the images: 3 = RGB, 1 = grey, others = arrays of so many bands (see read_image).
     Raises:
@@ -54,14 +58,17 @@ class PairDataset(Dataset):
 
     def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None = None, flip: float = 0.0,
                  random_crop: bool = False, centre_crop: bool = False, colour_jitter: float = 0.0,
-                 reference: str = "target", seed: int = 0, channels: int = 3, target_share: float = 0.0) -> None:
+                 reference: str = "target", seed: int = 0, channels: int = 3, target_share: float = 0.0,
+                 recolour_share: float = 0.0) -> None:
         if reference not in REFERENCE_MODES:
             raise UserError(f"reference: {reference!r} is unknown. Expected one of {', '.join(REFERENCE_MODES)}.")
         if not 0 <= flip <= 1:
             raise UserError(f"flip: {flip}. Expected a probability, 0..1.")
-        if not 0 <= target_share <= 1 or (target_share and reference != "manifest"):
-            raise UserError(f"target_share: {target_share} with reference={reference}. Expected a share, 0..1, and "
-                            "above 0 only with reference=manifest.")
+        shares = (target_share, recolour_share)
+        if min(shares) < 0 or sum(shares) > 1 or (any(shares) and reference != "manifest"):
+            raise UserError(f"target_share: {target_share}, recolour_share: {recolour_share} with "
+                            f"reference={reference}. Expected shares, 0..1 together, and above 0 only with "
+                            "reference=manifest.")
         if colour_jitter < 0:
             raise UserError(f"colour_jitter: {colour_jitter}. Expected 0 (off) or a small number such as 0.3.")
         if (random_crop or centre_crop) and (size is None or random_crop == centre_crop):
@@ -78,7 +85,8 @@ class PairDataset(Dataset):
         self.rows, self.table, self.flip, self.reference, self.seed = list(rows), table, flip, reference, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.crop, self.random_crop = random_crop or centre_crop, random_crop
-        self.colour_jitter, self.channels, self.target_share = colour_jitter, channels, target_share
+        self.colour_jitter, self.channels = colour_jitter, channels
+        self.target_share, self.recolour_share = shares
         self.latents = None  # LatentCache
         self.tiles: TileCache | None = None
 
@@ -107,9 +115,9 @@ class PairDataset(Dataset):
             indices: see __getitem__.
         Returns:
             The keys of an item, stacked, images in channels_last memory; and for normalize_batch `flip` (B,) bool where
-            there are flips, `colour` (B, 3, 4) float32 where colours change (matrix and offset, see
-            draw_colour_change), `own_reference` (B,) bool: the reference is the image itself. Where all are, there is
-            no `reference`.
+            there are flips, `colour` and `recolour` (B, 3, 4) float32 where colours change, of image and reference or
+            of the image alone (matrix and offset, see draw_colour_change), `own_reference` (B,) bool: the reference is
+            the image itself. Where all are, there is no `reference`.
         Raises:
             UserError: naming two rows whose masks differ in size.
         """
@@ -125,8 +133,9 @@ class PairDataset(Dataset):
             batch[key] = stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked
         if self.flip:
             batch["flip"] = torch.tensor([draws["flip"] for _, _, draws in loaded])
-        if self.colour_jitter:
-            batch["colour"] = torch.from_numpy(np.stack([draws["colour"] for _, _, draws in loaded]))
+        for key, is_used in (("colour", self.colour_jitter), ("recolour", self.recolour_share)):
+            if is_used:
+                batch[key] = torch.from_numpy(np.stack([draws[key] for _, _, draws in loaded]))
         if self.reference == "target" or self.target_share:
             batch["own_reference"] = torch.tensor([draws["own_reference"] for _, _, draws in loaded])
         return batch
@@ -144,18 +153,31 @@ class PairDataset(Dataset):
         if row.instance is not None:
             tiles["instance"] = self.tile(("instance", str(row.instance), mask.shape))[window]
         draws: dict[str, Any] = {"flip": bool(self.flip) and random.random() < self.flip}
-        draws["own_reference"] = self.reference == "target" or (
-            bool(self.target_share) and random.random() < self.target_share)
+        draws["own_reference"] = self.reference == "target"
         if self.reference == "manifest":
-            if draws["own_reference"]:
-                tiles["reference"] = tiles["image"]
-            else:
-                reference = self.tile(("reference", str(row.reference), size))
-                tiles["reference"] = reference[draw_window(reference.shape[:2], size, position)]
+            self.draw_reference(row, tiles, draws, size, random)
         if self.colour_jitter:
             is_changed = random.random() < 0.5
             draws["colour"] = draw_colour_change(random, self.colour_jitter if is_changed else 0.0)
         return row, tiles, draws
+
+    def draw_reference(self, row: Row, tiles: dict[str, np.ndarray], draws: dict[str, Any], size: tuple[int, int],
+                       random: np.random.Generator) -> None:
+        """Add a reference to the tiles of a row, and to its draws how the image takes on that reference's colours."""
+        drawn = random.random() if self.target_share or self.recolour_share else 1.0
+        draws["own_reference"] = drawn < self.target_share
+        draws["recolour"] = np.eye(3, 4, dtype=np.float32)
+        if draws["own_reference"]:
+            tiles["reference"] = tiles["image"]
+            return
+        is_other = drawn < self.target_share + self.recolour_share
+        path = self.rows[random.integers(len(self.rows))].image if is_other else row.reference
+        whole = self.tile(("reference", str(path), size))
+        reference = whole[draw_window(whole.shape[:2], size, random if self.random_crop else None)]
+        tiles["reference"] = reference
+        if is_other:
+            matrix, offset = match_colours(tiles["image"].reshape(-1, 3), reference.reshape(-1, 3))
+            draws["recolour"] = np.concatenate([matrix, offset[:, None]], axis=1)
 
     def draw_row(self, index: int | tuple[int, ...]) -> tuple[Row, np.random.Generator]:
         """A row and the source of its draws."""
@@ -195,8 +217,10 @@ class PairDataset(Dataset):
                 keys["image", str(row.image), whole] = None
             if row.instance is not None:
                 keys["instance", str(row.instance), whole] = None
-            if self.reference == "manifest":
-                keys["reference", str(row.reference), self.size or whole] = None
+            for path in (row.reference if self.reference == "manifest" else None,
+                         row.image if self.recolour_share else None):
+                if path is not None:
+                    keys["reference", str(path), self.size or whole] = None
         return list(keys)
 
     def cached_item(self, index: int | tuple[int, ...]) -> dict[str, Any]:
@@ -216,40 +240,13 @@ class PairDataset(Dataset):
         Raises:
             UserError: if the items are not the same whole images in every epoch.
         """
-        if self.crop or self.size is None or self.reference == "target" or self.target_share or self.colour_jitter:
+        if self.crop or self.size is None or self.reference == "target" or any(
+                (self.target_share, self.recolour_share, self.colour_jitter)):
             raise UserError("cache_latents needs whole images of one size (size set, no random_crop), their own "
-                            "colours (no colour_jitter) and references that are other images (reference: manifest or "
-                            "none, target_share 0). Turn cache_latents off, or change these.")
+                            "colours (no colour_jitter, recolour_share 0) and references that are other images "
+                            "(reference: manifest or none, target_share 0). Turn cache_latents off, or change these.")
         used = {row.image for row in self.rows}
         return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
-
-
-def read_image(path: Path, channels: int = 3) -> np.ndarray:
-    """Read an image.
-
-    Args:
-        path: an image of any 8-bit colour mode, or with another number of channels than 1 and 3 a .npy array of
-            (H, W, channels) uint8.
-        channels: 3 = RGB, 1 = grey.
-    Returns:
-        (H, W, channels) uint8.
-    Raises:
-        UserError: when it cannot be decoded or has another number of bands.
-    """
-    try:
-        if path.suffix == ".npy":
-            bands = np.load(path, allow_pickle=False)
-            if bands.shape[2:] != (channels,) or bands.dtype != np.uint8:
-                raise ValueError(f"{bands.shape} {bands.dtype}, expected (height, width, {channels}) uint8")
-            return bands
-        if channels not in (1, 3):
-            raise ValueError(f"expected a .npy array of {channels} bands")
-        with Image.open(path) as picture:
-            return np.atleast_3d(np.asarray(picture.convert("RGB" if channels == 3 else "L")))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
 
 
 def read_instances(path: Path) -> np.ndarray:

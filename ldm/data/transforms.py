@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 
-DRAWS = ("flip", "colour", "own_reference")  # what PairDataset draws and leaves to the device
+DRAWS = ("flip", "recolour", "colour", "own_reference")  # what PairDataset draws and leaves to the device
 HINT_MODES = ("rgb_id", "palette", "one_hot", "single255")
 
 
@@ -121,6 +121,8 @@ def apply_draws(batch: Mapping[str, Any]) -> dict[str, Any]:
                 result[key] = flip_some(batch[key], flip)
         if "reference" in batch and own is not None:
             result["reference"] = flip_some(batch["reference"], flip & own)
+    if "recolour" in batch:
+        result["image"] = change_colours(result["image"], batch["recolour"])
     if colour is not None:
         result |= {key: change_colours(result[key], colour) for key in ("image", "reference") if key in result}
     if own is not None and "reference" not in batch:
@@ -220,3 +222,30 @@ def change_colours(image: Tensor, change: Tensor) -> Tensor:
     with torch.autocast(image.device.type, enabled=False):
         changed = torch.baddbmm(change[:, None, :, 3], pixels, change[:, :, :3].transpose(1, 2))
     return changed.clamp(0, 255).round().unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+
+
+def match_colours(source: np.ndarray, target: np.ndarray, limit: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """The least change that gives one set of colours the mean and covariance of another.
+
+    Args:
+        source, target: (N, 3) and (M, 3) colours of any space, in units of about one level of 256.
+        limit: most that a direction of colour is stretched, and 1 / limit the least: more would blow up the noise of
+            plain surfaces.
+    Returns:
+        matrix (3, 3) symmetric and offset (3,) float32; the changed colour is `matrix @ colour + offset`.
+    Source: Pitie and Kokaram 2007 (the linear Monge-Kantorovitch map between two normal distributions).
+    """
+    level = np.eye(3)  # a level of variance: plain surfaces have none, and a root has no inverse there
+    own, wanted = (np.cov(colours.T.astype(np.float64)) + level for colours in (source, target))
+    root = raise_symmetric(own, 0.5)
+    inverse = raise_symmetric(own, -0.5)
+    matrix = inverse @ raise_symmetric(root @ wanted @ root, 0.5) @ inverse
+    stretches, axes = np.linalg.eigh((matrix + matrix.T) / 2)
+    matrix = (axes * stretches.clip(1 / limit, limit)) @ axes.T
+    return matrix.astype(np.float32), (target.mean(0) - matrix @ source.mean(0)).astype(np.float32)
+
+
+def raise_symmetric(matrix: np.ndarray, power: float) -> np.ndarray:
+    """Power of a symmetric positive matrix, (N, N) float64."""
+    values, axes = np.linalg.eigh(matrix)
+    return (axes * values.clip(1e-12) ** power) @ axes.T

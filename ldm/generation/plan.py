@@ -12,19 +12,18 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.files import Record, file_sha256
 from ldm.generation.generator import Job
-from ldm.generation.machine import choose_device
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
-from ldm.generation.writer import Record
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.modes import Sampling
 from ldm.sampling.multistep import spaced_timesteps
 from ldm.sampling.noise import sample_seed
 from ldm.util import UserError
-from ldm.weights.checkpoint import file_sha256
 from ldm.weights.load import build_skeleton, read_model_config
 
 logger = logging.getLogger(__name__)
@@ -64,6 +63,7 @@ class RunSettings:
     shard_size: int | None
     overwrite: bool
     engine: str
+    allow_modules: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -207,7 +207,7 @@ def make_plan(
     Raises:
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
     """
-    config = read_model_config(settings.ckpt, settings.config)
+    config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from ldm.data.images import read_image
 from post_processing.run_index import read_mask_at, read_run
-from post_processing.segmentation.dataset import read_image
 
 BASELINE = "real"
 MEASURES = ("OA", "mIoU", "mAcc")
