@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.data.manifest import Row, read_manifest, write_manifest  # noqa: E402
-from ldm.data.prepare.pairing import choose_groups  # noqa: E402
+from ldm.data.prepare.sources import choose_groups  # noqa: E402
 from ldm.files import atomic_write, link_or_copy, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.gain.report import (  # noqa: E402

@@ -72,7 +72,8 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
     for number, (item, pair) in enumerate(zip(items, pairs, strict=True)):
         random = np.random.RandomState([SPLIT_SEED, number])  # has the methods of numpy's global generator
         (image, raw, mask), other = (
-            [read_image(row.image, None).copy(), read_raw_mask(row.mask).copy(), read_mask(row.mask, table).copy()]
+            [read_image(row.image, None).copy(), read_raw_mask(row.mask, table).copy(),
+             read_mask(row.mask, table).copy()]
             for row in (pair, pairs[random.randint(len(pairs))])
         )
         height, width = np.minimum(mask.shape, other[2].shape)  # where they differ, what both have takes part
