@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.files import describe_failure
+
 # Dotted paths that users' checkpoints and segmentors name -> where the code lives now.
 MOVED = {
     "ldm.models.autoencoder.": "ldm.methods.autoencoder.",
     "post_processing.mixing.": "post_processing.segmentation.mixing.",
     "post_processing.mmseg_dataset.": "post_processing.segmentation.dataset.",
 }
+
+EXIT_MISTAKE, EXIT_OUTPUT = 2, 4
+OWN_PACKAGES = ("ldm.", "cldm.")
 
 
 class UserError(ValueError):
@@ -97,6 +103,51 @@ def locate(dotted: str) -> Any:
             f"config target {dotted}: cannot be imported ({error}). Check the spelling and PYTHONPATH.") from error
 
 
+def check_targets(config: Any, source: str, allow_modules: Sequence[str] = ()) -> None:
+    """Refuse a config that would call anything but networks and data modules of this project; nothing is called.
+
+    One rule for every config, whoever wrote it: inside a checkpoint, given by a flag or left in a run folder. It comes
+    before the first `instantiate_from_config`, since what a target gets may hold further nodes.
+
+    Args:
+        config: the whole config or a part of it, plain values or omegaconf's.
+        source: where it is from, for the message.
+        allow_modules: packages or modules of the user whose functions and classes may be called as well.
+
+    Raises:
+        UserError: naming the first target that is refused.
+    """
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True)
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            nodes.extend(node.values())
+            if node.get("target") is not None and not may_call(node["target"], allow_modules):
+                name = str(node["target"])[:80]
+                raise UserError(
+                    f"{source}: its config would call {name}. Expected networks and data modules of this project; "
+                    f"nothing was called. If it is your own, add --allow_modules {name.split('.')[0]}.")
+        elif isinstance(node, (list, tuple)):
+            nodes.extend(node)
+
+
+def may_call(target: Any, allow_modules: Sequence[str] = ()) -> bool:
+    """Whether a config may name this target (see check_targets); its module is imported if it is a permitted one."""
+    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
+        return False
+    if target.startswith(tuple(f"{module}." for module in allow_modules)):
+        return True
+    if not target.startswith(OWN_PACKAGES):
+        return False
+    found = locate(target)
+    # Bases by name, for neither torch nor Lightning is needed to read a command line.
+    bases = {f"{base.__module__}.{base.__name__}" for base in getattr(found, "__mro__", ())}
+    is_known = any(base.endswith((".module.Module", ".LightningDataModule")) for base in bases)
+    return isinstance(found, type) and found.__module__.startswith(OWN_PACKAGES) and is_known
+
+
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
     """Merge yaml files left to right, then `key.sub=value` overrides, and lock the result.
 
@@ -157,7 +208,10 @@ def flat_keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
-    """Run an entry point: one line and exit code 2 for mistakes of the user, a traceback with `--debug`.
+    """Run an entry point: one line for mistakes of the user and for files; a traceback with `--debug`.
+
+    Exit codes: 2 for a mistake of the user; 4 where the disk is full or a file cannot be read or written; 1 with a
+    traceback for a mistake of ours; else what `main` returns.
 
     Args:
         main: function of the argument list; its return value is the exit code (None = 0).
@@ -167,13 +221,15 @@ def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[s
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         code = main(argv) or 0
-    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
-        if "--debug" in argv or "-d" in argv:
+        sys.stdout.flush()
+    except Exception as error:
+        text = None if isinstance(error, (FileNotFoundError, FileExistsError)) else describe_failure(error)
+        is_mistake = isinstance(error, (ValueError, KeyError, OSError))
+        if "--debug" in argv or "-d" in argv or (text is None and not is_mistake):
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        text, code = (text, EXIT_OUTPUT) if text else (
+            error.args[0] if isinstance(error, KeyError) and error.args else error, EXIT_MISTAKE)
         print(f"error: {text}", file=sys.stderr)
-        code = 2
-    sys.stdout.flush()
     sys.exit(code)
 
 
@@ -184,3 +240,13 @@ def is_rank_zero() -> bool:
     """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
     return all(int(os.environ.get(name) or 0) == 0 for name in names)
+
+
+def leave_signals_to_main(_: int = 0) -> None:
+    """For processes of a loader: srun and Ctrl-C signal every process of a job; these end when the main one ends them.
+
+    The first SIGTERM is the job's. A program that leaves without closing its loader sends more of them, and waits.
+    """
+    for name in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

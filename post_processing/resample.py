@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.classes import ClassTable, read_mask
+from ldm.cli import add_classes
+from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.data.manifest import write_manifest
 from ldm.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
 from ldm.util import UserError, nearest, run_entry_point
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out-dir", required=True, help="output folder, one for each choice")
     add("--syn-img-path", help="folder of the pictures; default: as noted by filter.py")
     add("--syn-mask-path", help="folder of the masks before filtering; only for masks that filter.py did not write")
-    add("--classes", help="class table, name or path; default: the one that filter.py used")
+    add_classes(add, "default: the one that filter.py used")
     add("--policy", choices=["rule", "hardness"], default="rule",
         help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more pictures")
     add("--rare", nargs="+", type=str.strip, default=["auto"], metavar="CLASS",
@@ -109,7 +110,7 @@ def choose(
                    "valid_ratio": args.valid_ratio, "count_ignored": args.count_ignored}  # fmt: skip
     else:
         hardness = read_hardness(Path(args.hardness or Path(args.filtered_mask_path) / "hardness.json"))
-        if hardness.names != table.names:
+        if not same_names(hardness.names, table.names):
             raise UserError(f"--hardness: of classes {', '.join(hardness.names)}. Expected {', '.join(table.names)}.")
         kept = keep_by_hardness(usable, hardness.mean, args.seed)
         choice["hardness_sha256"] = digest_of(hardness.to_json())
@@ -203,10 +204,10 @@ def find_rare(args: argparse.Namespace, table: ClassTable) -> list[int]:
         return []
     if args.rare != ["auto"]:
         for name in args.rare:
-            if name not in table.names:
+            if table.find(name) is None:
                 raise UserError(f"--rare: no class {name!r} in {table.name}.{nearest(name, table.names)} "
                                 f"Expected some of {', '.join(table.names)}.")  # fmt: skip
-        return sorted({table.names.index(name) for name in args.rare})
+        return sorted({table.find(name) for name in args.rare})
     iou = measure_iou(args, table) if args.segmentor else read_iou(args.iou, table)
     known = sorted((value, name) for name, value in iou.items() if value is not None)
     worst = [name for _, name in known[: args.num_rare]]

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.cli import fraction, natural, positive_int  # noqa: E402
+from ldm.cli import add_classes, fraction, natural, positive_int  # noqa: E402
 from ldm.data.bands import add_reading_flags, make_reading  # noqa: E402
 from ldm.data.prepare.dataset import PAIRS, merge, prepare, print_summary  # noqa: E402
 from ldm.data.prepare.layouts import LAYOUTS  # noqa: E402
@@ -47,8 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "every pixel ignored, the prompt names no class")
     add_reading_flags(parser.add_argument_group("images that are not 8-bit RGB or grey").add_argument)
     add = parser.add_argument_group("classes").add_argument
-    add("--classes", "--class_table", "--dataset", help="class table of the masks on disk: a name in configs/classes/ "
-        "or a file (default: that of the preset; shared: the name of ROOT)")
+    add_classes(add, "that of the masks on disk (default: that of the preset; shared: the name of ROOT)")
     add("--map_to", help="class table to write, when it is another one; its `mappings` say how (default: --classes)")
     add("--mask_kind", choices=("auto", "ids", "colours"), default="auto", help="what palette masks and masks of three "
         "channels hold; auto = colours where all of them are the table's (default: %(default)s)")

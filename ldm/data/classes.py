@@ -1,5 +1,5 @@
 """Class tables (ids, names, colours, wording of prompts) and the exact reading of masks."""
-import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +10,16 @@ import numpy as np
 import yaml
 
 from ldm.data.masks import OpenMask, Stored, colour_codes, colour_lookup, count_ids, say_once, short_list
-from ldm.util import UserError, nearest
-
-IGNORE_INDEX = 255
-TABLE_DIR = Path(__file__).resolve().parents[2] / "configs" / "classes"
-TABLE_KEYS = {"name", "classes", "ignore_index", "ignore", "ignore_colour", "source_ids", "mappings", "note",
-              "prompt_template", "prompt_joiner", "prompt_empty"}
-CLASS_KEYS = {"id", "name", "colour", "prompt"}
+from ldm.data.tables import (
+    CLASS_KEYS,
+    IGNORE_INDEX,
+    TABLE_KEYS,
+    check_keys,
+    find_table_file,
+    find_table_problems,
+    to_plain,
+)
+from ldm.util import UserError
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,13 @@ class ClassTable:
     def num_classes(self) -> int:
         """Number of classes K, ignore not counted."""
         return len(self.ids)
+
+    def find(self, name: str) -> int | None:
+        """Id of the class of this name, else of the one that differs in spelling only (see name_key), else None."""
+        if name in self.names:
+            return self.names.index(name)
+        wanted = name_key(name)
+        return next((index for index, own in enumerate(self.names) if name_key(own) == wanted), None)
 
     @staticmethod
     def load(spec: "str | Path | Mapping | ClassTable") -> "ClassTable":
@@ -157,41 +167,30 @@ class ClassTable:
             UserError: listing the source classes that have no target, or names that do not exist.
         """
         names = dict((self.mappings or {}).get(source.name, {}))
-        unknown = sorted(set(names) - set(source.names))
+        given = {source.find(name): target for name, target in names.items()}
+        unknown = sorted(name for name in names if source.find(name) is None)
         if unknown:
             raise UserError(f"class table {self.name}, mappings.{source.name}: no such classes in {source.name}: "
                             f"{', '.join(unknown)}. Its classes are {', '.join(source.names)}.")
-        targets = {name: names.get(name, name if name in self.names else None) for name in source.names}
-        missing = [name for name, target in targets.items() if target is None]
+        targets = {index: self.ignore_index if given.get(index) == "ignore" else self.find(given.get(index, name))
+                   for index, name in zip(source.ids, source.names, strict=True)}
+        missing = [source.names[index] for index, target in targets.items() if target is None]
         if missing:
             raise UserError(f"class table {self.name}: no class for {', '.join(missing)} of {source.name}. Expected a "
                             f"class name or `ignore` for each. Add them under mappings.{source.name}.")
         lookup = np.full(256, self.ignore_index, np.uint8)
-        for index, name in zip(source.ids, source.names, strict=True):
-            if targets[name] != "ignore":
-                lookup[index] = self.names.index(targets[name])
+        lookup[list(targets)] = list(targets.values())
         return lookup
 
 
-def to_plain(spec: Mapping) -> dict[str, Any]:
-    """Copy a mapping to plain dicts and lists (OmegaConf nodes resolved)."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(spec, resolve=True) if OmegaConf.is_config(spec) else dict(spec)
+def name_key(name: str) -> str:
+    """What two spellings of a class name have in common: case, spaces, `_` and `-` do not count."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-def find_table_file(spec: str | Path) -> Path:
-    """Path of a table given by name or path; FileNotFoundError naming the known tables when there is none."""
-    path = Path(spec)
-    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        path = TABLE_DIR / f"{spec}.yaml"
-    if path.is_file():
-        return path
-    known = sorted(file.stem for file in TABLE_DIR.glob("*.yaml"))
-    near = difflib.get_close_matches(str(spec), known, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(f"class table not found: {spec}. {hint}Expected one of {', '.join(known)}, or a path to a "
-                            ".yaml or .json file.")
+def same_names(names: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether two lists name the same classes in the same order (see name_key)."""
+    return [name_key(name) for name in names] == [name_key(name) for name in others]
 
 
 def table_from_mapping(content: dict[str, Any], where: str) -> ClassTable:
@@ -231,54 +230,6 @@ def table_from_mapping(content: dict[str, Any], where: str) -> ClassTable:
         raise
     except ValueError as error:
         raise UserError(f"{where}: {error}. Expected integers for ids and colours.") from error
-
-
-def check_keys(content: dict[str, Any], known: set[str], needed: set[str], where: str) -> None:
-    """Raise UserError when a dict has unknown keys or lacks needed ones."""
-    unknown = sorted(str(key) for key in set(content) - known)
-    if unknown:
-        hints = "".join(nearest(key, sorted(known)) for key in unknown)
-        raise UserError(f"{where}: unknown keys {', '.join(unknown)}.{hints} Expected some of "
-                        f"{', '.join(sorted(known))}.")
-    missing = sorted(needed - set(content))
-    if missing:
-        raise UserError(f"{where}: no {', '.join(missing)}. Expected the keys {', '.join(sorted(needed))}.")
-
-
-def find_table_problems(table: ClassTable) -> list[str]:
-    """List what is wrong with the values of a table; empty when it is sound."""
-    problems = []
-    count = len(table.ids)
-    if table.ids != tuple(range(count)) or not 1 <= count <= IGNORE_INDEX:
-        problems.append(f"ids are {list(table.ids)}, expected 0..K-1 without gaps or repeats, at most 255 classes")
-    for word, values in (("name", table.names), ("colour", table.colours)):
-        doubled = sorted({str(value) for value in values if values.count(value) > 1})
-        if doubled:
-            problems.append(f"{word} used by more than one class: {', '.join(doubled)}")
-        if len(values) != count:
-            problems.append(f"{len(values)} {word}s for {count} ids")
-    if len(table.prompt_names) != count or not all(name.strip() for name in table.prompt_names + table.names):
-        problems.append("every class needs a name and a prompt wording that are not empty")
-    for name, colour in (*zip(table.names, table.colours, strict=False), ("ignore_colour", table.ignore_colour)):
-        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-            problems.append(f"colour of {name} is {list(colour)}, expected three values 0..255")
-    if table.ignore_colour in table.colours:
-        problems.append(f"a class has the ignore colour {list(table.ignore_colour)}; set ignore_colour to another one")
-    if table.ignore_index != IGNORE_INDEX:
-        problems.append(f"ignore_index is {table.ignore_index}, expected 255; map other values with source_ids")
-    if "ignore" in table.names:
-        problems.append("a class is called ignore, which is the word for pixels without a class")
-    if "{classes}" not in table.prompt_template:
-        problems.append(f"prompt_template is {table.prompt_template!r}, expected the placeholder {{classes}} in it")
-    allowed = {*table.ids, IGNORE_INDEX}
-    for raw, target in (table.source_ids or {}).items():
-        if target not in allowed or not 0 <= raw <= 65535:
-            problems.append(f"source_ids has {raw}: {target}, expected 0..65535 -> 0..{count - 1} or 255")
-    for source, names in (table.mappings or {}).items():
-        wrong = sorted({str(name) for name in names.values()} - {*table.names, "ignore"})
-        if wrong:
-            problems.append(f"mappings.{source} leads to unknown classes {', '.join(wrong)}")
-    return problems
 
 
 @dataclass(frozen=True)
@@ -455,8 +406,8 @@ def suggest_source_ids(table: ClassTable, present: Iterable[int], outside: Seque
         guess = dict(zip(levels, table.ids, strict=False))
         start = "If these numbers stand for the classes in order, add this to the table"
     if guess is None:
-        return "Choose the right table (--classes, --dataset) or add source_ids to it."
-    return f"{start}: source_ids: {guess}. Or choose another table (--classes, --dataset)."
+        return "Choose the right table (--classes) or add source_ids to it."
+    return f"{start}: source_ids: {guess}. Or choose another table (--classes)."
 
 
 def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: MaskRules | None = None,
@@ -479,7 +430,7 @@ def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: 
             raise UserError(
                 f"{path}: colours {short_list(outside)} are not in class table {table.name} ({counts[~is_near].sum()} "
                 f"pixels). Expected its colours, or {table.ignore_colour} for ignored pixels. Choose the right table "
-                "(--classes, --dataset); for edges that were smoothed, scripts/prepare_dataset.py has --nearest_colour "
+                "(--classes); for edges that were smoothed, scripts/prepare_dataset.py has --nearest_colour "
                 "N and --stray_colours ignore."
             )
         notes["nearest_colour"] += int(counts[is_near].sum())

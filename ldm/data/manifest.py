@@ -18,6 +18,7 @@ from ldm.util import UserError
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}
+WEIGHT, MOST_WEIGHT = "weight", 1000  # how often a training sees the row in an epoch
 # Where a tile lies: name of its scene, (top, left, height, width) in it, coordinate reference system, and the affine
 # transform (a, b, c, d, e, f) of the tile's own pixels.
 PLACE_KEYS = ("scene", "window", "crs", "transform")
@@ -42,7 +43,7 @@ class ManifestError(UserError):
         if len(problems) > SHOWN_PROBLEMS:
             others = sorted({line for line, _ in problems[SHOWN_PROBLEMS:]})
             text.append(f"  and {len(problems) - SHOWN_PROBLEMS} more, in lines {format_ranges(others)}")
-        text.append("Correct these lines, or check --data_root and --dataset.")
+        text.append("Correct these lines, or check --data_root and --classes.")
         super().__init__("\n".join(text))
 
 
@@ -59,6 +60,7 @@ class Row:
         reference: path of the reference.
         mask_name: the mask as the manifest writes it, relative to the data root.
         instance: path of the map of object numbers; None unless it was asked for.
+        weight: how often a training sees the row in an epoch.
         place: those of PLACE_KEYS that the row has.
     """
 
@@ -70,6 +72,7 @@ class Row:
     reference: Path | None
     mask_name: str
     instance: Path | None = None
+    weight: int = 1
     place: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -169,6 +172,7 @@ def make_row(entry: dict[str, str], index: int, line: int, data_root: Path, need
         reference=data_root / entry["ref_image"] if "reference" in need else None,
         mask_name=entry["source"],
         instance=data_root / entry["instance"] if "instance" in need else None,
+        weight=entry.get(WEIGHT, 1),
         place={key: entry[key] for key in PLACE_KEYS if key in entry},
     )
 
@@ -177,8 +181,11 @@ def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
     """List what is wrong with one parsed line, files not considered."""
     if not isinstance(entry, dict):
         return [f"a JSON {type(entry).__name__}. Expected an object with the keys source, target, prompt, ref_image."]
-    known = (*DISK_KEYS.values(), *PLACE_KEYS)
+    known = (*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS)
     problems = find_place_problems(entry)
+    weight = entry.get(WEIGHT, 1)
+    if type(weight) is not int or not 1 <= weight <= MOST_WEIGHT:
+        problems.append(f"{WEIGHT} is {str(weight)[:80]!a}. Expected a whole number, 1 to {MOST_WEIGHT}.")
     for key in entry:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -246,9 +253,10 @@ def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tu
     """Report lines that repeat an earlier one in every field, those that this run does not use included."""
     first: dict[tuple, int] = {}
     for line, entry in entries:
-        key = tuple(sorted((name, str(value)) for name, value in entry.items()))
+        key = tuple(sorted((name, str(value)) for name, value in entry.items() if name != WEIGHT))
         if key in first:
-            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one."))
+            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one (the other "
+                                   f'may have "{WEIGHT}": 2 to be trained on twice as often).'))
         first.setdefault(key, line)
 
 
@@ -376,9 +384,10 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
     """
     lines = []
     for row in rows:
-        unknown = sorted(set(row) - {*DISK_KEYS.values(), *PLACE_KEYS})
+        unknown = sorted(set(row) - {*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS})
         if unknown:
-            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}.")
+            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}, "
+                            f"{WEIGHT}.")
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
