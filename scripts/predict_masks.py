@@ -28,8 +28,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.cli import add_classes, natural, positive_int  # noqa: E402
+from ldm.data.bands import add_reading_flags, make_reading  # noqa: E402
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
-from ldm.data.images import ImageInfo, Reading, find_images, open_image  # noqa: E402
+from ldm.data.images import ImageInfo, find_images, open_image  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
 from ldm.files import atomic_write, file_sha256, read_json, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
@@ -59,12 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window", type=positive_int, default=1024, help="side of the windows that larger images are predicted by, "
         "pixels (default: %(default)s)")  # fmt: skip
     add("--overlap", type=natural, default=128, help="pixels that neighbouring windows share (default: %(default)s)")
-    add("--scale_from", type=Path, metavar="FOLDER", help="bands, scale and nodata of a folder that prepare_dataset.py "
-        "wrote, for images that are not 8-bit RGB")  # fmt: skip
     add("--polygons", choices=("geojson", "gpkg"), help="write the outlines of the classes of every GeoTIFF, too")
     add("--batch_size", type=int, default=8, help="images at once (default: %(default)s)")
     add("--num_threads", type=int, default=4, help="threads that read files (default: %(default)s)")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add_reading_flags(parser.add_argument_group("images that are not 8-bit RGB").add_argument)
     add("-d", "--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -105,23 +105,23 @@ def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path,
     """The mask of every image, and what the images' headers say; georeferenced images have georeferenced masks."""
     paths = list_inputs(args)
 
-    def look(path: Path) -> ImageInfo:
-        with open_image(path, 3, args.choices) as image:
-            return image.info
+    def look(path: Path) -> ImageInfo | str:
+        try:
+            with open_image(path, 3, args.choices) as image:
+                if image.info.dtype != "uint8":
+                    image.read(0, 1)  # says what it needs to become 8 bits
+                return image.info
+        except (UserError, FileNotFoundError) as error:
+            return str(error)
 
     with ThreadPoolExecutor(args.num_threads) as pool:
         infos = dict(zip(paths, pool.map(look, paths), strict=True))
+    problems = [info for info in infos.values() if isinstance(info, str)]
+    if problems:
+        more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{len(problems)} of {len(paths)} images cannot be read:\n" + "\n".join(problems[:10]) + more)
     return {path: args.outdir / "masks" / f"{path.stem}.{'tif' if info.transform else 'png'}"
             for path, info in infos.items()}, infos  # fmt: skip
-
-
-def read_reading(folder: Path) -> dict[str, Any]:
-    """How prepare_dataset.py read its images, from its summary.json; UserError if there is none."""
-    content = read_json(folder / "summary.json")
-    if not isinstance(content, dict) or "reading" not in content:
-        raise UserError(f"--scale_from {folder}: no summary.json with the key reading. Expected a folder that "
-                        "prepare_dataset.py wrote.")
-    return content["reading"]
 
 
 def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
@@ -242,12 +242,15 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.batch_size, args.num_threads) < 1:
         raise UserError("--batch_size, --num_threads: expected 1 or more.")
     if args.window < 64 or 2 * args.overlap > args.window:
-        raise UserError(f"--window {args.window} --overlap {args.overlap}: expected windows of 64 pixels or more, and "
-                        "an overlap of at most half of that.")
+        raise UserError(f"--window {args.window} --overlap {args.overlap}: expected windows of 64 pixels or more "
+                        "that share at most half.")
     from ldm.cli import choose_device
     from post_processing.segmentation.segmentor import load_segmentor
 
-    args.choices = Reading.from_dict(read_reading(args.scale_from)) if args.scale_from else Reading()
+    args.choices = make_reading(args)
+    if args.scale_percentiles:
+        raise UserError("--scale_percentiles: the segmentor needs the scale of its training. Expected --scale_from "
+                        "with the folder that prepare_dataset.py wrote for it, or --scale_range.")
     targets, infos = list_targets(args)
     given = ClassTable.load(args.classes) if args.classes else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)

@@ -61,8 +61,8 @@ def find_tiles(run_folder: Path, manifest: Path, copy: int) -> dict[str, list[Pl
         transform = (a * across, b * down, c, d * across, e * down, f)
         tiles.setdefault(place["scene"], []).append(PlacedTile(image, (height, width), place.get("crs"), transform))
     if not tiles:
-        raise UserError(f"{run_folder}: no image of copy {copy} has a place in {manifest}. Expected rows with scene and "
-                        "transform, as prepare_dataset.py writes for tiles of GeoTIFFs. Check --txt_file.")
+        raise UserError(f"{run_folder}: no image of copy {copy} has a place in {manifest}. Expected rows with scene "
+                        "and transform, as prepare_dataset.py writes for tiles of GeoTIFFs. Check --txt_file.")
     return tiles
 
 

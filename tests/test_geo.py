@@ -122,6 +122,54 @@ def test_no_data_stays_no_data_in_small_and_in_large_images(tmp_path: Path, segm
         out.rename(tmp_path / f"out{window}")
 
 
+def test_scenes_of_16_bits_need_the_scale_of_the_training(tmp_path: Path, segmentor_files):
+    (tmp_path / "img").mkdir()
+    image = smooth(96, 96)
+    write_scene(tmp_path / "img/s.tif", image.astype(np.uint16) * 16 + 100)
+    with pytest.raises(UserError, match="1 of 1 images cannot be read:\n.*--scale_range"):
+        run(tmp_path, segmentor_files)
+    with pytest.raises(UserError, match="--scale_percentiles: the segmentor needs the scale of its training"):
+        run(tmp_path, segmentor_files, "--scale_percentiles", 2, 98)
+    out = run(tmp_path, segmentor_files, "--scale_range", 100, 100 + 255 * 16)
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
+    expected = predict_classes(load_segmentor(*segmentor_files), pixels)
+    assert (read_mask(out / "masks/s.tif", table_of(3)) == expected[0]).all()
+    (tmp_path / "prepared").mkdir()
+    reading = {"bands": None, "scale": [[0, 255]], "nodata": None}
+    (tmp_path / "prepared/summary.json").write_text(json.dumps({"reading": reading}))
+    with pytest.raises(UserError, match="made with another reading"):
+        run(tmp_path, segmentor_files, "--scale_from", tmp_path / "prepared")
+
+
+def test_from_a_scene_through_tiles_back_to_the_map(tmp_path: Path):
+    """Tiles that prepare_dataset.py cut, taken for generated images, lie where the scene is."""
+    from scripts import prepare_dataset
+
+    for name in ("img", "mask"):
+        (tmp_path / name).mkdir()
+    image = smooth(96, 160)
+    write_scene(tmp_path / "img/city.tif", image)
+    write_scene(tmp_path / "mask/city.tif", (image[:, :, :1] > 128).astype(np.uint8))
+    (tmp_path / "two.yaml").write_text(json.dumps(table_of(2).to_dict()))
+    prepare_dataset.main([str(part) for part in (
+        "--images", tmp_path / "img", "--masks", tmp_path / "mask", "--classes", tmp_path / "two.yaml", "--tile", 32,
+        "--out", tmp_path / "data", "--workers", 1)])  # fmt: skip
+    manifest = tmp_path / "data/train_set_items.json"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert len(rows) > 5
+    lines = [{"row": i, "copy": 0, "image": f"../data/{row['target']}", "mask": row["source"]}
+             for i, row in enumerate(rows)]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_geotiff.main(["--run", str(tmp_path / "run"), "--txt_file", str(manifest), "--out", str(tmp_path / "geo")])
+    with rasterio.open(tmp_path / "geo/city.tif") as mosaic, rasterio.open(tmp_path / "img/city.tif") as scene:
+        assert mosaic.crs == scene.crs
+        window = rasterio.windows.from_bounds(*mosaic.bounds, scene.transform).round()
+        seen = mosaic.dataset_mask() > 0
+        assert (mosaic.read()[:, seen] == scene.read(window=window)[:, seen]).all()
+        assert seen.sum() == 32 * 32 * len(rows)
+
+
 def area_of(ring: np.ndarray) -> float:
     """Area inside a closed ring, by the shoelace formula."""
     x, y = ring[:, 0], ring[:, 1]
