@@ -18,6 +18,9 @@ from ldm.util import UserError
 # The names on disk are those of existing data sets; this table is the only place that translates them.
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}
 NEEDS = ("image", "reference", "prompt", "instance")
+# The public code of CRFM writes its manifests anew: `prompts` for `prompt`, and `index`, the row's number, which is not
+# used, since it is wrong as soon as rows are left out.
+CRFM_KEYS = ("prompts", "index")
 SHOWN_PROBLEMS = 100
 LONGEST_LINE = 1 << 20  # bytes
 MOST_PIXELS = 64_000_000  # of a mask or reference; some kilobytes of a damaged or malicious file can claim far more
@@ -142,6 +145,9 @@ def parse_rows(path: Path, data_root: Path, need: set[str], problems: list[tuple
         except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
             problems.append((line, f"not valid JSON ({error}). Expected one object per line."))
         else:
+            if isinstance(entry, dict) and "prompts" in entry and "prompt" not in entry:
+                entry = {key: value for key, value in entry.items() if key not in CRFM_KEYS} | {
+                    "prompt": entry["prompts"]}
             found = find_entry_problems(entry, need)
             problems += [(line, text) for text in found]
             if not found:
