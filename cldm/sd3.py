@@ -252,6 +252,25 @@ class MaskTransformer(nn.Module):
         """Parameters of the adapters."""
         return [p for name, p in self.base.named_parameters() if ".lora_" in name]
 
+    def merged_state(self) -> dict[str, Tensor]:
+        """State under the names without adapters, with what adapters change added to the weights."""
+        return merge_lora(self.state_dict())
+
+
+def merge_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without adapters: each adapted matrix plus B A, for adapters of add_lora, whose alpha is their rank.
+
+    Args:
+        state: state_dict with or without adapters, whatever stands in front of its names.
+    """
+    result = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    for name, down in state.items():
+        if f".lora_A.{ADAPTER}." in name:
+            target = name.replace(f".lora_A.{ADAPTER}.", ".")
+            change = state[name.replace(".lora_A.", ".lora_B.")].float() @ down.float()
+            result[target] = (result[target].float() + change).to(result[target].dtype)
+    return result
+
 
 def joint_block(block: nn.Module, stream: MaskStream, image: Tensor, text: Tensor, mask: Tensor, embedding: Tensor,
                 use_image_modulation: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
