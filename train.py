@@ -133,73 +133,6 @@ def pick_devices(gpus: str | None) -> dict:
     return {"accelerator": "gpu", "devices": indices}
 
 
-def build_method(config, args: argparse.Namespace, checkpoint: Path | None):  # noqa: ANN001, ANN201
-    """The network, with the weights that the flags name, or those of the run that is resumed."""
-    from ldm.util import instantiate_from_config
-    from ldm.weights.checkpoint import open_checkpoint
-    from ldm.weights.report import fill, required_while_training
-    method = instantiate_from_config(config.model)
-    if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
-        log.info(fill(method, [open_checkpoint(checkpoint)]))
-        return method
-    if args.finetune:
-        return method
-    own = method.state_dict()
-    filled = {name for name in own if has_local_weights(config.model.params, name)}
-    for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
-        inside = {name for name in own if name.startswith(part + ".")}
-        account = fill(method, [open_checkpoint(file, own).only(part + ".")], inside.__contains__)
-        account.fresh.clear()  # the other parts are none of this file's business
-        log.info(account)
-        filled |= inside
-    trained = [p for group in method.trainable_groups().values() for p in group]
-    is_required = required_while_training(method, trained, filled)
-    if args.pretrain_path:
-        files = [open_checkpoint(path, own) for path in args.pretrain_path]
-        log.info(fill(method, files, is_required, args.allow_partial, initialise_branches=True))
-    if args.actual_resume:
-        log.info(fill(method, [open_checkpoint(args.actual_resume, own)], allow_partial=args.allow_partial))
-    if not args.pretrain_path and not args.actual_resume and any(map(is_required, dict(method.named_parameters()))):
-        log.warning("warning: parts that do not train keep random weights. Give --pretrain_path, or train them "
-                    "(model.params.train).")
-    return method
-
-
-def start_finetuning(method, args: argparse.Namespace, trainer) -> None:  # noqa: ANN001
-    """Load trained weights for training, and their average for the callback that goes on with it."""
-    from ldm.training.callbacks import AveragedWeights
-    from ldm.weights.checkpoint import open_checkpoint
-    from ldm.weights.report import fill
-    own = method.state_dict()
-    log.info(fill(method, [open_checkpoint(args.finetune_ema or args.finetune, own)]))
-    average = {name: value.clone() for name, value in method.state_dict().items()}
-    log.info(fill(method, [open_checkpoint(args.finetune, own, entries=("current_model_state", "state_dict"))]))
-    for callback in trainer.callbacks:
-        if isinstance(callback, AveragedWeights):
-            callback.start = average
-
-
-def has_local_weights(params, name: str) -> bool:  # noqa: ANN001
-    """Whether the text encoder's config names a local folder or file that this tensor was filled from."""
-    text = (params.get("text_encoder") or {}).get("params") or {}
-    return name.startswith("cond_stage_model.") and bool(text.get("weights_dir") or text.get("weights_file"))
-
-
-def cache_latents(method, data, trainer, folder: str) -> None:  # noqa: ANN001
-    """Let the training set hand out latents of the frozen autoencoder instead of images."""
-    from ldm.training.latents import build_latent_cache
-    if not hasattr(method, "first_stage_model"):
-        raise UserError(f"cache_latents: {type(method).__name__} has no autoencoder, there is nothing to encode. Set "
-                        "training.cache_latents=null.")
-    if getattr(method, "reference_augment", None) is not None:
-        raise UserError("cache_latents: references are augmented anew in every step and cannot be cached. Set "
-                        "model.params.reference_augment=null or training.cache_latents=null.")
-    paths = data.train_set.cacheable_paths()
-    data.train_set.latents = build_latent_cache(
-        paths, data.train_set.size, method.first_stage_model, Path(folder), trainer.strategy.root_device,
-        num_workers=data.num_workers, autocast=trainer.precision_plugin.forward_context)
-
-
 def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noqa: ANN001, ANN201
     """The Trainer with its callbacks and loggers."""
     import importlib.util
@@ -209,7 +142,8 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
     from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-    from ldm.training.callbacks import AveragedWeights, ImageGrid, RunCheckpoint, RunRecord, WeightExport
+    from ldm.training.average import AveragedWeights
+    from ldm.training.callbacks import ImageGrid, RunCheckpoint, RunRecord, WeightExport
     from ldm.util import arguments_of
     settings = OmegaConf.to_container(config.lightning, resolve=True)
     check_keys("lightning", settings, ("trainer", "checkpoint"))
@@ -225,7 +159,7 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
                      "filename": "step-{step:07d}", "auto_insert_metric_name": False, "save_last": True,
                      "enable_version_counter": False, **settings.get("checkpoint", {})})]
     if training.get("ema_decay"):
-        callbacks.append(AveragedWeights(training.ema_decay, bool(training.get("ema_warmup"))))
+        callbacks.append(AveragedWeights(training.ema_decay, bool(training.get("ema_warmup", True))))
     callbacks.append(WeightExport(run_dir, config))  # behind EMA, whose weights it exports
     if training.get("patience"):
         callbacks.append(EarlyStopping("loss_epoch", patience=training.patience, check_on_train_epoch_end=True))
@@ -253,13 +187,14 @@ def main(argv: list[str]) -> None:
         raise FileExistsError(f"--project {run_dir}: holds a run. Go on with it by -r {run_dir}, or name a new folder.")
     import torch
 
+    from ldm.training.build import build_method, cache_latents, start_finetuning
     from ldm.training.module import TrainingModule
     from ldm.util import arguments_of, instantiate_from_config
     from ldm.weights.load import build_skeleton
     settings = OmegaConf.to_container(config.training, resolve=True)
     # those that are not of TrainingModule
     others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents")
-    check_keys("training", settings, [*others, *(set(arguments_of(TrainingModule)) - {"method", "seed"})])
+    check_keys("training", settings, [*others, *(set(arguments_of(TrainingModule)) - {"method", "seed", "left_out"})])
     options = {k: v for k, v in settings.items() if k not in others}
     skeleton = build_skeleton(OmegaConf.to_container(config, resolve=True))
     data = instantiate_from_config(config.data, seed=config.seed, size_factor=skeleton.size_factor,
@@ -267,9 +202,11 @@ def main(argv: list[str]) -> None:
     data.setup("fit")  # reads and checks all input before the network is built
     trainer = build_trainer(config, args, run_dir, data)
     torch.manual_seed(config.seed)
-    method = build_method(config, args, checkpoint)
+    start = build_method(config, checkpoint, args.pretrain_path or (), args.actual_resume, args.allow_partial,
+                         is_filled_later=bool(args.finetune))
+    method = start.method
     if args.finetune:
-        start_finetuning(method, args, trainer)
+        start_finetuning(start, trainer.callbacks, args.finetune, args.finetune_ema)
     if args.scale_lr:
         options["learning_rate"] *= trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
         log.info("learning rate scaled to %g", options["learning_rate"])
@@ -277,7 +214,7 @@ def main(argv: list[str]) -> None:
         method = method.to(memory_format=torch.channels_last)
     if settings.get("cache_latents"):
         cache_latents(method, data, trainer, settings["cache_latents"])
-    module = TrainingModule(method, seed=config.seed, **options)
+    module = TrainingModule(method, seed=config.seed, left_out=start.left_out, **options)
     if args.train == "false":
         return
     # It means well, but RowSampler does go on in the middle of an epoch, and no state_dict of a loader could.

@@ -103,7 +103,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     Args:
         files: yaml paths; later files win.
         overrides: strings `key.sub=value`. A key that no file has is an error naming the nearest known one, except
-            below `params` and the parts of `lightning`, whose keys are checked by the class that receives them.
+            below `params`, `training` and the parts of `lightning`, whose keys are checked by what receives them.
     Returns:
         The merged config, struct-locked.
     Raises:
@@ -133,7 +133,7 @@ def apply_override(config: DictConfig, override: str) -> None:
     if not sign or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, for example lightning.trainer.max_steps=1000.")
     parent = key.rpartition(".")[0]
-    is_open = ".params." in key or parent in ("lightning.trainer", "lightning.checkpoint")
+    is_open = ".params." in key or parent in ("training", "lightning.trainer", "lightning.checkpoint")
     known = flat_keys(config)
     if not is_open and key not in known:
         raise UserError(f"override {override!r}: the config has no key {key}.{nearest(key, known)}")

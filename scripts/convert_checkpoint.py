@@ -25,7 +25,8 @@ from cldm.published import infer_model  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.methods.pixel import EDGES  # noqa: E402
 from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
-from ldm.weights.checkpoint import REST, Checkpoint, open_checkpoint, save_safetensors  # noqa: E402
+from ldm.weights.base import open_whole  # noqa: E402
+from ldm.weights.checkpoint import REST, Checkpoint, save_safetensors  # noqa: E402
 from ldm.weights.files import StoredTensor  # noqa: E402
 from ldm.weights.load import build_skeleton, check_targets  # noqa: E402
 from ldm.weights.names import PARTS, to_diffusers  # noqa: E402
@@ -208,7 +209,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--class_table: the config of --config names the classes already. Give one of the two.")
     config = load_config([args.config]) if args.config else None
     known = build_skeleton(OmegaConf.to_container(config, resolve=True)).state_dict() if config else {}
-    checkpoints = [open_checkpoint(source, known, args.ema, args.drop_objects) for source in sources]
+    checkpoints = [file for source in sources  # with the files that it stands on: what is written is whole
+                   for file in open_whole(source, known, use_ema=args.ema, drop_objects=args.drop_objects)]
     stored, inner = merge(checkpoints)
     if args.class_table:
         shapes = {name: tensor.shape for name, tensor in stored.items()}

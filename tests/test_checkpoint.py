@@ -18,6 +18,7 @@ from torch import Tensor
 import train
 from cldm.tisynth import TISynth
 from ldm.generation.plan import use_tokenizer
+from ldm.training.build import build_method
 from ldm.util import UserError
 from ldm.weights.checkpoint import load_checkpoint, open_checkpoint, save_safetensors
 from ldm.weights.load import load_method, read_model_config
@@ -51,11 +52,10 @@ def stable_diffusion(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pretrain(paths: list[Path], *extra: str, **changes: object) -> TISynth:
-    """train.py's build_method with --pretrain_path flags."""
-    arguments = [part for path in paths for part in ("--pretrain_path", str(path))]
+    """What train.py builds with --pretrain_path flags."""
     config = OmegaConf.create({"model": {**CONFIG, "params": {**CONFIG["params"], **changes}}})
     torch.manual_seed(3)
-    return train.build_method(config, train.build_parser().parse_args([*arguments, *extra]), None)
+    return build_method(config, None, list(map(str, paths)), allow_partial="--allow_partial" in extra).method
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ldm", "cldm", "post_processing", "scripts")
 FILES = sorted([path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + list(ROOT.glob("*.py")))
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
-LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/training/callbacks.py", "train.py")
+LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/training/callbacks.py",
+                   "ldm/training/average.py", "train.py")
 # package -> prefixes of our own modules that it may import; a longer package name wins
 MAY_IMPORT = {
     "ldm": ("ldm.util",),
@@ -144,6 +145,7 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
         yield long[0].lstrip("-").replace("-", "_")
 
 
+READERS = {"scripts/train_segmentor.py": ["post_processing/segmentation/training.py"]}  # read the entry's `args` too
 ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_processing/resample.py",
            "scripts/measure_gain.py", "scripts/train_segmentor.py"]  # fmt: skip
 
@@ -152,12 +154,13 @@ ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_proces
 def test_every_flag_is_read(entry: str):
     tree = parse(ROOT / entry)
     flags = list(parsed_flags(tree))
+    trees = [tree, *(parse(ROOT / name) for name in READERS.get(entry, ()))]
     read = {
-        node.attr for node in ast.walk(tree)
+        node.attr for part in trees for node in ast.walk(part)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
     }  # fmt: skip
     read.add("debug")  # by ldm.util.run_entry_point, from the command line itself
-    for node in tree.body:  # flags of this name replace settings of the config, in a loop over their names
+    for node in (node for part in trees for node in part.body):  # flags that replace the config's, in a loop
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SETTINGS":
             read |= set(ast.literal_eval(node.value))
     assert len(flags) > 15

@@ -26,7 +26,9 @@ from ldm.data.manifest import ManifestError, read_manifest
 from ldm.data.transforms import draw_edges, encode_mask
 from ldm.methods.pixel import erase_classes
 from ldm.sampling.noise import SampleNoise
-from ldm.training.callbacks import AveragedWeights, ImageGrid
+from ldm.training.average import AveragedWeights
+from ldm.training.build import Start, start_finetuning
+from ldm.training.callbacks import ImageGrid
 from ldm.training.module import learning_rate_factor
 from ldm.util import UserError, load_config, run_entry_point
 from ldm.weights.checkpoint import save_safetensors
@@ -260,8 +262,8 @@ def test_grids_are_painted_with_the_average(tmp_path: Path, monkeypatch: pytest.
     module.method = make("seg_guided_tiny")
     trainer = SimpleNamespace(global_step=2, is_global_zero=True, callbacks=[average],
                               precision_plugin=SimpleNamespace(forward_context=nullcontext))  # fmt: skip
-    average.setup(trainer, module, "fit")
-    before = {name: value.clone() for name, value in average._average_model.module.state_dict().items()}
+    average.on_fit_start(trainer, module)
+    before = {name: value.clone() for name, value in average.average.items()}
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 1
@@ -275,8 +277,7 @@ def test_grids_are_painted_with_the_average(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module.method, "preview", preview)
     item = {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "mask": torch.zeros(8, 8, dtype=torch.uint8)}
     ImageGrid(tmp_path, [item], 2).on_train_batch_end(trainer, module)
-    for found, expected in ((seen[0], before), (module.state_dict(), after),
-                            (average._average_model.module.state_dict(), before)):  # fmt: skip
+    for found, expected in ((seen[0], before), (module.state_dict(), after), (average.average, before)):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (tmp_path / "images/gs-000002.png").is_file()
 
@@ -361,8 +362,8 @@ def test_training_by_epochs_then_finetuning_then_sampling(name: str, fit: Callab
     tuned = fit(name, tmp_path / "two", "--finetune", str(start), "model.params.mask_dropout=0.2",
                 "training.learning_rate=1e-9", "training.ema_decay=0.9", "lightning.trainer.max_steps=1")
     assert tuned["config"]["model"]["params"]["mask_dropout"] == 0.2 and tuned["global_step"] == 1
-    for key in ("state_dict", "current_model_state"):  # the average and the weights in training, each from its own
-        assert any(not torch.equal(last["state_dict"][n], last["current_model_state"][n]) for n in last[key])
+    # the average and the weights in training, each from its own
+    assert any(not torch.equal(last["state_dict"][n], v) for n, v in last["current_model_state"].items())
     for n, value in last["current_model_state"].items():
         torch.testing.assert_close(tuned["current_model_state"][n], value, atol=1e-6, rtol=0)
         torch.testing.assert_close(tuned["state_dict"][n], 0.9 * last["state_dict"][n] + 0.1 * value, atol=1e-5,
@@ -421,7 +422,7 @@ def test_finetuning_from_published_files(tmp_path: Path):
         torch.save({k.removeprefix(prefix): v for k, v in network.state_dict().items() if k.startswith(prefix)}, file)
     args = train.parse_arguments(["--finetune", str(files[0]), "--finetune_ema", str(files[1])])
     method, average = make("sdm_tiny", std=None), AveragedWeights(0.9)
-    train.start_finetuning(method, args, SimpleNamespace(callbacks=[average]))
+    start_finetuning(Start(method), [average], args.finetune, args.finetune_ema)
     for found, network in ((method.state_dict(), networks[0]), (average.start, networks[1])):
         assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())
     with pytest.raises(UserError, match="--finetune: fills the whole model"):

@@ -11,6 +11,7 @@ import torch
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 from post_processing.segmentation.mixing import RatioSampler, choose_box, choose_classes, paste
+from post_processing.segmentation.training import fill_classes
 
 mmengine_config = pytest.importorskip("mmengine.config")
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,52 @@ def test_joint_training_draws_from_both_sets(flags, toy_data, tmp_path):
         train(*flags, "--work_dir", tmp_path / "d")
 
 
+def test_samples_know_whether_they_are_synthesized(toy_data):
+    from post_processing.segmentation.dataset import dataset_config
+    from post_processing.segmentation.mixing import JointSegDataset, MixSegDataset
+    from post_processing.segmentation.segmentor import require_mmseg
+
+    require_mmseg()
+    table, pack = ClassTable.load("mini"), [{"type": "PackSegInputs"}]
+    real, synthetic = (dataset_config(table, pack, manifest=toy_data / f"{name}_set_items.json", data_root=toy_data,
+                                      is_synthetic=is_synthetic)
+                       for name, is_synthetic in (("train", False), ("val", True)))  # fmt: skip
+    samples = [sample["data_samples"].metainfo for sample in JointSegDataset([real, synthetic])]
+    assert [sample["is_synthetic"] for sample in samples] == [False] * 8 + [True] * 2
+    assert samples[0]["img_path"].endswith("0.png")  # what mmseg keeps is kept
+    mixed = MixSegDataset({**synthetic, "pipeline": []}, "cutmix", pack)
+    assert mixed[0]["data_samples"].is_synthetic is True
+
+
+def test_classes_reach_heads_that_are_wrapped_and_are_not_dropped_in_silence():
+    loss = {"type": "CrossEntropyLoss", "avg_non_ignore": True}
+    inner = {"type": "FCNHead", "num_classes": 2, "loss_decode": [dict(loss), {"type": "DiceLoss"}]}
+    model = {"decode_head": {"type": "Wrapper", "parts": [{"head": inner}]},
+             "auxiliary_head": [{"type": "FCNHead", "loss_decode": dict(loss)}]}  # fmt: skip
+    fill_classes(model, 5, [1.0] * 5)
+    assert inner["num_classes"] == 5 and inner["loss_decode"][0]["class_weight"] == [1.0] * 5
+    assert "num_classes" not in model["decode_head"] and "class_weight" not in inner["loss_decode"][1]
+    assert model["auxiliary_head"][0]["num_classes"] == 5
+    assert model["auxiliary_head"][0]["loss_decode"]["class_weight"] == [1.0] * 5
+    head = {"type": "OtherHead", "loss_decode": {"type": "DiceLoss"}}
+    fill_classes({"decode_head": head}, 5, None)
+    with pytest.raises(UserError, match="decode_head OtherHead has no CrossEntropyLoss"):
+        fill_classes({"decode_head": head}, 5, [1.0] * 5)
+
+
+def test_hooks_of_the_config_run_beside_ours(flags, toy_data, tmp_path):
+    config = mmengine_config.Config.fromfile(ROOT / "configs/mmseg/small.py")
+    config.custom_hooks = [{"type": "EMAHook", "momentum": 0.5}]
+    config.default_hooks = {"timer": {"type": "IterTimerHook"}, "logger": {"type": "LoggerHook", "interval": 1}}
+    config.dump(tmp_path / "config.py")  # JSON would make lists of tuples
+    train(*flags, "--train_txt_file", toy_data / "train_set_items.json", "--config", tmp_path / "config.py",
+          "--work_dir", tmp_path / "work")  # fmt: skip
+    checkpoint = torch.load(tmp_path / "work/iter_2.pth", weights_only=False)
+    assert "ema_state_dict" in checkpoint
+    hooks = json.loads((tmp_path / "work/config.json").read_text())["default_hooks"]
+    assert hooks["logger"]["interval"] == 1 and hooks["checkpoint"]["max_keep_ckpts"] == 1
+
+
 def test_fine_tuning_starts_from_the_given_weights(flags, toy_data, tmp_path):
     from post_processing.segmentation.segmentor import read_checkpoint
 
@@ -126,7 +173,6 @@ def test_fine_tuning_starts_from_the_given_weights(flags, toy_data, tmp_path):
                                                ("pspnet_r50", 49.0), ("small", 1.94)])  # fmt: skip
 def test_configs_build_and_learn(name, million):
     from post_processing.segmentation.segmentor import require_mmseg
-    from scripts.train_segmentor import fill_classes
 
     require_mmseg()
     from mmengine.structures import PixelData

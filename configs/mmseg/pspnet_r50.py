@@ -3,26 +3,15 @@
 #
 # Theirs has SyncBN: on several GPUs scripts/train_segmentor.py converts. Their RandomResize at scale (1024, 256) first
 # halves a 512x512 tile, so crops are 128 to 512 pixels wide and padded; kept, since their baseline has it.
-# num_classes, class weights, data and work_dir are filled in by scripts/train_segmentor.py from the class table.
-default_scope = "mmseg"
+_base_ = "base.py"
 crop_size = (512, 512)
 init_backbone = "none"  # read by scripts/train_segmentor.py: "none" or a path of ResNet-50 v1c weights in mmseg's names
 class_balance = 0.0
 
-norm_cfg = dict(type="BN", requires_grad=True)
+norm_cfg = _base_.norm_cfg  # noqa: F821
 loss = dict(type="CrossEntropyLoss", use_sigmoid=False, avg_non_ignore=True)
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=crop_size,
-    ),
-    pretrained=None,
+    data_preprocessor=dict(size=crop_size),
     backbone=dict(
         type="ResNetV1c",
         depth=50,
@@ -60,8 +49,6 @@ model = dict(
         align_corners=False,
         loss_decode=dict(loss_weight=0.4, **loss),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )
 
 train_pipeline = [
@@ -71,7 +58,6 @@ train_pipeline = [
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
-test_pipeline = [dict(type="PackSegInputs")]
 
 max_steps = 80_000
 batch_size = 16

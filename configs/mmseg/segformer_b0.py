@@ -2,25 +2,14 @@
 #
 # Schedule of the SegFormer paper (AdamW, 6e-5, tenfold in the head, no decay of norms and positions), but 80k steps.
 # Weights: --init_backbone FILE takes ImageNet's MiT weights in mmseg's names; without them it starts from random.
-# num_classes, class weights, data and work_dir are filled in by scripts/train_segmentor.py from the class table.
-default_scope = "mmseg"
+_base_ = "base.py"
 crop_size = (512, 512)
 init_backbone = "none"  # read by scripts/train_segmentor.py: "none" or a path
 class_balance = 0.0  # loss weight of a class ~ (pixel share) ** -class_balance; 0 = all equal
 
-norm_cfg = dict(type="BN", requires_grad=True)
+norm_cfg = _base_.norm_cfg  # noqa: F821
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=crop_size,
-    ),
-    pretrained=None,
+    data_preprocessor=dict(size=crop_size),
     backbone=dict(
         type="MixVisionTransformer",
         in_channels=3,
@@ -46,8 +35,6 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0, avg_non_ignore=True),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )
 
 train_pipeline = [
@@ -57,7 +44,6 @@ train_pipeline = [
     dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
-test_pipeline = [dict(type="PackSegInputs")]
 
 max_steps = 80_000
 batch_size = 16

@@ -13,9 +13,12 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.data.transforms import normalize_batch, to_uint8
+from ldm.methods.diffusion import evaluating
+from ldm.training.average import averaged_weights
+from ldm.weights.base import describe_bases
 from ldm.weights.checkpoint import save_safetensors
 
 
@@ -31,13 +34,21 @@ class RunRecord(pl.Callback):
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, self.run_dir / "config.yaml")
-        revision = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                                  cwd=Path(__file__).parent, check=False).stdout.strip()
-        record = {"command": sys.argv, "revision": revision or "unknown", "python": platform.python_version(),
+        record = {"command": sys.argv, "revision": read_revision(), "python": platform.python_version(),
                   "torch": torch.__version__, "lightning": pl.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
                   "world_size": trainer.world_size, "start_step": trainer.global_step}
         with (self.run_dir / "run.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def read_revision() -> str:
+    """Revision of this code; `unknown` outside of a repository, or where there is no git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                              cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -58,46 +69,11 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-class AveragedWeights(WeightAveraging):
-    """Exponential moving average of the weights, which validation and the exported weights use.
-
-    Unlike Lightning's, it leaves frozen weights exactly as they are (decay * w + (1 - decay) * w is not w in floating
-    point), and the module keeps the trained weights at the end, so that the last checkpoint can be resumed, too.
-
-    Args:
-        decay: share of the old average that each optimizer step keeps.
-        use_warmup: keep less at the beginning, (1 + n) / (10 + n) after n updates, so that early averages forget the
-            random start.
-        start: averaged weights to go on from, by the names of the method; None = those that the training starts from.
-    """
-
-    def __init__(self, decay: float, use_warmup: bool = False, start: dict[str, torch.Tensor] | None = None) -> None:
-        def average(old: torch.Tensor, current: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-            if not use_warmup:
-                return torch.lerp(old, current, 1.0 - decay)
-            kept = ((1.0 + count) / (10.0 + count)).clamp(max=decay)  # stays on the device
-            return torch.lerp(old, current, (1.0 - kept).to(old.dtype))
-
-        super().__init__(avg_fn=average)
-        self.start = start
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the average, from `start` if there is one."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.start is not None:
-            self._average_model.module.method.load_state_dict(self.start)
-            # At 0 the first update would put the current weights in their place, and a warm-up soon after.
-            self._average_model.n_averaged.fill_(1_000_000)
-            self.start = None
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep both sets of weights."""
-
-
 class WeightExport(pl.Callback):
     """Puts the config into every checkpoint, and exports the weights for inference.
 
-    They go to run_dir/checkpoints/last.safetensors; the averaged ones when EMA is on.
+    They go to run_dir/checkpoints/last.safetensors; the averaged ones when EMA is on. Both files leave out what the
+    module says other files hold, and say which (see ldm.weights.base).
 
     Args:
         run_dir: folder of the run.
@@ -106,14 +82,22 @@ class WeightExport(pl.Callback):
 
     def __init__(self, run_dir: Path, config: DictConfig) -> None:
         self.path, self.config = run_dir / "checkpoints" / "last.safetensors", config
+        self.base: str | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
                            checkpoint: dict[str, Any]) -> None:
         """Add the config; export whenever Lightning saves a checkpoint."""
         checkpoint["config"] = OmegaConf.to_container(self.config, resolve=True)
-        if trainer.is_global_zero:
-            weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
-            save_safetensors(self.path, weights, self.config, {"step": str(trainer.global_step)})
+        if not trainer.is_global_zero:  # the others write nothing
+            return
+        left_out, metadata = pl_module.left_out(), {"step": str(trainer.global_step)}
+        if left_out:
+            self.base = self.base or describe_bases(left_out)  # hashing gigabytes once is enough
+            checkpoint["base"] = metadata["base"] = self.base
+            names = {"method." + name for name in left_out}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in names}
+        weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
+        save_safetensors(self.path, weights, self.config, metadata)
 
 
 class ImageGrid(pl.Callback):
@@ -142,17 +126,9 @@ class ImageGrid(pl.Callback):
             return
         self.last_step = step
         batch = normalize_batch(torch.utils.data.default_collate(self.items), pl_module.device)
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, AveragedWeights)]
-        for average in averages:
-            average._swap_models(pl_module)  # as Lightning does for validation; the average may be on another device
-        try:
-            pl_module.eval()
-            with torch.random.fork_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-                columns = pl_module.method.preview(batch)
-        finally:
-            pl_module.train()
-            for average in averages:
-                average._swap_models(pl_module)
+        with averaged_weights(trainer, pl_module), evaluating(pl_module), torch.random.fork_rng(), torch.no_grad(), \
+                trainer.precision_plugin.forward_context():
+            columns = pl_module.method.preview(batch)
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".gs-{step:06d}.{os.getpid()}.png"
         draw_grid(columns).save(temporary)

@@ -1,7 +1,7 @@
 """The one LightningModule: trains any method that gives `training_loss(batch)` and `trainable_groups()`."""
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.transforms import normalize_batch
+from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
@@ -71,21 +72,26 @@ class TrainingModule(pl.LightningModule):
         seed: base seed.
         weight_decay, betas: AdamW's.
         warmup_steps, schedule: see learning_rate_factor.
+        left_out: gives the tensors of the method that files need not hold, name -> file that has them.
     """
 
     def __init__(self, method: nn.Module, learning_rate: float, seed: int = 23, weight_decay: float = 0.01,
-                 betas: tuple[float, float] = (0.9, 0.999), warmup_steps: int = 0, schedule: str = "constant") -> None:
+                 betas: tuple[float, float] = (0.9, 0.999), warmup_steps: int = 0, schedule: str = "constant",
+                 left_out: Callable[[], Mapping[str, str]] = dict) -> None:
         super().__init__()
         self.method = method
         self.learning_rate, self.seed, self.weight_decay, self.betas = learning_rate, seed, weight_decay, tuple(betas)
         self.warmup_steps, self.schedule = warmup_steps, schedule
-        self.micro_batches = 0
+        self.micro_batches, self.left_out = 0, left_out
+        self.strict_loading = False  # files may leave parts out; on_load_checkpoint sees to those that train
         log.info(freeze_all_but(method, method.trainable_groups()))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the trained parameters, its rate stepped by optimizer steps."""
         parameters = [p for p in self.method.parameters() if p.requires_grad]
-        fused = all(p.device.type == "cuda" for p in parameters)
+        # A fused optimizer takes the loss's scale out of fp16's gradients by itself, too late to clip them.
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        fused = not is_scaled and all(p.device.type in ("cuda", "cpu") for p in parameters)
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None)
         max_steps = self.trainer.max_steps
@@ -94,6 +100,21 @@ class TrainingModule(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, self.warmup_steps, self.schedule, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
+                                    gradient_clip_algorithm: str | None = None) -> None:
+        """Clip by norm or by value, the same in every precision.
+
+        Lightning's own clipping refuses every fused optimizer under mixed precision, also where, as with bf16,
+        gradients have no scale that would have to be taken out first.
+        """
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if (gradient_clip_algorithm or "norm") == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """uint8 batches become what the methods expect, on the device."""
@@ -126,8 +147,15 @@ class TrainingModule(pl.LightningModule):
         checkpoint["micro_batches"] = self.micro_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the stream of draws."""
+        """Continue the stream of draws and the training's own weights; their average waits for its callback."""
         self.micro_batches = checkpoint["micro_batches"]
+        checkpoint["averaged_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = checkpoint["state_dict"] | checkpoint.get("current_model_state", {})
+        missing = [name for name, p in self.named_parameters() if p.requires_grad and name not in
+                   checkpoint["state_dict"]]
+        if missing:
+            raise UserError(f"-r: {len(missing)} tensors that train are not in the checkpoint (first: {missing[0]}). "
+                            "Expected a checkpoint of the same model.params.train. Start a new run with --finetune.")
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -267,7 +267,9 @@ def unwrap(path: Path, content: Any, entries: Sequence[str]) -> RawFile:
     tensors = {key: StoredTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())
                for key, value in weights.items()}
     config = content.get("config") if weights is not content else None
-    return RawFile(tensors, {}, config if isinstance(config, Mapping) else None)
+    base = content.get("base") if weights is not content else None  # see ldm.weights.base
+    metadata = {"base": base} if isinstance(base, str) else {}
+    return RawFile(tensors, metadata, config if isinstance(config, Mapping) else None)
 
 
 def check_count(path: Path, count: int) -> None:

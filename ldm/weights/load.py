@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm.methods.conditions import ConditionCache
 from ldm.util import UserError, instantiate_from_config, load_config, locate
+from ldm.weights.base import check_bases, open_whole
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.report import Placement, fill
 
@@ -49,7 +50,9 @@ def read_model_config(checkpoint: str | Path, config_file: str | Path | None = N
     if config_file is not None:
         config = load_config([config_file])
     else:
-        config = open_checkpoint(checkpoint).config
+        opened = open_checkpoint(checkpoint)
+        check_bases(opened)
+        config = opened.config
     if config is None:
         raise UserError(
             f"--ckpt: {checkpoint} has no config inside. Expected one, or --config. Add --config with a yaml."
@@ -142,8 +145,8 @@ def load_method(
     """
     with parameters_without_memory(), torch.device(device):
         method = instantiate_from_config(_without_weight_files(config["model"]))
-    stored = open_checkpoint(checkpoint, method.state_dict())
-    logger.info(fill(method, [stored], place=Placement(device, dtype, channels_last=True)))
+    files = open_whole(checkpoint, method.state_dict())
+    logger.info(fill(method, files, place=Placement(device, dtype, channels_last=True)))
     method.condition_cache = ConditionCache()  # nothing changes the weights from here on
     return method.to(device).eval().requires_grad_(False)
 

@@ -28,6 +28,7 @@ def dataset_config(
     image_folder: str | Path | None = None,
     mask_folder: str | Path | None = None,
     check_files: bool = True,
+    is_synthetic: bool = False,
 ) -> dict[str, Any]:
     """Config node of a dataset for mmengine's Runner.
 
@@ -39,6 +40,7 @@ def dataset_config(
         image_folder: folder of images.
         mask_folder: folder of masks that have the stem of their image.
         check_files: decode all files of the manifest first; False where that has been done.
+        is_synthetic: whether the images are synthesized; every sample carries it in its meta information.
     Returns:
         Plain dictionary with `type` and the arguments of TableSegDataset.
     """
@@ -47,7 +49,7 @@ def dataset_config(
         node |= {"manifest": str(manifest), "data_root": str(data_root), "check_files": check_files}
     if image_folder is not None or mask_folder is not None:
         node |= {"image_folder": str(image_folder), "mask_folder": str(mask_folder)}
-    return node
+    return node | ({"is_synthetic": True} if is_synthetic else {})
 
 
 def list_pairs(
@@ -120,6 +122,7 @@ class TableSegDataset(torch.utils.data.Dataset):
         image_folder: str | None = None,
         mask_folder: str | None = None,
         check_files: bool = True,
+        is_synthetic: bool = False,
     ) -> None:
         """List the files; see dataset_config for the arguments."""
         from mmengine.dataset import Compose
@@ -130,6 +133,7 @@ class TableSegDataset(torch.utils.data.Dataset):
             check_files=check_files,
         )  # fmt: skip
         self.pipeline = Compose(list(pipeline))
+        self.is_synthetic = is_synthetic
 
     @property
     def metainfo(self) -> dict[str, Any]:
@@ -147,7 +151,8 @@ class TableSegDataset(torch.utils.data.Dataset):
         """Load one pair and run the pipeline.
 
         Returns:
-            What the last transform gives; for PackSegInputs `inputs` (3, h, w) uint8 BGR and `data_samples`.
+            What the last transform gives; for PackSegInputs `inputs` (3, h, w) uint8 BGR and `data_samples`, with
+            `is_synthetic` in their meta information.
         Raises:
             ValueError: if image and mask differ in size.
         """
@@ -160,7 +165,7 @@ class TableSegDataset(torch.utils.data.Dataset):
                 "Expected equal sizes (height, width). Replace one of them."
             )
         size = image.shape[:2]
-        return self.pipeline(
+        sample = self.pipeline(
             {
                 "img": image,
                 "gt_seg_map": mask,
@@ -171,8 +176,17 @@ class TableSegDataset(torch.utils.data.Dataset):
                 "img_shape": size,
                 "reduce_zero_label": False,
                 "sample_idx": index,
+                "is_synthetic": self.is_synthetic,
             }
         )
+        return note_origin(sample, self.is_synthetic)
+
+
+def note_origin(sample: dict[str, Any], is_synthetic: bool) -> dict[str, Any]:
+    """Write `is_synthetic` into the meta information of a packed sample, whatever keys PackSegInputs keeps."""
+    if "data_samples" in sample:
+        sample["data_samples"].set_metainfo({"is_synthetic": is_synthetic})
+    return sample
 
 
 def count_pixels(pairs: Sequence[tuple[Path, Path]], table: ClassTable) -> np.ndarray:

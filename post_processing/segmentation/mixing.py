@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from post_processing.segmentation.dataset import note_origin
+
 # mmengine imports these classes by their dotted paths.
 JOINT_DATASET = "post_processing.segmentation.mixing.JointSegDataset"
 RATIO_SAMPLER = "post_processing.segmentation.mixing.RatioSampler"
@@ -134,7 +136,7 @@ class MixSegDataset(torch.utils.data.Dataset):
         pair = self.dataset[index]
         if np.random.rand() < self.probability:
             paste(pair, self.dataset[np.random.randint(len(self.dataset))], self.kind)
-        return self.pipeline(pair)
+        return note_origin(self.pipeline(pair), pair.get("is_synthetic", False))
 
 
 def paste(pair: dict[str, Any], other: Mapping[str, Any], kind: str) -> None:

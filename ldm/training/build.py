@@ -1,0 +1,129 @@
+"""What a training starts from: the method with the weights that the flags and the config name, and its latents."""
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ldm.training.average import AveragedWeights
+from ldm.util import UserError, instantiate_from_config
+from ldm.weights.base import open_whole
+from ldm.weights.report import SCHEDULE, Account, fill, required_while_training
+
+log = logging.getLogger("train")
+
+WHOLE_BELOW = 256 << 20  # bytes of frozen weights up to which exports and checkpoints are whole files
+
+
+@dataclass
+class Start:
+    """A method as its training finds it.
+
+    Attributes:
+        method: the network.
+        origins: our name of a tensor -> weight file that it was filled from.
+    """
+
+    method: nn.Module
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def take(self, account: Account) -> Account:
+        """Note where tensors came from."""
+        self.origins |= {name: file for name, file in account.loaded.items() if Path(file).exists()}
+        return account
+
+    def left_out(self) -> dict[str, str]:
+        """Tensors that need not be saved, name -> file: frozen, in a named file, and too many to copy at every save.
+
+        Below WHOLE_BELOW there are none: a small model is one file that needs no other.
+        """
+        trained = {name for name, p in self.method.named_parameters() if p.requires_grad}
+        own = self.method.state_dict()
+        homes = {name: file for name, file in self.origins.items()
+                 if name in own and name not in trained and name not in SCHEDULE}
+        return homes if sum(own[name].nbytes for name in homes) > WHOLE_BELOW else {}
+
+
+def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequence[str] = (),
+                 complete: str | None = None, allow_partial: bool = False, is_filled_later: bool = False) -> Start:
+    """The network with its weights.
+
+    Args:
+        config: of the training; `init` names files that fill parts.
+        checkpoint: of the run that is resumed: all comes from there.
+        pretrained: weight files whose later ones win; parts that train may be missing.
+        complete: weight file that must fit completely.
+        allow_partial: go on where weights are missing or of another shape.
+        is_filled_later: fill nothing (see start_finetuning).
+    """
+    method = instantiate_from_config(config.model)
+    start, own = Start(method), method.state_dict()
+    if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
+        *bases, last = open_whole(checkpoint, own)
+        log.info(start.take(fill(method, [*bases, last])))
+        start.origins = {name: file for name, file in start.origins.items() if file != last.name}
+        return start
+    if is_filled_later:
+        return start
+    filled = {name for name in own if has_local_weights(config.model.params, name)}
+    for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
+        inside = {name for name in own if name.startswith(part + ".")}
+        account = fill(method, [file.only(part + ".") for file in open_whole(file, own)], inside.__contains__)
+        account.fresh.clear()  # the other parts are none of this file's business
+        log.info(start.take(account))
+        filled |= inside
+    trained = [p for group in method.trainable_groups().values() for p in group]
+    is_required = required_while_training(method, trained, filled)
+    if pretrained:
+        files = [file for path in pretrained for file in open_whole(path, own)]
+        log.info(start.take(fill(method, files, is_required, allow_partial, initialise_branches=True)))
+    if complete:
+        log.info(start.take(fill(method, open_whole(complete, own), allow_partial=allow_partial)))
+    if not pretrained and not complete and any(map(is_required, dict(method.named_parameters()))):
+        log.warning("warning: parts that do not train keep random weights. Give --pretrain_path, or train them "
+                    "(model.params.train).")
+    return start
+
+
+def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, averaged: str | None = None) -> None:
+    """Load trained weights for training, and their average for the callback that goes on with it.
+
+    Args:
+        start: with the method to fill.
+        callbacks: of the trainer.
+        trained: weight file; of a checkpoint that keeps an average, too, the weights in training.
+        averaged: file of the average where it has one of its own.
+    """
+    method, own = start.method, start.method.state_dict()
+    files = open_whole(averaged or trained, own)
+    log.info(start.take(fill(method, files)))
+    average = {name: value.clone() for name, value in method.state_dict().items()}
+    # Behind the files of the average, since weights in training alone are what newer checkpoints keep beside it.
+    current = open_whole(trained, own, entries=("current_model_state", "state_dict"))
+    log.info(start.take(fill(method, [*files, *current])))
+    for callback in callbacks:
+        if isinstance(callback, AveragedWeights):
+            callback.start = average
+
+
+def has_local_weights(params: Any, name: str) -> bool:
+    """Whether the text encoder's config names a local folder or file that this tensor was filled from."""
+    text = (params.get("text_encoder") or {}).get("params") or {}
+    return name.startswith("cond_stage_model.") and bool(text.get("weights_dir") or text.get("weights_file"))
+
+
+def cache_latents(method: nn.Module, data: Any, trainer: Any, folder: str) -> None:
+    """Let the training set hand out latents of the frozen autoencoder instead of images."""
+    from ldm.training.latents import build_latent_cache
+    if not hasattr(method, "first_stage_model"):
+        raise UserError(f"cache_latents: {type(method).__name__} has no autoencoder, there is nothing to encode. Set "
+                        "training.cache_latents=null.")
+    if getattr(method, "reference_augment", None) is not None:
+        raise UserError("cache_latents: references are augmented anew in every step and cannot be cached. Set "
+                        "model.params.reference_augment=null or training.cache_latents=null.")
+    paths = data.train_set.cacheable_paths()
+    data.train_set.latents = build_latent_cache(
+        paths, data.train_set.size, method.first_stage_model, Path(folder), trainer.strategy.root_device,
+        num_workers=data.num_workers, autocast=trainer.precision_plugin.forward_context)
