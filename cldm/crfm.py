@@ -1,7 +1,7 @@
 """CRFM: Stable Diffusion 3.5 steered by a mask, whose tokens join those of image and text; on a straight path.
 
-Source: Yang et al. 2025 (arXiv 2512.16740). Its public code is full of slips; where the config has a choice, the default
-is what the equations say, and `upstream` in configs/model names what loads and repeats its weights.
+Source: Yang et al. 2025 (arXiv 2512.16740). Where its public code departs from its equations, an argument has both, and
+the default is what the equations say.
 """
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cldm.sd3 import MaskTransformer, merge_lora
-from cldm.sd3_names import NETWORK, from_crfm, read_sd35
+from cldm.sd3 import TEXT_PARTS, MaskTransformer, merge_lora
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.data.vectors import PromptVectors
 from ldm.methods.base import WeightGroup
 from ldm.methods.latent import LatentDiffusion, check_names
 from ldm.modules.blocks import set_norm_groups
 from ldm.util import UserError
+from ldm.weights.sd35 import BASE, NETWORK
 
 GROUPS = ("image", "lora", "mask")
 FLOW = {"target": "ldm.diffusion.path.FlowPath", "params": {"shift": 3.0}}
@@ -33,7 +33,6 @@ class CRFM(LatentDiffusion):
         train: groups that train, of GROUPS: `image` (what image tokens pass through), `lora` (low-rank adapters there
             instead), `mask` (the mask stream). Text stream and embeddings never train.
         lora_rank: of the adapters.
-        weights_dir: folder of SD3.5 in diffusers' layout to start a training from; None = weights come from a file.
         vectors_dir: folder of the prompts' vectors (scripts/encode_prompts.py).
         mlp_modulation, init, use_checkpoint: see MaskTransformer.
         sample_mask: draw the mask's latent from the autoencoder's posterior (upstream, also while sampling) instead of
@@ -49,8 +48,8 @@ class CRFM(LatentDiffusion):
 
     def __init__(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any],
                  class_table: str | Mapping[str, Any], hint_mode: str = "palette",
-                 train: Sequence[str] = ("image", "mask"), lora_rank: int = 16, weights_dir: str | None = None,
-                 vectors_dir: str | None = None, mlp_modulation: str = "own", init: str = "image",
+                 train: Sequence[str] = ("image", "mask"), lora_rank: int = 16, vectors_dir: str | None = None,
+                 mlp_modulation: str = "own", init: str = "image",
                  use_checkpoint: bool = True, sample_mask: bool = False, norm_groups: int = 32,
                  scale_factor: float = 1.5305, shift_factor: float = 0.0609, guidance_scale: float = 1.0,
                  path: Mapping[str, Any] | None = None, **latent: Any) -> None:
@@ -68,25 +67,10 @@ class CRFM(LatentDiffusion):
         self.network = MaskTransformer(transformer, mlp_modulation, init, use_checkpoint)
         self.size_factor = self.first_stage_model.downsampling * self.network.patch_size
         self._vectors: PromptVectors | None = None
-        if weights_dir:
-            self.start_from(weights_dir, transformer)
-
-    def start_from(self, folder: str, transformer: Mapping[str, Any]) -> None:
-        """Fill transformer and autoencoder from a folder of SD3.5, and start the mask stream."""
-        from ldm.weights.checkpoint import Checkpoint
-        from ldm.weights.report import fill
-
-        stored = Checkpoint(str(folder), read_sd35(folder, transformer))
-        fill(self, [stored], is_required=lambda name: not name.startswith(f"{NETWORK}mask_"))
-        self.network.start_mask_stream()
-        self.prefilled = (NETWORK, "first_stage_model.")
-
-    def adopt(self, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Weights of the public code under our names (see from_crfm and Method)."""
-        return from_crfm(tensors)
 
     def start_training(self) -> None:
-        """Add the adapters, if they train."""
+        """Start the mask stream where no file had it, and add the adapters, if they train (see Method)."""
+        self.network.start_mask_stream()
         if "lora" in self.train_groups and not self.network.lora_parameters():
             self.network.add_lora(self.lora_rank)
 
@@ -101,9 +85,10 @@ class CRFM(LatentDiffusion):
         return {name: groups[name] for name in GROUPS if name in self.train_groups}
 
     def weight_groups(self) -> tuple[WeightGroup, ...]:
-        """Mask stream, transformer, autoencoder."""
-        return (WeightGroup("mask stream", f"{NETWORK}mask_"), WeightGroup("transformer", f"{NETWORK}base."),
-                *super().weight_groups())
+        """Mask, text and image stream, autoencoder."""
+        return (WeightGroup("mask stream", f"{NETWORK}mask_"),
+                *(WeightGroup("text stream", BASE, part) for part in TEXT_PARTS),
+                WeightGroup("image stream", BASE), *super().weight_groups())
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of the transformer, for torch.compile."""

@@ -1,5 +1,4 @@
 """The transformer of Stable Diffusion 3.5 with a third stream of tokens, the mask's, beside image and text."""
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.modules.blocks import zero_module
 from ldm.util import UserError
 
 MLP_MODULATIONS, INITS = ("own", "image"), ("image", "random")
@@ -75,28 +75,6 @@ def sincos(positions: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
-def split_table(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a stock table of positions apart.
-
-    Args:
-        table: (1, S * S, D).
-    Returns:
-        Columns and rows, (S, D / 2) each.
-    Raises:
-        UserError: if it is not made of the two.
-    """
-    side = math.isqrt(table.shape[1])
-    grid = table[0].unflatten(0, (side, side))  # (row, column, D)
-    half = table.shape[-1] // 2
-    columns, rows = grid[0, :, :half].clone(), grid[:, 0, half:].clone()
-    for row in range(side):
-        if not (torch.equal(grid[row, :, :half], columns)
-                and torch.equal(grid[row, :, half:], rows[row].expand(side, -1))):
-            raise UserError("pos_embed.pos_embed: this table of positions is no product of rows and columns. Expected "
-                            "that of an SD3.5 transformer. Check the folder of --pretrain_path or weights_dir.")
-    return columns, rows
-
-
 class MaskStream(nn.Module):
     """Weights of the mask's tokens in one block.
 
@@ -156,6 +134,7 @@ class MaskTransformer(nn.Module):
         mlp_modulation: whose shift, scale and gate the mask's feed-forward takes: `own`, or `image`, as the public code
             of CRFM does by a slip; only to use weights that were trained so.
         init: weights of the mask stream at the start of a training: `image` (those of the image stream) or `random`.
+            Until start_mask_stream its projection of patches is zero, which no trained one is.
         use_checkpoint: keep only the inputs of blocks for the gradient and compute the rest again.
     """
 
@@ -178,6 +157,7 @@ class MaskTransformer(nn.Module):
         self.mask_proj = nn.Conv2d(self.base.config.in_channels, width, patch, stride=patch)
         self.mask_blocks = nn.ModuleList(
             MaskStream(width, self.base.config.num_attention_heads, block is blocks[-1]) for block in blocks)
+        zero_module(self.mask_proj)
 
     @property
     def patch_size(self) -> int:
@@ -186,8 +166,12 @@ class MaskTransformer(nn.Module):
 
     @torch.no_grad()
     def start_mask_stream(self) -> None:
-        """Give the mask stream its first weights (see init)."""
-        if self.init == "image":
+        """Give the mask stream its first weights (see init), unless it has some already."""
+        if self.mask_proj.weight.any():
+            return
+        if self.init == "random":
+            self.mask_proj.reset_parameters()
+        else:
             for stream, block in zip(self.mask_blocks, self.base.transformer_blocks, strict=True):
                 stream.copy_image_stream(block)
             self.mask_proj.load_state_dict(self.base.pos_embed.proj.state_dict())

@@ -1,4 +1,4 @@
-"""The transformer with a mask stream: against the stock one, a restatement, its gradients, adapters and other weights."""
+"""The transformer with a mask stream: against the stock one and a restatement, its gradients, adapters, weights."""
 
 from pathlib import Path
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from cldm.sd3 import MaskTransformer, split_table
-from cldm.sd3_names import NETWORK, from_crfm, read_sd35
+from cldm.sd3 import MaskTransformer
 from ldm.util import UserError
+from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.files import StoredTensor
+from ldm.weights.sd35 import NETWORK, adopt, split_table
 from scripts.make_tiny_sd35 import TRANSFORMER
 from tests.tiny import randomize
 
@@ -33,8 +34,7 @@ def make_inputs(batch: int = 2, height: int = 12, width: int = 16) -> tuple[Tens
 
 
 def make_network(**options) -> MaskTransformer:
-    network = randomize(MaskTransformer(TRANSFORMER, **options)).eval()
-    return network
+    return randomize(MaskTransformer(TRANSFORMER, **options)).eval()
 
 
 def make_stock(network: MaskTransformer):
@@ -174,6 +174,7 @@ def test_all_that_trains_has_a_gradient():
 
 def test_mask_tokens_start_as_image_tokens():
     network = make_network()
+    torch.nn.init.zeros_(network.mask_proj.weight)
     network.start_mask_stream()
     latent, timestep, context, pooled, _ = make_inputs()
     block, stream = network.base.transformer_blocks[0], network.mask_blocks[0]
@@ -185,9 +186,13 @@ def test_mask_tokens_start_as_image_tokens():
     assert torch.allclose(own[0], normed, atol=1e-5) and torch.allclose(own[1][:, 0], gate, atol=1e-5)
     assert all(torch.allclose(a[:, 0], b, atol=1e-5) for a, b in zip(own[2:], rest, strict=True))
     before = [p.clone() for p in network.mask_parameters()]
-    network.init = "random"
-    network.start_mask_stream()
+    randomize(network.base, 0.1)
+    network.start_mask_stream()  # it has weights already
     assert all(torch.equal(a, b) for a, b in zip(before, network.mask_parameters(), strict=True))
+    fresh = MaskTransformer(TRANSFORMER, init="random")
+    assert not fresh.mask_proj.weight.any()
+    fresh.start_mask_stream()
+    assert fresh.mask_proj.weight.any() and not torch.equal(fresh.mask_proj.weight, fresh.base.pos_embed.proj.weight)
 
 
 def test_adapters_start_at_zero_and_can_be_merged(tmp_path: Path):
@@ -235,13 +240,15 @@ def upstream_state(network: MaskTransformer) -> dict[str, Tensor]:
             pairs += [("ff.net.0.proj", torch.nn.Linear(32, 128)), ("ff.net.2", torch.nn.Linear(128, 32))]
         else:
             pairs += [("ff.net.0.proj", stream.ff[0]), ("ff.net.2", stream.ff[2])]
-        result |= {f"{place}{name}.{leaf}": value for name, module in pairs for leaf, value in module.state_dict().items()}
+        for name, module in pairs:
+            result |= {f"{place}{name}.{leaf}": value for leaf, value in module.state_dict().items()}
         for leaf, value in stream.norm1.state_dict().items():
             rest = value.new_zeros(6 * 32 - len(value), *value.shape[1:])
             result[f"{place}norm1.linear.{leaf}"] = torch.cat([value, rest])
     for name, module in (("sd3_transformer.pos_embed.proj", network.base.pos_embed.proj),
                          ("sd3_transformer.norm_out.linear", network.base.norm_out.linear),
-                         ("sd3_transformer.proj_out", network.base.proj_out), ("msk_pos_embed.proj", network.mask_proj)):
+                         ("sd3_transformer.proj_out", network.base.proj_out),
+                         ("msk_pos_embed.proj", network.mask_proj)):
         result |= {f"{name}.{leaf}": value for leaf, value in module.state_dict().items()}
     return result
 
@@ -251,15 +258,15 @@ def test_weights_of_the_public_code_find_their_places():
     state = upstream_state(network)
     assert len(state) == 16 * 3 + 10 * 2 + 16 * 3 + 8  # 906 with 24 blocks of which 13 have dual attention
     stored = {name: StoredTensor(tuple(v.shape), v.dtype, lambda v=v: v) for name, v in state.items()}
-    found, notes = from_crfm(stored)
+    found, notes = adopt(stored)
     own = {f"{NETWORK}{name}": value for name, value in network.state_dict().items()}
     trained = {f"{NETWORK}base.{name}" for name in network.image_parameters()}
     trained |= {name for name in own if name.startswith(f"{NETWORK}mask_")}
     assert set(found) == trained and "set aside 9 of the last block" in notes[0]
     assert all(torch.equal(value.read(), own[name]) and value.shape == tuple(own[name].shape)
                for name, value in found.items())
-    others = {"network.mask_proj.weight": stored["msk_pos_embed.proj.weight"]}
-    assert from_crfm(others) == (others, [])
+    others = {f"{NETWORK}mask_proj.weight": stored["msk_pos_embed.proj.weight"]}
+    assert adopt(others) == (others, [])
 
 
 def test_a_folder_of_sd35_fills_transformer_and_autoencoder(tmp_path: Path):
@@ -274,7 +281,10 @@ def test_a_folder_of_sd35_fills_transformer_and_autoencoder(tmp_path: Path):
     stock.pos_embed.pos_embed.copy_(stock.pos_embed.pos_embed.bfloat16())  # a table as files of 16 bits have it
     stock.save_pretrained(tmp_path / "transformer")
     vae.save_pretrained(tmp_path / "vae")
-    tensors = {name: stored.read() for name, stored in read_sd35(tmp_path, TRANSFORMER).items()}
+    (tmp_path / "text_encoder").mkdir()
+    tensors = {name: stored.read() for name, stored in open_checkpoint(tmp_path).tensors.items()}
+    alone = open_checkpoint(tmp_path / "transformer").tensors
+    assert set(alone) == {name for name in tensors if name.startswith(NETWORK)}
     network = MaskTransformer(TRANSFORMER).eval()
     missing, unexpected = network.load_state_dict(
         {name.removeprefix(NETWORK): v for name, v in tensors.items() if name.startswith(NETWORK)}, strict=False)
@@ -285,17 +295,12 @@ def test_a_folder_of_sd35_fills_transformer_and_autoencoder(tmp_path: Path):
                            stock(latent, context, pooled, timestep, return_dict=False)[0])
         ours = autoencoder.AutoencoderKL(ch=8, ch_mult=[1, 1, 2, 2], num_res_blocks=1, use_quant=False).eval()
         set_norm_groups(ours, 4)
-        ours.load_state_dict({name.removeprefix("first_stage_model."): v if v.ndim != 2 or ".attn_1." not in name
-                              else v[..., None, None] for name, v in tensors.items() if not name.startswith(NETWORK)})
+        ours.load_state_dict({name.removeprefix("first_stage_model."): v for name, v in tensors.items()
+                              if not name.startswith(NETWORK)})
         image = torch.rand(1, 3, 32, 32) * 2 - 1
         posterior, theirs = ours.encode(image), vae.encode(image).latent_dist
         assert torch.allclose(posterior.mean, theirs.mean, atol=1e-5)
         assert torch.allclose(ours.decode(theirs.mean), vae.decode(theirs.mean).sample, atol=1e-5)
-    with pytest.raises(UserError, match=r"num_layers 3 \(config: 24\), .*qk_norm|num_layers 3 \(config: 24\)"):
-        read_sd35(tmp_path, {**TRANSFORMER, "num_layers": 24})
-    with pytest.raises(UserError, match="has no weights in vae"):
-        (tmp_path / "vae").rename(tmp_path / "other")
-        read_sd35(tmp_path, TRANSFORMER)
 
 
 def test_sizes_of_the_real_model():

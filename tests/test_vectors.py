@@ -1,4 +1,4 @@
-"""Vectors of prompts: against the stock pipeline, one file a prompt, upstream's layout, restarts, and what is refused."""
+"""Vectors of prompts: against the stock pipeline, a file a prompt, upstream's layout, restarts, what is refused."""
 
 import json
 import shutil

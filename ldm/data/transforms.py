@@ -53,8 +53,11 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         return (mask.float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
     if mode in ("levels", "grey_upstream"):
         grey = torch.arange(256, dtype=torch.float64, device=mask.device) * 255
-        grey = (grey / table.num_classes).round() if mode == "levels" else (grey / (table.num_classes + 1)).floor() % 256
-        grey[255] = 255 if mode == "levels" else grey[255]
+        if mode == "levels":
+            grey = (grey / table.num_classes).round()
+            grey[255] = 255
+        else:
+            grey = (grey / (table.num_classes + 1)).floor() % 256
         return (grey[mask].float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
     if mode == "palette":
         palette = torch.from_numpy(table.palette()).to(mask.device)  # (256, 3)

@@ -129,8 +129,8 @@ def open_vectors(folder: Path, fingerprint: Mapping[str, Any]) -> None:
         path = folder / "vectors.json"
         changes = find_changes(read_settings(path), fingerprint) if path.is_file() else ""
         if changes:
-            raise FileExistsError(f"{folder}: holds vectors of other encoders or settings ({changes}). Expected an empty "
-                                  "folder or one of the same. Choose another --outdir.")
+            raise FileExistsError(f"{folder}: holds vectors of other encoders or settings ({changes}). Expected an "
+                                  "empty folder or one of the same. Choose another --outdir.")
         write_json(path, {"settings": dict(fingerprint)})
 
 
@@ -153,7 +153,8 @@ def write_upstream_layout(folder: Path, name: str, rows: Sequence[Mapping[str, A
         UserError: if the name leaves the folder, or another manifest has it.
     """
     target = folder / name
-    if not name.strip("/. ") or not target.resolve().is_relative_to(folder.resolve()) or name.split("/")[0] == "prompts":
+    is_inside = name.strip("/. ") and target.resolve().is_relative_to(folder.resolve())
+    if not is_inside or name.split("/")[0] == "prompts":
         raise UserError(f"--upstream_layout: {name!r} is not possible. Expected a name such as fusu/train. Change it.")
     entries = []
     for number, row in enumerate(rows):

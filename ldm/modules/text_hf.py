@@ -89,13 +89,13 @@ def read_part_config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: cannot be read ({error}). Expected the config of a part of an SD3.5 "
-                        "folder. Fetch it again.") from error
+        raise UserError(f"{folder / 'config.json'}: cannot be read ({error}). Expected the config of a part of an "
+                        "SD3.5 folder. Fetch it again.") from error
 
 
 def load_encoder(folder: Path, suffix: str, tokenizer_class: Any, encoder_class: Any, dtype: torch.dtype,
                  device: torch.device) -> tuple[Any, nn.Module]:
-    """Tokenizer and encoder of one number, `` , `_2` or `_3`.
+    """Tokenizer and encoder of one number: no suffix, `_2` or `_3`.
 
     Raises:
         UserError: if they cannot be loaded, or the tokenizer is not the encoder's: without its files the library makes
@@ -113,8 +113,8 @@ def load_encoder(folder: Path, suffix: str, tokenizer_class: Any, encoder_class:
                         "parts of one SD3.5 folder. Fetch them again.") from error
     own, size = len(tokenizer), encoder.config.vocab_size
     if not MIN_VOCABULARY * size <= own <= size:
-        raise UserError(f"{where}: a tokenizer of {own} tokens for an encoder of {size}. Expected the tokenizer of this "
-                        "encoder. Fetch the folder again.")
+        raise UserError(f"{where}: a tokenizer of {own} tokens for an encoder of {size}. Expected the tokenizer of "
+                        "this encoder. Fetch the folder again.")
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
 
