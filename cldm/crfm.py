@@ -7,13 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from ldm.methods.base import WeightGroup
+from ldm.methods.latent import LatentDiffusion, check_names
 from torch import Tensor, nn
 
 from cldm.sd3 import TEXT_PARTS, MaskTransformer, merge_lora
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.data.vectors import PromptVectors
-from ldm.methods.base import WeightGroup
-from ldm.methods.latent import LatentDiffusion, check_names
+from ldm.files import digest_of
 from ldm.modules.blocks import set_norm_groups
 from ldm.util import UserError
 from ldm.weights.sd35 import BASE, NETWORK
@@ -34,6 +35,8 @@ class CRFM(LatentDiffusion):
             instead), `mask` (the mask stream). Text stream and embeddings never train.
         lora_rank: of the adapters.
         vectors_dir: folder of the prompts' vectors (scripts/encode_prompts.py).
+        frozen_dtype: precision, such as `bfloat16`, of the network's weights that do not train, and of exported ones;
+            what trains has float32 weights. Needs mixed precision. None = float32 throughout.
         mlp_modulation, init, use_checkpoint: see MaskTransformer.
         sample_mask: draw the mask's latent from the autoencoder's posterior (upstream, also while sampling) instead of
             taking its mean.
@@ -45,11 +48,12 @@ class CRFM(LatentDiffusion):
     """
 
     takes = ("prompt",)
+    autocast_dtype = None
 
     def __init__(self, transformer: Mapping[str, Any], autoencoder: Mapping[str, Any],
                  class_table: str | Mapping[str, Any], hint_mode: str = "palette",
                  train: Sequence[str] = ("image", "mask"), lora_rank: int = 16, vectors_dir: str | None = None,
-                 mlp_modulation: str = "own", init: str = "image",
+                 frozen_dtype: str | None = None, mlp_modulation: str = "own", init: str = "image",
                  use_checkpoint: bool = True, sample_mask: bool = False, norm_groups: int = 32,
                  scale_factor: float = 1.5305, shift_factor: float = 0.0609, guidance_scale: float = 1.0,
                  path: Mapping[str, Any] | None = None, **latent: Any) -> None:
@@ -63,6 +67,9 @@ class CRFM(LatentDiffusion):
             raise UserError(f"hint_mode: {hint_mode!r} makes no picture. Expected palette, levels or grey_upstream.")
         self.hint_mode, self.train_groups, self.lora_rank = hint_mode, tuple(train), lora_rank
         self.sample_mask, self.vectors_dir = sample_mask, vectors_dir
+        if frozen_dtype not in (None, "bfloat16"):
+            raise UserError(f"frozen_dtype: {frozen_dtype!r} is not possible. Expected bfloat16 or null.")
+        self.frozen_dtype = None if frozen_dtype is None else torch.bfloat16
         set_norm_groups(self.first_stage_model, norm_groups)
         self.network = MaskTransformer(transformer, mlp_modulation, init, use_checkpoint)
         self.size_factor = self.first_stage_model.downsampling * self.network.patch_size
@@ -73,10 +80,18 @@ class CRFM(LatentDiffusion):
         self.network.start_mask_stream()
         if "lora" in self.train_groups and not self.network.lora_parameters():
             self.network.add_lora(self.lora_rank)
+        if self.frozen_dtype:
+            trained = {id(p) for group in self.trainable_groups().values() for p in group}
+            for parameter in self.network.parameters():
+                if id(parameter) not in trained:
+                    parameter.data = parameter.data.to(self.frozen_dtype)
 
     def exported(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights for inference: adapters merged (see Method)."""
-        return merge_lora(state)
+        """Weights for inference: adapters merged, the network in frozen_dtype (see Method)."""
+        merged = merge_lora(state)
+        parameters = {name for name in merged if name.startswith(NETWORK) and not name.endswith((".columns", ".rows"))}
+        return {name: value.to(self.frozen_dtype) if self.frozen_dtype and name in parameters else value
+                for name, value in merged.items()}
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """The groups named in `train`; adapters only once start_training has added them."""
@@ -110,6 +125,10 @@ class CRFM(LatentDiffusion):
         config = self.network.base.config
         self.vectors().check({*prompts, *([""] if needs_empty else [])}, config.joint_attention_dim,
                              config.pooled_projection_dim)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the vectors were made with (see Method)."""
+        return {"vectors_sha256": digest_of(self.vectors().fingerprint())}
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Context (B, L, D) and pooled vectors (B, P) of prompts, as they are stored."""
@@ -168,6 +187,10 @@ class CRFM(LatentDiffusion):
         """
         tensors = latent, context, pooled, mask_latent
         if not torch.is_autocast_enabled(latent.device.type):  # weights may be of 16 bits, as their file is
-            tensors = [tensor.to(self.network.mask_proj.weight.dtype) for tensor in tensors]
+            dtype = self.network.mask_proj.weight.dtype
+            if self.network.base.context_embedder.weight.dtype != dtype:
+                raise UserError("model.params.frozen_dtype: weights of two precisions need mixed precision. Expected "
+                                "lightning.trainer.precision=bf16-mixed. Set it, or frozen_dtype=null.")
+            tensors = [tensor.to(dtype) for tensor in tensors]
         latent, context, pooled, mask_latent = tensors
         return self.network(latent, timestep.to(latent.device), context, pooled, mask_latent)

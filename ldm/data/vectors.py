@@ -82,8 +82,8 @@ class PromptVectors:
         return context.reshape(-1, context.shape[-1]), pooled.flatten()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What is known of how the vectors were made; empty for folders of other code."""
-        return read_settings(self.folder / "vectors.json")
+        """What decides the vectors: how they were made, or of a folder of the public code the rows and their number."""
+        return read_settings(self.folder / "vectors.json") if self.rows is None else dict(self.rows)
 
 
 def vector_path(folder: Path, prompt: str) -> Path:
