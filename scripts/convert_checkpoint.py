@@ -30,7 +30,7 @@ from ldm.weights.checkpoint import REST, Checkpoint, save_safetensors  # noqa: E
 from ldm.weights.files import StoredTensor  # noqa: E402
 from ldm.weights.load import build_skeleton, check_targets  # noqa: E402
 from ldm.weights.names import PARTS, to_diffusers  # noqa: E402
-from ldm.weights.report import SCHEDULE, fill, group_of  # noqa: E402
+from ldm.weights.report import SCHEDULE, fill, group_name, groups_of  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UPSTREAM = "configs/model/tisynth_sd15_upstream.yaml"
@@ -85,8 +85,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def trainable_names(skeleton: nn.Module) -> set[str]:
     """Names of the parameters in the groups that train."""
     ids = {id(p) for group in skeleton.trainable_groups().values() for p in group}
-    groups = {group_of(name) for name, p in skeleton.named_parameters() if id(p) in ids}
-    return {name for name, _ in skeleton.named_parameters() if group_of(name) in groups}
+    group_of = {name: group_name(name, groups_of(skeleton)) for name, _ in skeleton.named_parameters()}
+    trained = {group_of[name] for name, p in skeleton.named_parameters() if id(p) in ids}
+    return {name for name, group in group_of.items() if group in trained}
 
 
 def diffusers_configs(skeleton: nn.Module) -> dict[str, dict[str, Any]]:

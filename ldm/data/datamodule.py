@@ -116,6 +116,10 @@ class DataModule(LightningDataModule):
                            target_share=self.target_share if is_training else 0.0,
                            centre_crop=self.random_crop and not is_training)
 
+    def prompts(self) -> set[str]:
+        """Distinct prompts of all rows."""
+        return {row.prompt for dataset in (self.train_set, self.val_set) if dataset for row in dataset.rows}
+
     def train_dataloader(self) -> DataLoader:
         """Loader of shuffled full batches, beginning where the training stands (see RowSampler)."""
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

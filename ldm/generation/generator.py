@@ -246,7 +246,7 @@ def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int],
     if use_autocast != painter.use_autocast:
         method.condition_cache = None  # it holds what was computed in the other precision
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
             images = method.sample(conditions, noise, painter.sampling, draw)
     finally:
         method.condition_cache = cache

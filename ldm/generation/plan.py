@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
@@ -19,9 +18,8 @@ from ldm.generation.machine import choose_device
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
 from ldm.generation.writer import Record
-from ldm.methods.diffusion import DiffusionMethod
+from ldm.methods.base import Method
 from ldm.sampling.modes import Sampling
-from ldm.sampling.multistep import spaced_timesteps
 from ldm.sampling.noise import sample_seed
 from ldm.util import UserError
 from ldm.weights.checkpoint import file_sha256
@@ -40,6 +38,7 @@ class RunSettings:
     ckpt: str
     config: str | None
     tokenizer_dir: str | None
+    vectors_dir: str | None
     device: str
     precision: str
     compile: bool
@@ -210,6 +209,8 @@ def make_plan(
     config = read_model_config(settings.ckpt, settings.config)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
+    if settings.vectors_dir:
+        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors_dir
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
@@ -225,7 +226,9 @@ def make_plan(
     numbers = find_unfinished(settings, layout)
     need = (*method.takes, *(["image"] if sampling.strength < 1 else []))
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
-    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
+    if "prompt" in method.takes:
+        method.check_prompts({row.prompt for row in rows})
+    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling) | method.fingerprint()
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
     return plan
@@ -239,7 +242,7 @@ def use_tokenizer(config: dict[str, Any], folder: str) -> None:
     text.setdefault("params", {})["tokenizer_dir"] = folder
 
 
-def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module) -> None:
+def check_settings(settings: RunSettings, sampling: Sampling, method: Method) -> None:
     """Raise UserError where flags do not fit the model or each other."""
     height, width, factor = settings.height, settings.width, method.size_factor
     if (height is None) != (width is None):
@@ -253,12 +256,7 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module)
                                 ("--f", settings.downsampling, factor // rows)):  # fmt: skip
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
-    if (sampling.share_control or sampling.reuse_every != 1) and type(method).prepare is DiffusionMethod.prepare:
-        raise UserError(f"--mode: {type(method).__name__} has no control features to share or reuse. Expected exact or "
-                        "fast, or turbo with --no-share_control --reuse_every 1. Change it.")
-    spaced_timesteps(sampling.num_steps, method.schedule, sampling.spacing)
-    if "prompt" in method.takes:  # the tokenizer is loaded at its first use; missing files should show now
-        method.text_encoder.tokenizer([""])
+    method.check(sampling)
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
@@ -308,7 +306,7 @@ def is_unfinished(statistics: Record | None, copies: int) -> bool:
     return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
-def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, need: Sequence[str],
+def read_rows(settings: RunSettings, table: ClassTable, method: Method, need: Sequence[str],
               numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
     """Rows of the manifest with what they need; the files of those that this process paints are checked.
 
@@ -343,6 +341,13 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
+def without_places(node: Any) -> Any:
+    """A config without folders that decide nothing by their name (see Method.fingerprint)."""
+    if isinstance(node, dict):
+        return {key: without_places(value) for key, value in node.items() if key != "vectors_dir"}
+    return node
+
+
 def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
                      use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
     """What decides the pictures; two runs may share an output folder only if they agree in it.
@@ -356,7 +361,7 @@ def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: Class
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),
-        "config_sha256": hash_of(config),
+        "config_sha256": hash_of(without_places(config)),
         "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
         "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,

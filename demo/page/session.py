@@ -1,0 +1,219 @@
+"""What stands behind the page: a model that is loaded once, jobs that inference.py would repeat, and their files."""
+
+import argparse
+import json
+import logging
+import shlex
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.classes import ClassTable
+from ldm.data.manifest import Row, read_manifest
+from ldm.generation.generator import ConditionDataset, Job, Painter, Request, collate
+from ldm.generation.machine import choose_device
+from ldm.methods.diffusion import DiffusionMethod
+from ldm.sampling.modes import Sampling, add_sampling_flags, choose_sampling
+from ldm.sampling.noise import sample_seed
+from ldm.util import UserError
+from ldm.weights.load import load_method, read_model_config
+
+logger = logging.getLogger(__name__)
+
+MOST_IMAGES = 24  # of one job: the page is for looking, inference.py for data sets
+BATCH_SIZE = 4  # images at once on a GPU
+
+
+class Cancelled(Exception):
+    """Somebody pressed Cancel."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One press of Generate.
+
+    Args:
+        mask: (H, W) uint8, ids of the model's class table, 255 where there is no class.
+        references: names and images, (H, W, 3) uint8 each; one image a seed for each of them.
+        prompt: text.
+        seed: of inference.py.
+        samples: images a reference, each with noise of its own.
+        flags: of inference.py, how to sample.
+        start: (H, W, 3) uint8 image of the mask's size that a strength below 1 starts from.
+    """
+
+    mask: np.ndarray
+    references: Sequence[tuple[str, np.ndarray]]
+    prompt: str
+    seed: int
+    samples: int
+    flags: Sequence[str] = ()
+    start: np.ndarray | None = None
+
+
+class Studio:
+    """A loaded model.
+
+    Args:
+        checkpoint: weights.
+        config: model yaml where the checkpoint has none inside.
+        device: auto, cpu, cuda, ...
+        precision: auto, full or autocast, as inference.py's.
+    Raises:
+        UserError, FileNotFoundError: if it cannot be loaded.
+    """
+
+    def __init__(self, checkpoint: str, config: str | None = None, device: str = "auto",
+                 precision: str = "auto") -> None:
+        self.checkpoint, self.config_file = str(checkpoint), config
+        self.device = choose_device(device)
+        self.use_autocast = precision == "autocast" or (precision == "auto" and self.device.type == "cuda")
+        self.precision = precision
+        self.method: DiffusionMethod = load_method(checkpoint, read_model_config(checkpoint, config), self.device)
+        if self.method.image_channels not in (1, 3):
+            raise UserError(f"--ckpt: {checkpoint} generates {self.method.image_channels} bands. Expected images that "
+                            "a browser can show, of one or three. Use inference.py.")
+        self.table: ClassTable = self.method.class_table
+
+    def sampling(self, flags: Sequence[str]) -> Sampling:
+        """Settings that these flags of inference.py mean for this model; UserError where one is not possible."""
+        parser = argparse.ArgumentParser(exit_on_error=False, add_help=False)
+        add_sampling_flags(parser.add_argument_group())
+        try:
+            given = parser.parse_args([flag for flag in flags if flag != "--fixed_code"])
+            return choose_sampling(given, self.method.own_sampling)
+        except (argparse.ArgumentError, SystemExit) as error:
+            raise UserError(f"sampling {shlex.join(flags)}: {error}.") from error
+
+    def generate(self, order: Order, folder: Path, on_step: Callable[[int, int], None]) -> Iterator[Path]:
+        """Write an order's inputs to a folder, then its images one batch after another.
+
+        Files: rows.json, label/, ref/ and, with strength, img/: a manifest for inference.py; command.txt: its command
+        line, which gives the same images bit by bit on a CPU; images/.
+
+        Args:
+            order: what to generate.
+            folder: an empty one.
+            on_step: called before every evaluation of the network with (done, all); may raise Cancelled.
+        Yields:
+            Paths of finished images, references in their order, the seeds of one after another.
+        Raises:
+            UserError: for an order that the model cannot do; nothing was generated then.
+        """
+        sampling = self.sampling(order.flags)
+        rows = self.write_inputs(order, folder, sampling)
+        is_fixed = "--fixed_code" in order.flags
+        height, width = order.mask.shape
+        jobs = []
+        for row in rows:
+            for copy in range(order.samples):
+                number = sample_seed(order.seed, row.index, copy)
+                record = {"image": f"{row.index:02d}_seed_{number}.png", "height": height, "width": width}
+                jobs.append(Job(row, row.index, order.seed if is_fixed else number, record))
+        painter = Painter(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE)
+        dataset = ConditionDataset(rows, self.table, None, self.method.image_channels)
+        parts = [jobs[i:i + painter.batch_size] for i in range(0, len(jobs), painter.batch_size)]
+        evaluations, done = max(1, round(sampling.num_steps * sampling.strength)) * len(parts), 0
+
+        def count() -> None:
+            nonlocal done
+            on_step(min(done, evaluations), evaluations)
+            done += 1
+
+        (folder / "images").mkdir()
+        with watched(self.method, count):
+            for number, part in enumerate(parts):
+                items = [dataset[Request(job.position, slot, order.mask.shape)] for slot, job in enumerate(part)]
+                batch = collate(items)
+                if batch["errors"]:
+                    raise UserError("; ".join(sorted(set(batch["errors"].values()))))
+                done = number * evaluations // len(parts)
+                images = painter.paint(batch, [job.noise_seed for job in part])
+                yield from self.save(images, [folder / "images" / job.record["image"] for job in part])
+
+    def save(self, images: Any, paths: Sequence[Path]) -> list[Path]:
+        """Write images (B, C, H, W) in [-1, 1] as PNG, as inference.py does; UserError for one that is not finite."""
+        from ldm.data.transforms import to_uint8
+
+        if not bool(images.isfinite().all()):
+            raise UserError("the network gave values that are not finite, in float32 too. Choose a smaller guidance.")
+        for values, path in zip(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), paths, strict=True):
+            Image.fromarray(values if values.shape[2] == 3 else values[..., 0]).save(path)
+        return list(paths)
+
+    def write_inputs(self, order: Order, folder: Path, sampling: Sampling) -> list[Row]:
+        """Write the manifest of an order with its files and the command; returns its checked rows."""
+        takes_reference = "reference" in self.method.takes
+        references = list(order.references) if takes_reference else [("", None)]
+        if not references:
+            raise UserError("no reference is chosen. Choose one or more below the mask, or add an image of your own.")
+        if not order.samples * len(references) <= MOST_IMAGES:
+            raise UserError(f"{order.samples} x {len(references)} images are many for a page. Expected {MOST_IMAGES} "
+                            "at most. Choose fewer references or seeds, or use inference.py.")
+        if sampling.strength < 1 and order.start is None:
+            raise UserError(f"strength is {sampling.strength}, but there is no image to start from. Add one, or set "
+                            "strength to 1.")
+        files: dict[str, np.ndarray] = {"label/mask.png": self.table.colourise(order.mask)}
+        lines = []
+        for number, (_, image) in enumerate(references):
+            line = {"source": "label/mask.png", "prompt": order.prompt}
+            if takes_reference:
+                line["ref_image"] = f"ref/{number:02d}.png"
+                files[line["ref_image"]] = image
+            if sampling.strength < 1:
+                line["target"] = "img/start.png"
+                files[line["target"]] = order.start
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        for name, values in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(folder / name)
+        manifest = folder / "rows.json"
+        manifest.write_text("".join(lines), encoding="utf-8")
+        (folder / "command.txt").write_text(self.command(order), encoding="utf-8")
+        need = [*self.method.takes, *(["image"] if sampling.strength < 1 else [])]
+        return read_manifest(manifest, folder, need=need, table=self.table, size_factor=self.method.size_factor)
+
+    def command(self, order: Order) -> str:
+        """What generates an order's images again, to be run where its files were unpacked."""
+        words = ["python", "inference.py", "--ckpt", self.checkpoint,
+                 *(["--config", self.config_file] if self.config_file else []), "--precision", self.precision,
+                 "--data_root", ".", "--txt_file", "rows.json", "--outdir", "again", "--seed", str(order.seed),
+                 "--num_per_mask", str(order.samples), *order.flags]  # fmt: skip
+        return shlex.join(words) + "\n"
+
+
+@contextmanager
+def watched(method: DiffusionMethod, on_evaluation: Callable[[], None]) -> Iterator[None]:
+    """Within it, `on_evaluation` is called before every evaluation of the network; it may raise to stop sampling."""
+    prepare = method.prepare
+
+    def prepare_watched(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        predict = prepare(*args, **kwargs)
+
+        def predict_watched(*inputs: Any) -> Any:
+            on_evaluation()
+            return predict(*inputs)
+
+        return predict_watched
+
+    method.prepare = prepare_watched
+    try:
+        yield
+    finally:
+        del method.prepare
+
+
+def pack(folder: Path) -> Path:
+    """Zip of a job's folder beside it: images, manifest, inputs and command."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, f"{folder.name}/{file.relative_to(folder)}")
+    return path
