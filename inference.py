@@ -8,8 +8,10 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ldm.cli import natural, positive_int, shard
+from ldm.files import OutputError
 from ldm.sampling.modes import add_sampling_flags, choose_sampling
 from ldm.util import run_entry_point
 
@@ -29,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to paint")
     model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
+    model.add_argument("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that "
+                       "the config may name, once or more often; else networks of this project only")  # fmt: skip
     model.add_argument(
         "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
     )
@@ -99,34 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def positive_int(text: str) -> int:
-    """Argument type: whole number of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
-
-
-def natural(text: str) -> int:
-    """Argument type: whole number of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Argument type: `i/n` with 0 <= i < n."""
-    first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shard. Expected i/n with 0 <= i < n, such as 0/4.")
-    return int(first), int(count)
-
-
-def _number(text: str, kind: type, is_valid: Any, expected: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not is_valid(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not possible. Expected {expected}.")
-    return value
-
-
 def main(argv: list[str] | None = None) -> int:
     """Check everything, then paint.
 
@@ -145,11 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
     if missing and not (args.status or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    from ldm.generation.writer import OutputError
-
     try:
         return report(Path(args.outdir), args.verify) if args.status or args.verify else paint(args)
-    except (OutputError, OSError) as error:
+    except OSError as error:
         text = str(error) if isinstance(error, OutputError) else output_problem(error, Path(args.outdir))
         if text is None or args.debug:
             raise
@@ -204,7 +178,7 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
         bad_rows=args.bad_rows, follow_links=args.follow_links, num_workers=args.num_workers, seed=args.seed,
         fixed_code=args.fixed_code, num_per_mask=args.num_per_mask, batch_size=args.batch_size, outdir=args.outdir,
         extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
-        overwrite=args.overwrite, engine=args.engine,
+        overwrite=args.overwrite, engine=args.engine, allow_modules=tuple(args.allow_modules),
     )  # fmt: skip
 
 

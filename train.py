@@ -21,6 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("-b", "--base", nargs="*", default=[], metavar="YAML", help="data, optimizer and trainer; merged left to right")
     add("--config_model", metavar="YAML", help="network, for example configs/model/tisynth_sd15.yaml")
+    add("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that configs "
+        "may name; may be given several times; else only networks and data modules of this project")
     add("-n", "--name", default="", help="ending of the run folder's name")
     add("-f", "--postfix", default="", help="further ending of the run folder's name")
     add("-p", "--project", help="run folder to use instead of logdir/time_name")
@@ -74,7 +76,7 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
     from omegaconf import OmegaConf
 
     from ldm.data.classes import ClassTable
-    from ldm.util import load_config
+    from ldm.util import check_targets, load_config
     files = [*([args.config_model] if args.config_model else []), *args.base]
     if args.resume:
         if files or args.pretrain_path or args.actual_resume or args.finetune:
@@ -100,6 +102,7 @@ def merge_config(args: argparse.Namespace):  # noqa: ANN201 (DictConfig; omegaco
     if unset:
         raise UserError(f"config: {', '.join(unset)} must be given. Add {unset[0]}=VALUE"
                         + (" or --data_root." if "data.params.data_root" in unset else "."))
+    check_targets(config, " ".join(map(str, files)), args.allow_modules)
     OmegaConf.set_struct(config, False)
     config.seed = config.get("seed", 23) if args.seed is None else args.seed
     if "class_table" in config.model.params:  # the table goes into the config, so that checkpoints are complete

@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import torch
 from omegaconf import OmegaConf
@@ -16,7 +17,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.diffusion.path import DiscretePath  # noqa: E402
-from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
+from ldm.files import atomic_write  # noqa: E402
+from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.load import build_skeleton, load_method, read_model_config  # noqa: E402
 from ldm.weights.report import SCHEDULE  # noqa: E402
 
@@ -58,17 +60,19 @@ def random_values(name: str, like: Tensor) -> Tensor:
 def write(path: Path, config_file: str, kind: str) -> int:
     """Write the checkpoint tensor by tensor, so that it takes no memory; returns its size in bytes."""
     config = OmegaConf.to_container(load_config([config_file]), resolve=True)
+    check_targets(config, config_file)
     names = {name: tensor.detach() for name, tensor in build_skeleton(config).state_dict().items()}
     header, size = make_header(names, kind, OmegaConf.to_yaml(OmegaConf.create(config)))
     torch.manual_seed(0)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+
+    def write(file: IO[bytes]) -> None:
         file.write(header)
         for name, tensor in names.items():
             dtype = DTYPES["fp32" if name in SCHEDULE else kind][0]
             value = random_values(name, tensor).to(dtype).contiguous()
             file.write(value.view(torch.uint8).numpy().data)
-    partial.replace(path)
+
+    atomic_write(path, write)
     return len(header) + size
 
 

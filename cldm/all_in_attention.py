@@ -92,7 +92,8 @@ class AllInAttentionUNet(UNet):
         super().__init__(decoder_factory=factory, **unet)
         self.is_residual = is_residual
 
-    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Features, reference: Features) -> Tensor:
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Features, reference: Features,
+                look: Tensor | None = None) -> Tensor:
         """Prediction under control.
 
         Args:
@@ -100,10 +101,11 @@ class AllInAttentionUNet(UNet):
             timestep: (B,) int64.
             context: (B, L, context_dim).
             hint, reference: features of the mask branch and of the reference branch.
+            look: (B, E), see UNetEncoder.embed_timestep.
         Returns:
             (B, out_channels, h, w).
         """
-        embedding = self.embed_timestep(timestep)
+        embedding = self.embed_timestep(timestep, look)
         return self.decode(list(self.encode(latent, embedding, context)), embedding, context, hint, reference)
 
     def decode(self, skips: Sequence[Tensor], embedding: Tensor, context: Tensor | FixedContext, hint: Features,

@@ -50,7 +50,8 @@ class ControlBranch(UNetEncoder):
         middle = self.feature_channels[-1]
         self.middle_block_out = nn.Sequential(zero_module(nn.Conv2d(middle, middle, 1)))
 
-    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor) -> Features:
+    def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
+                look: Tensor | None = None) -> Features:
         """Features for the decoder.
 
         Args:
@@ -58,10 +59,11 @@ class ControlBranch(UNetEncoder):
             timestep: (B,) int64.
             context: (B, L, context_dim).
             hint: (B, hint_channels, H, W); its size divided by the strides must be that of the latent.
+            look: (B, E), see UNetEncoder.embed_timestep.
         Raises:
             ValueError: if the sizes do not fit.
         """
-        return self.features(latent, timestep, context, self.stem(hint, latent.shape[-2:]))
+        return self.features(latent, timestep, context, self.stem(hint, latent.shape[-2:]), look)
 
     def stem(self, hint: Tensor, size: Sequence[int]) -> Tensor:
         """What the branch adds behind its first convolution; it depends on nothing but the hint.
@@ -80,9 +82,10 @@ class ControlBranch(UNetEncoder):
                              f"latent is {tuple(size)}. Give both the same image size.")
         return stem
 
-    def features(self, latent: Tensor, timestep: Tensor, context: Tensor | FixedContext, stem: Tensor) -> Features:
+    def features(self, latent: Tensor, timestep: Tensor, context: Tensor | FixedContext, stem: Tensor,
+                 look: Tensor | None = None) -> Features:
         """The same as forward, from a stem that was computed before."""
-        embedding = self.embed_timestep(timestep)
+        embedding = self.embed_timestep(timestep, look)
         raw = list(self.encode(latent, embedding, context, stem))
         projected = [conv(h) for conv, h in zip(self.zero_convs, raw, strict=True)]
         raw.append(self.run(self.middle_block, raw[-1], embedding, context=context))

@@ -21,7 +21,8 @@ class PreparedTISynth:
 
     Args:
         method: in evaluation mode.
-        branches: `context`, `hint`, `reference_latent` of every branch, B samples each; the last has all conditions.
+        branches: `context`, `hint`, `reference_latent` (and `look` if the method has it) of every branch, B samples
+            each; the last has all conditions.
         share_control: run a control branch for the last branch only, where all branches give it the same hint (or
             reference). An approximation: the others' text would have changed its features a little.
         reuse_every: run the encoder and the control branches at the first of every so many calls, and only the decoder
@@ -39,6 +40,9 @@ class PreparedTISynth:
             stems = {number: network.stem(hint, size) for number, hint in known.items()}
             self.stems.append(torch.cat([stems[id(branch[key])] for branch in branches]))
             self.is_shared.append(share_control and len(known) == 1)
+        self.looks: tuple[Tensor | None, ...] = (None, None, None)  # of U-Net, mask branch, reference branch
+        if "look" in branches[-1]:
+            self.looks = torch.cat([branch["look"] for branch in branches]).unbind(1)
         self.calls = 0
         self.kept: tuple[list[Tensor], Features, Features] | None = None
 
@@ -53,7 +57,7 @@ class PreparedTISynth:
             Prediction, (count * B, C, h, w).
         """
         unet, rows = self.method.model.diffusion_model, len(latent)
-        context, embedding = self.context.last(rows), unet.embed_timestep(timestep)
+        context, embedding = self.context.last(rows), unet.embed_timestep(timestep, last(self.looks[0], rows))
         # Guidance that sets in again wants branches that were not kept.
         if self.calls % self.reuse_every == 0 or self.kept is None or len(self.kept[0][0]) < rows:
             hint, reference = (self.run_branch(index, latent, timestep, context, count) for index in (0, 1))
@@ -70,7 +74,8 @@ class PreparedTISynth:
         network: ControlBranch = (self.method.control_model, self.method.ssl_stage_model)[index]
         rows = len(latent)
         used = rows // count if self.is_shared[index] else rows
-        features = network.features(latent[-used:], timestep[-used:], context.last(used), self.stems[index][-used:])
+        features = network.features(latent[-used:], timestep[-used:], context.last(used), self.stems[index][-used:],
+                                    last(self.looks[1 + index], used))
         if used == rows:
             return features
         return Features(*([tensor.repeat(count, 1, 1, 1) for tensor in tensors] for tensors in features))
@@ -79,3 +84,8 @@ class PreparedTISynth:
 def take(features: Sequence[Tensor], rows: int) -> list[Tensor]:
     """The last `rows` samples of every feature map."""
     return [tensor[-rows:] for tensor in features]
+
+
+def last(tensor: Tensor | None, rows: int) -> Tensor | None:
+    """The last `rows` samples, if there are any."""
+    return None if tensor is None else tensor[-rows:]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cldm.all_in_attention import AllInAttentionUNet
 from cldm.control import STEM_WIDTHS, ControlBranch
+from cldm.look import ReferenceStatistics
 from cldm.prepared import PreparedTISynth
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.methods.base import WeightGroup
@@ -27,7 +28,7 @@ class TISynth(LatentDiffusion):
 
     Sub-modules carry the names of the published checkpoints, so that the state_dict is theirs:
     `model.diffusion_model` U-Net, `control_model` mask branch, `ssl_stage_model` reference branch,
-    `first_stage_model` autoencoder, `cond_stage_model` text encoder.
+    `first_stage_model` autoencoder, `cond_stage_model` text encoder. Only `reference_statistics` is ours alone.
 
     Args:
         unet: arguments of UNetEncoder, shared by the U-Net and both branches.
@@ -40,6 +41,8 @@ class TISynth(LatentDiffusion):
         stem_widths: widths of the stems of both branches.
         norm_groups: groups of the group norms of U-Net, branches and autoencoder whose channels it divides (Stable
             Diffusion: 32, at any width). Elsewhere, and with None: 32, or fewer where channels are less than 128.
+        reference_statistics: give all residual blocks the statistics of the reference latent, beside the timestep (see
+            ReferenceStatistics; trains with the group `reference`). Upstream has no such thing.
         latent: see LatentDiffusion.
 
     Settings of its own for sampling, both approximations:
@@ -52,7 +55,8 @@ class TISynth(LatentDiffusion):
     def __init__(self, unet: Mapping[str, Any], autoencoder: Mapping[str, Any], text_encoder: Mapping[str, Any],
                  class_table: str | Mapping[str, Any], hint_mode: str = "one_hot", coupling: str = "residual",
                  train: Sequence[str] = ("all_in_attention", "control", "reference"),
-                 stem_widths: Sequence[int] = STEM_WIDTHS, norm_groups: int | None = None, **latent: Any) -> None:
+                 stem_widths: Sequence[int] = STEM_WIDTHS, norm_groups: int | None = None,
+                 reference_statistics: bool = False, **latent: Any) -> None:
         super().__init__(autoencoder, class_table, **latent)
         check_names("train", train, GROUPS)
         self.hint_mode, self.train_groups = hint_mode, tuple(train)
@@ -69,6 +73,8 @@ class TISynth(LatentDiffusion):
         self.control_model = ControlBranch(
             hint_channels(hint_mode, self.class_table), self.stem_strides(), stem_widths, **unet)
         self.ssl_stage_model = ControlBranch(channels, (1, 1, 1), stem_widths, **unet)
+        self.reference_statistics = (
+            ReferenceStatistics(channels, self.model.diffusion_model.embedding_dim) if reference_statistics else None)
         self.register_buffer("logvar", torch.zeros(self.path.num_timesteps))  # published files carry it
         if norm_groups is not None:
             set_norm_groups(self, norm_groups)
@@ -98,7 +104,8 @@ class TISynth(LatentDiffusion):
             "unet": [p for name, p in decoder.items() if "trainable" not in name],
             "all_in_attention": [p for name, p in decoder.items() if "trainable" in name],
             "control": self.reached_parameters(self.control_model),
-            "reference": self.reached_parameters(self.ssl_stage_model),
+            "reference": [*self.reached_parameters(self.ssl_stage_model),
+                          *(self.reference_statistics.parameters() if self.reference_statistics else ())],
             "text": list(self.cond_stage_model.parameters()),
         }
         return {name: groups[name] for name in GROUPS if name in self.train_groups}
@@ -120,7 +127,8 @@ class TISynth(LatentDiffusion):
                 `reference_moments` (B, 2c, h, w) of a LatentCache. With a condition_cache, `reference_key` may name
                 the references: a list of B values that are equal only where the references are.
         Returns:
-            `context` (B, L, D), `hint` (B, C, H, W), `reference_latent` (B, c, h, w).
+            `context` (B, L, D), `hint` (B, C, H, W), `reference_latent` (B, c, h, w), and with reference_statistics
+            `look` (B, 3, E), zero where the reference is dropped.
         """
         mask, prompts = batch["mask"], list(batch["prompt"])
         with torch.no_grad():
@@ -130,14 +138,19 @@ class TISynth(LatentDiffusion):
                 reference_latent = self.pick_reference(posterior)
             else:
                 reference_latent = self.encode_reference(batch["reference"], batch.get("reference_key"))
+        look = None if self.reference_statistics is None else self.reference_statistics(reference_latent)
         if self.training:
             drop = self.draw_drops(len(mask))  # prompt, mask, reference
-            prompts = ["" if lost else prompt for prompt, lost in zip(prompts, drop[0], strict=True)]
+            # A prompt that names no class becomes the dropped one: its words would tell unlabelled sets from labelled.
+            prompts = ["" if lost or prompt == self.class_table.prompt_empty else prompt
+                       for prompt, lost in zip(prompts, drop[0], strict=True)]
             keep = (~drop).to(hint.device, hint.dtype)[:, :, None, None, None]
             hint, reference_latent = hint * keep[1], reference_latent * keep[2]
+            look = None if look is None else look * keep[2].flatten(2)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" in self.train_groups):
             context = self.encode_prompts(prompts)
-        return {"context": context, "hint": hint, "reference_latent": reference_latent}
+        conditions = {"context": context, "hint": hint, "reference_latent": reference_latent}
+        return conditions if look is None else {**conditions, "look": look}
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts, (B, L, D); each prompt is encoded once in its life where there is a condition_cache."""
@@ -162,8 +175,8 @@ class TISynth(LatentDiffusion):
         null = dict(conditions)
         if "prompt" in drops:
             null["context"] = self.encode_prompts([""]).expand_as(conditions["context"])
-        for drop, key in (("mask", "hint"), ("reference", "reference_latent")):
-            if drop in drops:
+        for drop, key in (("mask", "hint"), ("reference", "reference_latent"), ("reference", "look")):
+            if drop in drops and key in null:
                 null[key] = torch.zeros_like(conditions[key])
         return null
 
@@ -203,7 +216,7 @@ class TISynth(LatentDiffusion):
         return notes
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
-                      reference_latent: Tensor) -> Tensor:
+                      reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
         """Output of the network.
 
         Args:
@@ -212,9 +225,12 @@ class TISynth(LatentDiffusion):
             context: (B, L, D) text embedding.
             hint: (B, K, H, W) encoded mask.
             reference_latent: (B, C, h, w) scaled.
+            look: (B, 3, E), what reference_statistics adds to the timestep embeddings of U-Net, mask branch and
+                reference branch.
         Returns:
             Prediction of kind prediction_type, (B, C, h, w).
         """
-        from_mask = self.control_model(latent, timestep, context, hint)
-        from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent)
-        return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference)
+        unet, mask, reference = (None, None, None) if look is None else look.unbind(1)
+        from_mask = self.control_model(latent, timestep, context, hint, mask)
+        from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent, reference)
+        return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference, unet)

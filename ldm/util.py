@@ -20,6 +20,8 @@ MOVED = {
     "post_processing.mmseg_dataset.": "post_processing.segmentation.dataset.",
 }
 
+OWN_PACKAGES = ("ldm.", "cldm.")
+
 
 class UserError(ValueError):
     """A mistake in the user's input; the text says where, what is wrong, what was expected and what to do."""
@@ -95,6 +97,51 @@ def locate(dotted: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"config target {dotted}: cannot be imported ({error}). Check the spelling and PYTHONPATH.") from error
+
+
+def check_targets(config: Any, source: str, allow_modules: Sequence[str] = ()) -> None:
+    """Refuse a config that would call anything but networks and data modules of this project; nothing is called.
+
+    One rule for every config, whoever wrote it: inside a checkpoint, given by a flag or left in a run folder. It comes
+    before the first `instantiate_from_config`, since what a target gets may hold further nodes.
+
+    Args:
+        config: the whole config or a part of it, plain values or omegaconf's.
+        source: where it is from, for the message.
+        allow_modules: packages or modules of the user whose functions and classes may be called as well.
+
+    Raises:
+        UserError: naming the first target that is refused.
+    """
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True)
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            nodes.extend(node.values())
+            if node.get("target") is not None and not may_call(node["target"], allow_modules):
+                name = str(node["target"])[:80]
+                raise UserError(
+                    f"{source}: its config would call {name}. Expected networks and data modules of this project; "
+                    f"nothing was called. If it is your own, add --allow_modules {name.split('.')[0]}.")
+        elif isinstance(node, (list, tuple)):
+            nodes.extend(node)
+
+
+def may_call(target: Any, allow_modules: Sequence[str] = ()) -> bool:
+    """Whether a config may name this target (see check_targets); its module is imported if it is a permitted one."""
+    if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
+        return False
+    if target.startswith(tuple(f"{module}." for module in allow_modules)):
+        return True
+    if not target.startswith(OWN_PACKAGES):
+        return False
+    found = locate(target)
+    # Bases by name, for neither torch nor Lightning is needed to read a command line.
+    bases = {f"{base.__module__}.{base.__name__}" for base in getattr(found, "__mro__", ())}
+    is_known = any(base.endswith((".module.Module", ".LightningDataModule")) for base in bases)
+    return isinstance(found, type) and found.__module__.startswith(OWN_PACKAGES) and is_known
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:

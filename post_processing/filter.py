@@ -7,7 +7,6 @@ interrupted run, started again, goes on where it ended.
 """
 
 import argparse
-import fcntl
 import logging
 import os
 import shutil
@@ -20,23 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.data.classes import ClassTable
+from ldm.cli import choose_device
+from ldm.data.classes import ClassTable, same_names
 from ldm.data.manifest import read_manifest
-from ldm.util import UserError, run_entry_point
-from post_processing.files import (
+from ldm.files import (
     Record,
+    atomic_write,
     find_changes,
-    locked,
+    lock,
     read_lines,
     read_settings,
-    write_atomic,
+    take_lock,
     write_json,
     write_lines,
 )
+from ldm.util import UserError, run_entry_point
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import match_folders
 from post_processing.segmentation.loading import Item, find_items
-from post_processing.segmentation.segmentor import choose_device, load_segmentor
+from post_processing.segmentation.segmentor import load_segmentor
 from post_processing.selection.hardness import Hardness, fingerprint_of, get_hardness
 from post_processing.selection.rules import PixelFilter, draw_overlay, is_finished
 
@@ -110,7 +111,7 @@ def run_filter(args: argparse.Namespace) -> int:
     given = ClassTable.load(args.classes) if args.classes else run_table
     segmentor = load_segmentor(args.config, args.checkpoint, choose_device(args.device), given)
     table = run_table or segmentor.class_table  # of the painted masks; the real ones may have other numbers on disk
-    if table.names != segmentor.class_table.names:
+    if not same_names(table.names, segmentor.class_table.names):
         raise UserError(
             f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
             "Expected the same ones. Leave --classes out."
@@ -131,7 +132,7 @@ def run_filter(args: argparse.Namespace) -> int:
             args.num_workers,
         )  # fmt: skip
         warn_of_unknown(hardness, args.tolerance_margin)
-        records = read_lines(folder / "items.jsonl")
+        records = read_lines(folder / "items.jsonl", "image")
         own = items[shard::shards]
         todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder)]
         logger.info("%d pictures, %d of them finished", len(own), len(own) - len(todo))
@@ -142,7 +143,7 @@ def run_filter(args: argparse.Namespace) -> int:
             worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers)
             failures = worker.run(todo)
     failed = settle(folder, items, failures)
-    records = read_lines(folder / "items.jsonl")
+    records = read_lines(folder / "items.jsonl", "image")
     write_report(folder, records, failed, hardness, args.tolerance_margin)
     draw_overlays(folder, items[: args.overlays], records, table)
     return EXIT_FAILED if failures else 0
@@ -239,12 +240,12 @@ def claim_folder(folder: Path, settings: dict[str, Any], pictures: int) -> None:
         FileExistsError: if it holds masks that were made with other settings.
     """
     path = folder / "filter.json"
-    with locked(path):
+    with lock(folder / ".lock"):
         old = read_settings(path)
-        changes = find_changes(old, settings) if old else []
+        changes = find_changes(old, settings) if old else ""
         if changes:
             raise FileExistsError(
-                f"--filtered-mask-path: {folder} holds masks of other settings ({'; '.join(changes)}). Expected the "
+                f"--filtered-mask-path: {folder} holds masks of other settings ({changes}). Expected the "
                 "same settings to go on. Choose another folder."
             )
         if not old and any(folder.glob("*.png")):
@@ -264,14 +265,13 @@ def claim_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
     """
     work = folder / f".work-{shard}-of-{shards}"
     work.mkdir(exist_ok=True)
-    with open(work / "lock", "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"--shard: another process filters {shard}/{shards} of {folder}. Expected one a shard. Wait for it, or "
-                "give every process its own --shard."
-            ) from error
+    held = take_lock(work / "lock")
+    if held is None:
+        raise FileExistsError(
+            f"--shard: another process filters {shard}/{shards} of {folder}. Expected one a shard. Wait for it, or "
+            "give every process its own --shard."
+        )
+    with held:
         for stale in work.iterdir():
             if stale.name != "lock":
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -298,16 +298,14 @@ def settle(folder: Path, items: Sequence[Item], failures: Sequence[Record]) -> l
     append_failures = {record["image"]: record for record in failures}
     names = {item.image.name for item in items}
     path, records_path = folder / "failures.jsonl", folder / "items.jsonl"
-    with locked(path), locked(records_path):
-        records = read_lines(records_path)
-        old = {name: record for name, record in read_lines(path).items() if name in names and name not in records}
+    with lock(folder / ".lock"):
+        records = read_lines(records_path, "image")
+        old = read_lines(path, "image")
+        old = {name: record for name, record in old.items() if name in names and name not in records}
         failed = dict(sorted({**old, **append_failures}.items()))
         finished = [record for name, record in records.items() if name in names and name not in append_failures]
         write_lines(records_path, finished)
-        if failed:
-            write_lines(path, failed.values())
-        else:
-            path.unlink(missing_ok=True)
+        write_lines(path, failed.values())
     return list(failed.values())
 
 
@@ -340,9 +338,9 @@ def write_report(
         lines.append(f"| {name} | {row['real_pixels']:,} | {loss} | {row['pictures']} | {row['pixels']:,} | {share} |")
     lines.append(f"| all | | | | {len(records)} | {everything:,} | {report['share']:.1%} |")
     text = "\n".join(lines) + f"\n\n{len(records)} pictures filtered, {len(failed)} failed (failures.jsonl).\n"
-    with locked(folder / "report.json"):
+    with lock(folder / ".lock"):
         write_json(folder / "report.json", report)
-        write_atomic(folder / "report.md", text.encode())
+        atomic_write(folder / "report.md", text)
     logger.info("%s\nwritten to %s", text, folder)
 
 

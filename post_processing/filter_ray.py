@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ldm.files import Record
 from ldm.util import UserError
-from post_processing.files import Record
 from post_processing.segmentation.loading import Item
 from post_processing.selection.rules import PixelFilter
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.classes import ClassTable, read_mask
+from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.data.manifest import write_manifest
+from ldm.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
 from ldm.util import UserError, nearest, run_entry_point
-from post_processing.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
 from post_processing.segmentation.loading import find_items
 from post_processing.selection.balance import balance_of, describe_balance, draw_balance
 from post_processing.selection.choice import Candidate, cap, keep_by_hardness, keep_by_rule
@@ -109,7 +109,7 @@ def choose(
                    "valid_ratio": args.valid_ratio, "count_ignored": args.count_ignored}  # fmt: skip
     else:
         hardness = read_hardness(Path(args.hardness or Path(args.filtered_mask_path) / "hardness.json"))
-        if hardness.names != table.names:
+        if not same_names(hardness.names, table.names):
             raise UserError(f"--hardness: of classes {', '.join(hardness.names)}. Expected {', '.join(table.names)}.")
         kept = keep_by_hardness(usable, hardness.mean, args.seed)
         choice["hardness_sha256"] = digest_of(hardness.to_json())
@@ -137,7 +137,7 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         UserError: if there are none, or the filter has not finished.
     """
     folder = Path(args.filtered_mask_path)
-    records = read_lines(folder / "items.jsonl")
+    records = read_lines(folder / "items.jsonl", "image")
     if records and not args.syn_mask_path:
         check_finished(folder, records)
         images = Path(args.syn_img_path or settings["images"])
@@ -178,7 +178,7 @@ def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
     """Raise UserError if the filter has not judged all pictures of its run; folders that do not say how many pass."""
     note = folder / "filter.json"
     pictures = json.loads(note.read_text(encoding="utf-8")).get("pictures", 0) if note.is_file() else 0
-    judged = len({*records, *read_lines(folder / "failures.jsonl")})
+    judged = len({*records, *read_lines(folder / "failures.jsonl", "image")})
     if judged < pictures:
         raise UserError(
             f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} pictures are judged). Expected "
@@ -203,10 +203,10 @@ def find_rare(args: argparse.Namespace, table: ClassTable) -> list[int]:
         return []
     if args.rare != ["auto"]:
         for name in args.rare:
-            if name not in table.names:
+            if table.find(name) is None:
                 raise UserError(f"--rare: no class {name!r} in {table.name}.{nearest(name, table.names)} "
                                 f"Expected some of {', '.join(table.names)}.")  # fmt: skip
-        return sorted({table.names.index(name) for name in args.rare})
+        return sorted({table.find(name) for name in args.rare})
     iou = measure_iou(args, table) if args.segmentor else read_iou(args.iou, table)
     known = sorted((value, name) for name, value in iou.items() if value is not None)
     worst = [name for _, name in known[: args.num_rare]]
@@ -239,10 +239,11 @@ def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float 
     """IoU of every class on a manifest of real pairs, by the metric of mmseg."""
     import torch
 
+    from ldm.cli import choose_device
     from ldm.data.manifest import read_manifest
     from post_processing.evaluation.scores import SegmentationScore
     from post_processing.segmentation.loading import Item, load_batches, run_in_parts, stack_batch
-    from post_processing.segmentation.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     if not args.iou_txt_file:
         raise UserError("--segmentor: needs real pairs to measure its IoU on. Expected --iou_txt_file MANIFEST.")
@@ -311,7 +312,7 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
     changes = find_changes(read_settings(out / "resample.json"), choice)
     if changes and any(out.iterdir()) and not is_overwritten:
         raise FileExistsError(
-            f"--out-dir: {out} holds another choice ({'; '.join(changes)}). Expected the same one. Choose another "
+            f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose another "
             "folder, or replace it with --overwrite."
         )
 

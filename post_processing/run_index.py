@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
+from ldm.data.images import read_image
 from ldm.util import UserError
-from post_processing.segmentation.dataset import read_image
 
 Item = TypeVar("Item")
 
@@ -105,7 +105,7 @@ def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.nda
 
 def read_image_batch(paths: Sequence[Path], size: tuple[int, int], pool: ThreadPoolExecutor) -> torch.Tensor:
     """Read pictures of one size as (B, 3, H, W) uint8 RGB; ValueError naming the first of another size."""
-    images = list(pool.map(read_image, paths))
+    images = list(pool.map(lambda path: read_image(path, None), paths))
     for path, image in zip(paths, images, strict=True):
         if image.shape[:2] != tuple(size):
             raise ValueError(

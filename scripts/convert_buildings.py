@@ -25,7 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask  # noqa: E402
+from ldm.data.images import image_size  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
+from ldm.files import link_or_copy  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import (  # noqa: E402
     Scene,
@@ -39,7 +41,6 @@ from post_processing.evaluation.buildings import (  # noqa: E402
     to_layers,
     yolo_lines,
 )
-from post_processing.files import link_or_copy  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     classes.add_argument("--building", default="building", help="its class of buildings (default: %(default)s)")
     classes.add_argument("--out", type=Path, required=True, help="output folder; must not exist or be empty")
 
-    masks = commands.add_parser("coco_to_masks", parents=[common, classes], help="COCO annotations to masks")
+    crowds = argparse.ArgumentParser(add_help=False)
+    crowds.add_argument("--crowds_are_objects", action="store_true", help="take regions with iscrowd 1 for single "
+                        "buildings: some tools, such as CVAT, set it on every RLE")  # fmt: skip
+    masks = commands.add_parser("coco_to_masks", parents=[common, classes, crowds], help="COCO annotations to masks")
     masks.add_argument("--coco", type=Path, required=True, help="COCO file")
     masks.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
                        "one)")  # fmt: skip
@@ -77,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--seed", type=int, default=0, help="seed of the draw of those masks (default: %(default)s)")
     export.set_defaults(run_command=export_pairs)
 
-    score = commands.add_parser("score", parents=[common], help="F1 of predicted instances")
+    score = commands.add_parser("score", parents=[common, crowds], help="F1 of predicted instances")
     score.add_argument("--truth", type=Path, required=True, help="COCO file")
     score.add_argument("--predicted", type=Path, required=True, help="COCO file, or a COCO list of results")
     score.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
@@ -107,11 +111,12 @@ def coco_to_masks(args: argparse.Namespace) -> dict[str, Any]:
     table = ClassTable.load(args.classes or "oam_building").without_source_ids()
     building = find_class(table, args.building, "--building")
     background = find_class(table, args.background, "--background")
-    scenes = list(read_coco(args.coco, args.categories).values())
+    scenes = list(read_coco(args.coco, args.categories,
+                            crowds_are_objects=args.crowds_are_objects).values())  # fmt: skip
     check_stems([scene.file_name for scene in scenes])
     prepare_out(args.out)
     (args.out / "masks").mkdir()
-    summary = {"images": len(scenes), "empty_images": 0, "instances": 0, "without_a_pixel": 0, "layers": 0}
+    summary = count_instances(scenes) | {"without_a_pixel": 0, "layers": 0}
     for scene in tqdm(scenes, disable=None):
         name = f"{Path(scene.file_name).stem}.png"
         layers = to_layers(scene)
@@ -121,8 +126,6 @@ def coco_to_masks(args: argparse.Namespace) -> dict[str, Any]:
             folder = args.out / "instances" / str(number)
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(layer).save(folder / name)
-        summary["instances"] += len(scene.instances)
-        summary["empty_images"] += not scene.instances
         summary["layers"] = max(summary["layers"], len(layers))
         drawn = sum(not one.is_crowd for one in from_layers(layers))
         summary["without_a_pixel"] += sum(not one.is_crowd for one in scene.instances) - drawn
@@ -178,8 +181,7 @@ def read_scene(image: Path | None, mask: Path, table: ClassTable, args: argparse
     values = read_mask(mask, table)
     size = values.shape
     if image is not None:
-        with Image.open(image) as picture:
-            size = (picture.height, picture.width)
+        size = image_size(image)
     inside = resize_nearest(values, size) == find_class(table, args.building, "--building")
     if args.instances:
         layers = [resize_nearest(layer, size) for layer in read_instance_layers(args.instances, mask.stem)]
@@ -207,8 +209,14 @@ def export_pairs(args: argparse.Namespace) -> dict[str, Any]:
             (args.out / "labels" / f"{image.stem}.txt").write_text(text, encoding="utf-8")
         write_data_yaml(args.out, [image.name for image, _ in pairs], is_val, args.building)
     (args.out / "annotations.json").write_text(json.dumps(to_coco(scenes, args.building)), encoding="utf-8")
+    return count_instances(scenes)
+
+
+def count_instances(scenes: Sequence[Scene]) -> dict[str, int]:
+    """Numbers of images, buildings and crowd regions, which are no single building."""
+    crowds = sum(one.is_crowd for scene in scenes for one in scene.instances)
     return {"images": len(scenes), "empty_images": sum(not scene.instances for scene in scenes),
-            "instances": sum(len(scene.instances) for scene in scenes)}  # fmt: skip
+            "instances": sum(len(scene.instances) for scene in scenes) - crowds, "crowd_regions": crowds}  # fmt: skip
 
 
 def draw_validation(stems: Sequence[str], fraction: float, seed: int) -> list[bool]:
@@ -248,8 +256,9 @@ def score_predictions(args: argparse.Namespace) -> dict[str, Any]:
     """F1, precision, recall and counts (see score_instances)."""
     if not 0 < args.iou <= 1:
         raise UserError(f"--iou {args.iou}: expected a number above 0, up to 1.")
-    truth = read_coco(args.truth, args.categories)
-    return score_instances(truth, read_coco(args.predicted, args.categories, truth=args.truth), args.iou)
+    truth = read_coco(args.truth, args.categories, crowds_are_objects=args.crowds_are_objects)
+    predicted = read_coco(args.predicted, args.categories, args.truth, args.crowds_are_objects)
+    return score_instances(truth, predicted, args.iou)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,6 @@
 """
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.published import infer_model  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
+from ldm.files import atomic_write  # noqa: E402
 from ldm.methods.pixel import EDGES  # noqa: E402
-from ldm.util import UserError, load_config, run_entry_point  # noqa: E402
+from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.base import open_whole  # noqa: E402
 from ldm.weights.checkpoint import REST, Checkpoint, save_safetensors  # noqa: E402
 from ldm.weights.files import StoredTensor  # noqa: E402
-from ldm.weights.load import build_skeleton, check_targets  # noqa: E402
+from ldm.weights.load import build_skeleton  # noqa: E402
 from ldm.weights.names import PARTS, to_diffusers  # noqa: E402
 from ldm.weights.report import SCHEDULE, fill, group_name, groups_of  # noqa: E402
 
@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ema", action="store_true", help="put averaged weights (model_ema.) in the place of the plain ones")
     add("--only_trainable", action="store_true", help="write only the groups that train; needs a config")
     add("--allow_partial", action="store_true", help="write files that do not fill the config's model")
+    add("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that the config "
+        "may name; may be given several times")
     add("--drop_objects", action="store_true", help="keep the tensors of a pickle that holds other objects too")
     add("--overwrite", action="store_true", help="replace the output")
     add("--debug", action="store_true", help="show tracebacks")
@@ -186,9 +188,7 @@ def write(path: Path, weights: dict[str, Tensor], config: DictConfig | None, met
         if config is not None:
             content["config"] = OmegaConf.to_container(config, resolve=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(content, partial)
-        partial.replace(path)
+        atomic_write(path, lambda file: torch.save(content, file))
     elif path.suffix == "":
         if config is None:
             raise UserError(f"{path}: a diffusers folder needs the model's config. Add --config {UPSTREAM}.")
@@ -209,6 +209,7 @@ def main(argv: list[str]) -> None:
     if args.config and args.class_table:
         raise UserError("--class_table: the config of --config names the classes already. Give one of the two.")
     config = load_config([args.config]) if args.config else None
+    check_targets(config, f"--config {args.config}", args.allow_modules)
     known = build_skeleton(OmegaConf.to_container(config, resolve=True)).state_dict() if config else {}
     checkpoints = [file for source in sources  # with the files that it stands on: what is written is whole
                    for file in open_whole(source, known, use_ema=args.ema, drop_objects=args.drop_objects)]
@@ -218,7 +219,7 @@ def main(argv: list[str]) -> None:
         model = infer_model(shapes, ClassTable.load(args.class_table), args.edge)
         config = OmegaConf.create({"model": model})
     if config is None and inner is not None:
-        check_targets(OmegaConf.to_container(inner.get("model"), resolve=True), str(sources[-1]))
+        check_targets(inner, f"checkpoint {sources[-1]}", args.allow_modules)
         config = inner
     metadata = {}
     if config is None:

@@ -10,9 +10,7 @@ write results.json and results.md.
 
 import argparse
 import functools
-import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
+from ldm.files import atomic_write, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from scripts.evaluate_images import add_commands  # noqa: E402
 
@@ -108,32 +107,26 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.segmentor[1]).parent if args.run is None else args.run if type(args.run) is str else args.run[0]
     outdir = Path(args.outdir or Path(folder) / args.command)
     outdir.mkdir(parents=True, exist_ok=True)
-    write_text(outdir / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(outdir / "results.md", table)
+    write_json(outdir / "results.json", results)
+    atomic_write(outdir / "results.md", table)
     logger.info("%s\nwritten to %s", table, outdir)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either complete or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score real tiles, pictures against their masks and against shuffled masks; returns results and a table."""
-    from ldm.data.classes import ClassTable
+    from ldm.cli import choose_device
+    from ldm.data.classes import ClassTable, same_names
     from ldm.data.manifest import read_manifest
     from post_processing.evaluation.scores import position
     from post_processing.run_index import read_run
-    from post_processing.segmentation.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     samples, run = read_run(args.run, args.data_root)
     given = ClassTable.load(args.class_table) if args.class_table else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
-    if run_table.names != table.names:
+    if not same_names(run_table.names, table.names):
         raise UserError(
             f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
             f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}."
@@ -163,8 +156,9 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
 
 def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
+    from ldm.cli import choose_device
     from post_processing.segmentation.dataset import list_pairs
-    from post_processing.segmentation.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device))
     pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
@@ -179,17 +173,14 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def score_real(pairs: Sequence[tuple[Path, Path]], segmentor: "Segmentor", args: argparse.Namespace) -> dict[str, Any]:
     """Score the segmentor on real (image, mask) files, each at its own size."""
     import torch
-    from PIL import Image
 
+    from ldm.data.images import image_size
     from post_processing.evaluation.scores import SegmentationScore
     from post_processing.run_index import group_batches, read_image_batch, read_mask_at
 
     table = segmentor.class_table
     score = SegmentationScore(table.names, table.ignore_index)
-    sizes = []
-    for image, _ in pairs:
-        with Image.open(image) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(image) for image, _ in pairs]
     with ThreadPoolExecutor(args.num_threads) as pool:
         for size, batch in group_batches(pairs, sizes, args.batch_size):
             images = read_image_batch([image for image, _ in batch], size, pool)
@@ -279,10 +270,11 @@ def mask_table(results: dict[str, Any]) -> str:
 
 def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Judge runs against an exact one, on the same masks and noise; returns results and a table."""
+    from ldm.cli import choose_device
     from ldm.data.classes import ClassTable
     from post_processing.evaluation.gate import judge
     from post_processing.run_index import read_run
-    from post_processing.segmentation.segmentor import choose_device, load_segmentor
+    from post_processing.segmentation.segmentor import load_segmentor
 
     samples, exact_run = read_run(args.exact, args.data_root)
     table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
@@ -441,18 +433,14 @@ def pair_by_mask(set_a: Sequence["Sample"], set_b: Sequence["Sample"]) -> list[t
 
 def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, "torch.Tensor"]:
     """Colour statistics of every file, batched over files of one size."""
-    from PIL import Image
-
+    from ldm.cli import choose_device
+    from ldm.data.images import image_size
     from post_processing.evaluation.scores import colour_statistics
     from post_processing.run_index import group_batches, read_image_batch
-    from post_processing.segmentation.segmentor import choose_device
 
     device = choose_device(args.device)
     ordered = sorted(paths)
-    sizes = []
-    for path in ordered:
-        with Image.open(path) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(path) for path in ordered]
     result: dict[Path, torch.Tensor] = {}
     with ThreadPoolExecutor(args.num_threads) as pool:
         for size, batch in group_batches(ordered, sizes, args.batch_size):

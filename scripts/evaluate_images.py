@@ -42,7 +42,7 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     import torch
 
-    from ldm.generation.machine import choose_device
+    from ldm.cli import choose_device
 
     device = choose_device(args.device)
     if args.inception:
@@ -74,14 +74,11 @@ def read_features(
 ) -> tuple["np.ndarray", list[tuple[int, int]]]:
     """Features of image files, (N, D) float32, in the order of the files, and the (height, width) that occur."""
     import numpy as np
-    from PIL import Image
 
+    from ldm.data.images import image_size
     from post_processing.run_index import group_batches, read_image_batch
 
-    sizes = []
-    for path in paths:
-        with Image.open(path) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(path) for path in paths]
     found: dict[Path, np.ndarray] = {}
     with ThreadPoolExecutor(args.num_threads) as pool:
         for size, batch in group_batches(paths, sizes, args.batch_size):
@@ -134,7 +131,7 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
     import torch
 
-    from ldm.generation.machine import choose_device
+    from ldm.cli import choose_device
     from ldm.modules.perceptual import PerceptualLoss
     from post_processing.evaluation.images import mean_pair_distances
     from post_processing.run_index import read_image_batch, read_run

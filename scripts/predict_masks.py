@@ -26,7 +26,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
+from ldm.data.images import find_images, image_size  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
+from ldm.files import atomic_write, file_sha256, read_json, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import find_class, repeated_stems  # noqa: E402
 
@@ -60,13 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def list_inputs(args: argparse.Namespace) -> list[Path]:
     """Images to predict, sorted; UserError if none or both sources are given, or two images have one stem."""
-    from ldm.data.prepare.tiling import list_images
-
     if (args.images is None) == (args.txt_file is None):
         raise UserError("--images, --txt_file: expected one of the two.")
     if args.images:
-        found, problems = list_images(args.images)
-        paths = list(found.values())
+        found = find_images(args.images)
+        paths, problems = list(found.files.values()), found.problems
+        if left_out := found.describe(args.images):
+            print(left_out)
     else:
         root = args.data_root or args.txt_file.parent
         rows = read_manifest(args.txt_file, root, need=("image",), check_files=False)
@@ -90,17 +92,8 @@ def read_known(args: argparse.Namespace, paths: Sequence[Path]) -> dict[Path, Pa
     return known
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either complete or not there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
     """Note in run.json what decides about the masks; UserError if the folder was begun with something else."""
-    from ldm.weights.checkpoint import file_sha256
-
     settings = {
         "segmentor_sha256": file_sha256(args.segmentor[1]), "class_table": table.to_dict(),
         "threshold": args.threshold, "buildings": str(args.buildings.resolve()) if args.buildings else None,
@@ -108,15 +101,14 @@ def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
     path = args.outdir / "run.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    before = read_json(path) or settings
     different = [key for key, value in settings.items() if before.get(key) != value]
     if different:
         raise UserError(f"--outdir {args.outdir}: its masks were made with another {', '.join(different)}. Choose a "
                         "new folder, or the same settings to go on.")  # fmt: skip
     (args.outdir / "masks").mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(settings, indent=1) + "\n").encode())
-    content = yaml.safe_dump(table.to_dict(), sort_keys=False)
-    write_file(args.outdir / "classes.yaml", content.encode())
+    write_json(path, settings)
+    atomic_write(args.outdir / "classes.yaml", yaml.safe_dump(table.to_dict(), sort_keys=False))
     return settings
 
 
@@ -135,10 +127,7 @@ def predict_missing(
         known_building = find_class(known_table, args.building, "--building")
     lookup = table.map_from(segmentor.class_table) if args.map_to else np.arange(256, dtype=np.uint8)
     missing = [image for image, target in targets.items() if not target.is_file()]
-    sizes = []
-    for image in missing:
-        with Image.open(image) as picture:
-            sizes.append((picture.height, picture.width))
+    sizes = [image_size(image) for image in missing]
 
     def finish(image: Path, mask: np.ndarray) -> None:
         mask = lookup[mask]
@@ -150,7 +139,7 @@ def predict_missing(
             mask = burn_in(mask, buildings == known_building, building, background)
         content = io.BytesIO()
         Image.fromarray(mask).save(content, "PNG")
-        write_file(targets[image], content.getvalue())
+        atomic_write(targets[image], content.getvalue(), is_synced=False)
 
     with ThreadPoolExecutor(args.num_threads) as pool, tqdm(total=len(missing), disable=None) as bar:
         for size, batch in group_batches(missing, sizes, args.batch_size):
@@ -182,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 0..1.")
     if min(args.batch_size, args.num_threads) < 1:
         raise UserError("--batch_size, --num_threads: expected 1 or more.")
-    from ldm.generation.machine import choose_device
+    from ldm.cli import choose_device
     from post_processing.segmentation.segmentor import load_segmentor
 
     targets = {path: args.outdir / "masks" / f"{path.stem}.png" for path in list_inputs(args)}

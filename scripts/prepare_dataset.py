@@ -126,7 +126,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         (args.ref_dir and "folder" not in pairs, "--ref_dir: is used by --pair folder only. Add that"),
         (len(set(pairs)) < len(pairs), f"--pair {' '.join(pairs)}: expected each kind once"),
         ("none" in pairs and len(pairs) > 1, f"--pair {' '.join(pairs)}: none goes with no other kind"),
-        (is_pair and not (args.images and args.masks), f"--preset {args.preset}: needs --images and --masks"),
+        (is_pair and not (args.images and args.masks) and not is_unlabelled(args),
+         f"--preset {args.preset}: needs --images and --masks, or for unlabelled images alone --unlabelled_train"),
         (is_pair and args.root, f"--root: is not used by --preset {args.preset}"),
         (not is_pair and not args.root, f"--preset {args.preset}: needs --root"),
         (args.preset in ("loveda", "shared", "images_masks") and (args.images or args.masks),
@@ -147,6 +148,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("; ".join(wrong) + ". See --help.")
 
 
+def is_unlabelled(args: argparse.Namespace) -> bool:
+    """Whether the source has no masks at all: images that train the look alone."""
+    return args.preset == "folders" and bool(args.unlabelled_train) and not (args.images or args.masks)
+
+
 def find_one_folder(root: Path, starts: Sequence[str], flag: str) -> Path:
     """The one folder in root whose name starts (in any case) with one of the words; UserError for none or several."""
     if not root.is_dir():
@@ -161,6 +167,8 @@ def find_one_folder(root: Path, starts: Sequence[str], flag: str) -> Path:
 def list_folders(args: argparse.Namespace) -> list[tuple[str, Path, Path]]:
     """(split, images, masks) folders of the source, as its preset lays them out."""
     root = args.root
+    if is_unlabelled(args):
+        return []
     if args.preset == "folders":
         return [("train", args.images, args.masks)]
     if args.preset == "gid":

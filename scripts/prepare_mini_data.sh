@@ -1,37 +1,61 @@
 #!/bin/sh
 # Prepares the training data of the small model (configs/model/tisynth_mini.yaml) and the masks it is tested on.
 #   sh scripts/prepare_mini_data.sh DATA_DIR OUT
-# DATA_DIR holds dubai/ usgs_monterey/ oam_banepa/ oam_kampala/ (img_train label_train img_test label_test, the first also
-# img_unlabeled) and unlabeled_naip/img_unlabeled. OUT becomes the data_root:
-#   OUT/train_set_items.json, OUT/val_set_items.json     128-pixel tiles of all sets, classes of the table `mini`
-#   OUT/inference_items.json                             Dubai test masks, references from Dubai train (nearest class mix)
-#   OUT/inference_items_folder.json                      Dubai test masks, references from unlabelled Monterey images
+# DATA_DIR holds dubai/ and oam_kampala/ (img_train label_train img_test label_test), and images without masks:
+# usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each
+# unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/. OUT becomes the data_root:
+#   OUT/train_set_items.json     128-pixel tiles, classes of the table `mini`: masks of Dubai and Kampala alone
+#   OUT/mixed_set_items.json     of these the labelled tiles that are rich in rare classes, and about as many unlabelled ones
+#   OUT/val_set_items.json
+#   OUT/dubai/inference_items.json           Dubai test masks, references from Dubai train (nearest class mix)
+#   OUT/dubai/inference_items_folder.json    the same masks, references from Monterey's test images
+#   OUT/dubai_ucmerced/inference_items.json  the same masks, references from those images of UC Merced that do not train
 set -eu
 if [ $# -ne 2 ]; then
     echo "usage: sh scripts/prepare_mini_data.sh DATA_DIR OUT" >&2
     exit 2
 fi
-data=$1
-out=$2
+data=$(cd "$1" && pwd)
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 
 prepare() {
-    "$python" "$here/prepare_dataset.py" --preset shared --map_to mini --tile 128 --stride 64 --val_fraction 0.05 \
-        --train_ref same_group --train_refs_per_mask 2 --seed "${SEED:-23}" "$@"
+    "$python" "$here/prepare_dataset.py" --map_to mini --tile 128 --train_ref same_group --seed "${SEED:-23}" "$@"
 }
 
-mkdir -p "$out"
+# Some sets have the same names. Neighbouring numbers of UC Merced often show one place: the last of each kind are
+# references of the test alone.
+links=$out/links
+rm -rf "$links"
+mkdir -p "$links/train" "$links/test"
+for set in usgs_monterey oam_banepa unlabeled_naip drone_chia drone_brighton ucmerced; do
+    for image in "$data/$set"/img_unlabeled/* "$data/$set"/img_train/*; do
+        case $image in
+        *'/*') ;; # not every set has both folders
+        */ucmerced/*8[6-9].jpg | */ucmerced/*9[0-9].jpg) ln -s "$image" "$links/test/" ;;
+        *) ln -s "$image" "$links/train/${set}_${image##*/}" ;;
+        esac
+    done
+done
+
 # A Dubai name begins with its scene, t<tile>_s<scene>. The scene that seed 23 makes val (t8_s3) is in no other scene;
 # t7_s1, t7_s2 and t8_s8, t8_s9 show the same ground, so look at the val scenes when you change SEED.
-prepare --root "$data/dubai" --out "$out/dubai" --group_regex '^(t\d+_s\d+)' \
-    --pair nearest_mix folder --ref_dir "$data/usgs_monterey/img_unlabeled"
-prepare --root "$data/usgs_monterey" --out "$out/usgs_monterey" --group_regex '^(ortho_\d+_\d+|m_.*_\d{8})' \
-    --pair none --unlabelled_train "$data/usgs_monterey/img_unlabeled" "$data/unlabeled_naip/img_unlabeled"
+prepare --preset shared --root "$data/dubai" --out "$out/dubai" --stride 64 --val_fraction 0.05 \
+    --group_regex '^(t\d+_s\d+)' --pair nearest_mix folder --ref_dir "$data/usgs_monterey/img_test"
 # Building outlines only: all other ground is ignored in the table `mini`, so more ignored pixels are let through.
-prepare --root "$data/oam_banepa" --classes oam_building --out "$out/oam_banepa" --max_ignore 0.95 \
-    --group_regex '^(\d+_\d+_\d+|OAM-\d+-\d+)' --unlabelled_train "$data/oam_banepa/img_unlabeled" --pair none
-prepare --root "$data/oam_kampala" --classes oam_building --out "$out/oam_kampala" --max_ignore 0.95 \
-    --group_regex '^(\d+_\d+)_' --pair none
-"$python" "$here/prepare_dataset.py" --out "$out" \
-    --merge "$out/dubai" "$out/usgs_monterey" "$out/oam_banepa" "$out/oam_kampala"
+prepare --preset shared --root "$data/oam_kampala" --classes oam_building --out "$out/oam_kampala" --stride 64 \
+    --val_fraction 0.05 --max_ignore 0.95 --group_regex '^(\d+_\d+)_' --pair none
+prepare --classes mini --out "$out/unlabelled" --pair none --unlabelled_train "$links/train"
+prepare --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
+    --out "$out/dubai_ucmerced" --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
+"$python" "$here/prepare_dataset.py" --out "$out" --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
+
+# Most Dubai tiles are bare land: a training sees those that are not, and every second tile without labels.
+"$python" "$here/select_rows.py" "$out/train_set_items.json" "$out/rich_set_items.json" --data_root "$out" \
+    --class_table mini --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
+{
+    cat "$out/rich_set_items.json"
+    grep '"unlabelled/' "$out/train_set_items.json" | awk 'NR % 2'
+} >"$out/mixed_set_items.json"

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.classes import ClassTable, read_mask
-from ldm.generation.writer import RecordFile, write_atomic
+from ldm.data.images import read_image
+from ldm.files import atomic_write, read_lines
 from ldm.util import UserError, run_entry_point
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,8 @@ class Sources:
 
 
 def _read_rgb(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":  # of many bands the first three
-        bands = np.load(path, allow_pickle=False)
-        return bands[..., np.minimum(range(3), bands.shape[2] - 1)]
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    image = read_image(path, None)  # of many bands the first three
+    return image[..., np.minimum(range(3), image.shape[2] - 1)]
 
 
 def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:
@@ -217,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(args.rows, args.columns, args.tile) < 1:
         raise UserError(f"--rows {args.rows} --columns {args.columns} --tile {args.tile}: expected at least 1 each.")
     folder = Path(args.folder)
-    records = RecordFile(folder / "index.jsonl").read()
+    records = list(read_lines(folder / "index.jsonl", "row", "copy").values())
     if not records:
         raise UserError(f"{folder}: index.jsonl is missing or empty. Expected the output of a finished inference.py.")
     sources = Sources(folder, args.data_root)
@@ -232,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     picture = draw_sheet(sheet, legend, args.tile)
     out = Path(args.out) if args.out else folder / "contact_sheet.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, lambda file: picture.save(file, format="PNG"))
+    atomic_write(out, lambda file: picture.save(file, format="PNG"))
     logger.info("contact sheet: %s (%d x %d)", out, *picture.size)
     return 0
 

@@ -16,8 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.data.classes import ClassTable, read_mask  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
+from ldm.files import atomic_write  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from post_processing.files import write_atomic  # noqa: E402
 
 COUNTED = 0.05  # share from which a class counts for --min_classes
 
@@ -35,10 +35,10 @@ def read_shares(text: str, table: ClassTable) -> np.ndarray:
             value = float(share)
         except ValueError:
             value = 0.0
-        if name.strip() not in table.names or not 0 < value <= 1:
+        if table.find(name.strip()) is None or not 0 < value <= 1:
             raise UserError(f"--min_share {part}: expected CLASS=SHARE, the share in (0, 1], the class one of "
                             f"{', '.join(table.names)}.")  # fmt: skip
-        shares[list(table.names).index(name.strip())] = value
+        shares[table.find(name.strip())] = value
     return shares
 
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     kept = [lines[row.line - 1].decode("utf-8-sig") for row in rows if rich[row.mask]]
     if not kept:
         raise UserError(f"{args.manifest}: none of {len(rows)} rows is rich enough. Ask for smaller shares.")
-    write_atomic(args.out, "".join(f"{line}\n" for line in kept).encode())
+    atomic_write(args.out, "".join(f"{line}\n" for line in kept))
     print(f"{len(kept)} of {len(rows)} rows, {sum(rich.values())} of {len(rich)} masks: {args.out}")
 
 

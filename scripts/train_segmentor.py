@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.util import run_entry_point  # noqa: E402
+from post_processing.segmentation.dlc_training import ESTIMATORS  # noqa: E402
 from post_processing.segmentation.mixing import MIXES  # noqa: E402
 from post_processing.segmentation.training import train_segmentor  # noqa: E402
 
@@ -41,6 +42,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "both are given: 1 = half and half, 3 = three quarters; the numbers of files do not matter",
     )  # fmt: skip
     add("--augment", choices=("none", *MIXES), default="none", help="mix pairs of the training set, half of the time")
+    add("--noise_correction", choices=ESTIMATORS, default="none", help="correct the loss of synthesized pixels by "
+        "how often their labels are wrong: found by hoc (neighbours in feature space, no further labels), audit (masks "
+        "that a person corrected), teacher (a segmentor of real pairs), or learned")  # fmt: skip
+    add("--noise_matrix", help="noise.json of an estimate, instead of --noise_correction; in force from the start")
+    add("--audit", help="folder of scripts/audit_masks.py with corrected masks")
+    add("--teacher", nargs=2, metavar=("CONFIG", "CKPT"), help="segmentor trained on real pairs")
+    add("--warm_up_share", type=float, default=0.5, help="share of the steps before hoc estimates, or learned learns")
+    add("--label_smoothing", type=float, default=0.0, help="share of the loss of synthesized pixels that asks "
+        "for equal probabilities")  # fmt: skip
+    add("--noise_border", type=int, default=0, help="pixels from a class border that get an estimate of their own")
     add("--work_dir", required=True, help="output folder")
     add("--max_steps", type=int, help="optimizer steps (default: the config's)")
     add("--batch_size", type=int, help="tiles a step (default: the config's)")

@@ -88,7 +88,8 @@ EXPECTED = [box(0, 0, 10, 10) + box(20, 0, 24, 30), box(0, 10, 10, 20), box(5, 5
 def test_coco_to_masks_and_back_loses_nothing(coco: Path, tmp_path: Path, capsys):
     main(["coco_to_masks", "--coco", str(coco), "--categories", "building", "--out", str(tmp_path / "m")])
     counts = json.loads(capsys.readouterr().out)
-    assert counts == {"images": 2, "empty_images": 1, "instances": 6, "without_a_pixel": 0, "layers": 2}
+    assert counts == {"images": 2, "empty_images": 1, "instances": 5, "crowd_regions": 1, "without_a_pixel": 0,
+                      "layers": 2}  # fmt: skip
     table = ClassTable.load(tmp_path / "m/classes.yaml")
     mask = read_mask(tmp_path / "m/masks/a.png", table)
     assert (mask == np.any(EXPECTED, axis=0)).all()
@@ -96,6 +97,7 @@ def test_coco_to_masks_and_back_loses_nothing(coco: Path, tmp_path: Path, capsys
 
     main(["export", "--masks", str(tmp_path / "m/masks"), "--instances", str(tmp_path / "m/instances"), "--out",
           str(tmp_path / "b")])  # fmt: skip
+    assert json.loads(capsys.readouterr().out) == {"images": 2, "empty_images": 1, "instances": 5, "crowd_regions": 1}
     content = json.loads((tmp_path / "b/annotations.json").read_text())
     assert [one["file_name"] for one in content["images"]] == ["a.png", "empty.png"]
     scene = read_coco(tmp_path / "b/annotations.json")["a.png"]
@@ -188,7 +190,7 @@ def test_synthetic_pairs_become_coco_and_yolo(tmp_path: Path, capsys):
     (tmp_path / "run/run.json").write_text(json.dumps(run))
     out = tmp_path / "out"
     main(["export", "--run", str(tmp_path / "run"), "--out", str(out)])
-    assert json.loads(capsys.readouterr().out) == {"images": 2, "empty_images": 1, "instances": 2}
+    assert json.loads(capsys.readouterr().out) == {"images": 2, "empty_images": 1, "instances": 2, "crowd_regions": 0}
     assert (out / "labels/1_seed_5.txt").read_text() == "" and (out / "images/1_seed_5.png").is_file()
     painted = np.zeros((80, 120), np.uint8)
     rows = (out / "labels/0_seed_5.txt").read_text().splitlines()
@@ -267,3 +269,34 @@ def test_f1_of_a_list_of_results(coco: Path, tmp_path: Path, capsys):
         score_instances({"a.jpg": scene()}, {"a.png": scene(), "a.tif": scene()})
     nested = {"x/a.jpg": scene(), "y/a.jpg": scene()}
     assert score_instances(nested, nested)["images"] == 2  # the same file names need no stems
+
+
+def test_files_of_other_tools(coco: Path, tmp_path: Path, capsys):
+    """iscrowd on single buildings (CVAT), the mark and the backslashes of Windows, annotations of no image."""
+    flag = ["--categories", "building", "--crowds_are_objects"]
+    main(["coco_to_masks", "--coco", str(coco), "--out", str(tmp_path / "m"), *flag])
+    assert json.loads(capsys.readouterr().out)["instances"] == 6
+    main(["export", "--masks", str(tmp_path / "m/masks"), "--instances", str(tmp_path / "m/instances"), "--out",
+          str(tmp_path / "b")])  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["crowd_regions"] == 0
+    assert len(yolo_lines(read_coco(tmp_path / "b/annotations.json")["a.png"])) == 6
+    for given, count in ((flag, 6), (flag[:2], 5)):
+        main(["score", "--truth", str(coco), "--predicted", str(coco), *given])
+        assert json.loads(capsys.readouterr().out)["true_positives"] == count
+
+    content = json.loads(coco.read_text())
+    content["images"] = [{**one, "file_name": name} for one, name in zip(
+        content["images"], ("train\\a.png", "val\\b.png"), strict=True)]  # fmt: skip
+    marked = tmp_path / "marked.json"
+    marked.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    assert list(read_coco(marked, ["building"])) == ["train/a.png", "val/b.png"]
+    main(["coco_to_masks", "--coco", str(marked), "--categories", "building", "--out", str(tmp_path / "w")])
+    assert sorted(path.name for path in (tmp_path / "w/masks").iterdir()) == ["a.png", "b.png"]
+
+    content["annotations"] = [{**content["annotations"][0], "image_id": 9}, {"id": 4, "category_id": 3, "image_id": 7}]
+    marked.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"id 90\): image_id 9 is not in images; .*id 4\): no key 'segmentation'"):
+        read_coco(marked, ["building"])
+    marked.write_text(json.dumps({**content, "annotations": None}))
+    with pytest.raises(UserError, match="Expected lists under images, annotations and categories"):
+        read_coco(marked, ["building"])

@@ -14,6 +14,7 @@ from ldm.data.transforms import (
     draw_colour_change,
     encode_mask,
     hint_channels,
+    match_colours,
     normalize_batch,
     to_uint8,
 )
@@ -253,3 +254,53 @@ def test_target_share_makes_the_image_its_own_reference_in_that_share_of_the_dra
     dataset = PairDataset(rows, table, size=(8, 8), reference="manifest", target_share=0.25)
     with pytest.raises(UserError, match="cache_latents"):
         dataset.cacheable_paths()
+
+
+def test_matched_colours_have_the_mean_and_covariance_of_the_target():
+    random = np.random.default_rng(0)
+    source = random.normal(size=(5000, 3)) @ np.diag([20, 10, 5]) @ random.normal(size=(3, 3)) + [90, 120, 60]
+    target = random.normal(size=(3000, 3)) @ np.diag([15, 12, 8]) @ random.normal(size=(3, 3)) + [150, 80, 100]
+    matrix, offset = match_colours(source, target, limit=1e3)
+    changed = source @ matrix.T + offset
+    np.testing.assert_allclose(changed.mean(0), target.mean(0), atol=1e-2)
+    np.testing.assert_allclose(np.cov(changed.T), np.cov(target.T), rtol=0.05, atol=3)
+    # Of all maps that do this the one that moves colours least: its matrix is symmetric and positive.
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-4)
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    plain = np.full((100, 3), 70.0)
+    matrix, offset = match_colours(plain, target)  # a plain surface is not blown up
+    assert np.linalg.eigvalsh(matrix).max() <= 3.001
+    np.testing.assert_allclose(plain[0] @ matrix.T + offset, target.mean(0), atol=1e-2)
+
+
+def test_recolour_share_brings_images_to_the_colours_of_other_rows(tmp_path):
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(60):  # every image has a colour of its own
+        mean = random.integers(40, 200, 3)
+        image = np.clip(random.normal(mean, 8, (16, 16, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / f"i{index}.png")
+        Image.fromarray(random.integers(0, 5, (16, 16), np.uint8)).save(tmp_path / f"m{index}.png")
+        rows.append(Row(index, index + 1, tmp_path / f"m{index}.png", tmp_path / f"i{index}.png", "water",
+                        tmp_path / f"i{(index + 1) % 60}.png", f"m{index}.png"))  # fmt: skip
+    table = ClassTable.load("mini")
+    plain = PairDataset(rows, table, reference="manifest")
+    dataset = PairDataset(rows, table, reference="manifest", target_share=0.2, recolour_share=0.5)
+    kinds = {"own": 0, "manifest": 0, "recoloured": 0}
+    for index in range(60):
+        item, usual = dataset[index], plain[index]
+        assert torch.equal(item["mask"], usual["mask"])
+        if torch.equal(item["image"], item["reference"]):
+            kinds["own"] += 1
+        elif torch.equal(item["reference"], usual["reference"]) and torch.equal(item["image"], usual["image"]):
+            kinds["manifest"] += 1
+        else:
+            kinds["recoloured"] += 1
+            image, reference = (item[key].float().flatten(1) for key in ("image", "reference"))
+            assert (image.mean(1) - reference.mean(1)).abs().max() < 2
+            assert (image.std(1) - reference.std(1)).abs().max() < 2
+    assert 4 <= kinds["own"] <= 22 and 8 <= kinds["manifest"] <= 28 and 18 <= kinds["recoloured"] <= 42
+    with pytest.raises(UserError, match="recolour_share: 0.6"):
+        PairDataset(rows, table, reference="manifest", target_share=0.5, recolour_share=0.6)
+    with pytest.raises(UserError, match="cache_latents"):
+        PairDataset(rows, table, size=(16, 16), reference="manifest", recolour_share=0.5).cacheable_paths()

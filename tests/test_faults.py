@@ -53,8 +53,8 @@ from painting import (
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm import files
 from ldm.generation import generator as synthesis
-from ldm.generation import writer
 from ldm.generation.machine import is_out_of_memory
 from ldm.generation.store import ShardStore
 from ldm.weights.checkpoint import save_safetensors
@@ -115,7 +115,7 @@ def test_fault_5_a_warning_when_the_disk_may_not_suffice(workspace, tmp_path, ca
 
 
 def test_fault_6_a_folder_that_vanishes_or_was_never_there(workspace, tmp_path, capsys, monkeypatch, sample):
-    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01, 0.01))
+    monkeypatch.setattr(files, "RETRY_DELAYS", (0.01, 0.01))
     assert run(workspace, "/proc/absent/out") == 4
     assert "--outdir: /proc/absent/out cannot be written" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ def test_fault_6_verify_in_a_folder_that_cannot_be_written(workspace, tmp_path, 
 
     assert run(workspace, tmp_path) == 0
     (tmp_path / "images/mask_0_seed_42.png").write_bytes(b"damaged")
-    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr(files, "RETRY_DELAYS", (0.01,))
     for where, name in (("ldm.generation.store", "take_lock"), (Path, "unlink")):
         target = (where, name) if where is Path else (f"{where}.{name}",)
         with monkeypatch.context() as patch:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cldm.all_in_attention import AllInAttentionBlock, AllInAttentionUNet
 from cldm.control import ControlBranch, Features
+from cldm.look import pool_statistics
 from cldm.tisynth import TISynth
 from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian, PatchAutoencoder
@@ -186,6 +187,71 @@ def test_all_conditions_arrive(name: str):
     for key, value in others.items():
         after = method.predict_noise(latent, timestep, **method.conditions({**batch, key: value}))
         assert (after - before).abs().max() > 1e-5 * before.abs().max(), key
+
+
+def test_statistics_of_a_latent_are_those_of_numpy():
+    latent = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    values = latent.numpy()
+    windows = values.reshape(2, 3, 2, 4, 4, 4).mean((3, 5))
+    expected = np.concatenate([values.mean((2, 3)), values.std((2, 3)), windows.std((2, 3))], 1)
+    np.testing.assert_allclose(pool_statistics(latent), expected, rtol=1e-5)
+    moved = latent.flip(2, 3).roll((4, 8), (2, 3))  # places do not count
+    torch.testing.assert_close(pool_statistics(moved), pool_statistics(latent))
+    assert not pool_statistics(torch.ones(1, 3, 2, 2))[:, 3:].any()  # smaller than a window
+
+
+def statistics_batch(count: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(2)
+    return {"mask": torch.randint(0, 5, (count, 8, 8), generator=generator), "prompt": ["road"] * count,
+            "reference": torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1}  # fmt: skip
+
+
+def test_reference_statistics_start_without_effect_and_learn_from_the_first_step():
+    torch.manual_seed(0)
+    method = TISynth(**model_params("tisynth_mini", reference_dropout=0.0, joint_dropout=0.0)).train()
+    statistics = method.reference_statistics
+    for name, parameter in randomize(method).named_parameters():  # a trained network, but for the new layer
+        if name.startswith("reference_statistics.out"):
+            nn.init.zeros_(parameter)
+    conditions, latent, timestep = method.conditions(statistics_batch()), torch.randn(3, 4, 4, 4), torch.full((3,), 400)
+    look = conditions.pop("look")
+    assert look.shape == (3, 3, method.model.diffusion_model.embedding_dim) and not look.any()
+    plain = method.predict_noise(latent, timestep, **conditions)
+    found = method.predict_noise(latent, timestep, **conditions, look=look)
+    assert torch.equal(found, plain)
+    found.square().sum().backward()
+    assert statistics.out.weight.grad.abs().amin(1).gt(0).float().mean() > 0.9  # all three networks, from step 1
+    trained = {id(p) for p in method.trainable_groups()["reference"]}
+    assert {id(p) for p in statistics.parameters()} <= trained
+    moved = [torch.zeros_like(look) for _ in range(3)]
+    for network in range(3):  # U-Net, mask branch, reference branch
+        moved[network][:, network] = 1.0
+        assert (method.predict_noise(latent, timestep, **conditions, look=moved[network]) - plain).abs().max() > 1e-4
+
+
+def test_dropped_references_have_no_statistics():
+    method = randomize(TISynth(**model_params("tisynth_mini", reference_dropout=0.5, joint_dropout=0.0)))
+    batch = statistics_batch(40)
+    torch.manual_seed(1)
+    conditions = method.train().conditions(batch)
+    is_lost = ~conditions["reference_latent"].flatten(1).any(1)
+    assert 8 < is_lost.sum() < 32
+    assert torch.equal(~conditions["look"].flatten(1).any(1), is_lost)  # although the hidden layer has a bias
+    conditions = method.eval().conditions(batch)
+    assert conditions["look"].flatten(1).any(1).all()
+    null = method.null_conditions(conditions, ["prompt", "mask"])
+    assert null["look"] is conditions["look"]
+    assert not method.null_conditions(conditions, ["reference"])["look"].any()
+    upstream = TISynth(**model_params("tisynth_sd15_upstream"))
+    assert not any("statistics" in name for name in upstream.state_dict())
+    assert "look" not in upstream.eval().conditions(batch)
+
+
+def test_training_prompts_without_a_class_are_dropped_ones():
+    method = TISynth(**model_params("tisynth_mini", prompt_dropout=0.0, mask_dropout=0.0, joint_dropout=0.0)).train()
+    batch = {**statistics_batch(3), "prompt": ["a satellite image", "", "a satellite image of road"]}
+    empty, dropped, named = method.conditions(batch)["context"]
+    assert torch.equal(empty, dropped) and not torch.equal(empty, named)
 
 
 def test_autoencoder_shapes_and_posterior():

@@ -21,7 +21,8 @@ import train
 from cldm.published import infer_model
 from cldm.tisynth import TISynth
 from ldm.data.classes import ClassTable
-from ldm.data.dataset import PairDataset, read_image
+from ldm.data.dataset import PairDataset
+from ldm.data.images import read_image
 from ldm.data.manifest import ManifestError, read_manifest
 from ldm.data.transforms import draw_edges, encode_mask
 from ldm.methods.pixel import erase_classes
@@ -303,7 +304,7 @@ def test_instances_and_bands_are_read_exactly(tmp_path: Path):
     assert np.array_equal(item["image"].numpy(), bands[:, ::-1].transpose(2, 0, 1))
     small = PairDataset(rows, MINI, size=(4, 4), reference="none", channels=5)[0]
     assert small["image"].shape == (5, 4, 4) and set(small["instance"].unique().tolist()) <= {7, 24005, 26001}
-    with pytest.raises(UserError, match="height, width, 4"):
+    with pytest.raises(UserError, match="5 bands.*Expected 4"):
         read_image(tmp_path / "bands.npy", 4)
     np.save(tmp_path / "bands.npy", bands.astype(np.float32))
     with pytest.raises(ManifestError, match="float32. Expected"):

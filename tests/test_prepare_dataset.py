@@ -139,6 +139,20 @@ def test_nearest_mix_takes_the_reference_with_the_nearest_class_mix(tmp_path: Pa
     assert pairs == {("label_test/test2.png", "img_train/train2.png"), ("label_test/test0.png", "img_train/train0.png")}
 
 
+def test_unlabelled_images_alone_make_a_training_set(source: Path, table: str, tmp_path: Path) -> None:
+    """No masks at all: every row has an ignored mask, and its reference is another tile of the same picture."""
+    out = tmp_path / "out"
+    main(["--classes", table, "--tile", "32", "--train_ref", "same_group", "--unlabelled_train",
+          str(source / "images"), "--out", str(out)])
+    rows = read_rows(out / "train_set_items.json")
+    assert len(rows) == 64 and {row["prompt"] for row in rows} == {"a satellite image"}
+    assert all((np.asarray(Image.open(out / row["source"])) == 255).all() for row in rows)
+    assert all(row["target"].split("_y")[0] == row["ref_image"].split("_y")[0] for row in rows)
+    assert not (out / "val_set_items.json").exists()
+    with pytest.raises(UserError, match="--images and --masks, or for unlabelled images alone"):
+        main(["--classes", table, "--out", str(tmp_path / "other")])
+
+
 def test_unlabelled_images_train_and_serve_as_references(source: Path, table: str, tmp_path: Path) -> None:
     for place in range(2):
         write_pair(tmp_path / "more", None, f"u{place}", 50 + place, ext=".jpg")

@@ -65,7 +65,7 @@ def test_plain_path_is_predict_noise_with_two_calls():
     method = make_method("tisynth_sd15", guidance_drops=("prompt", "reference"))
     conditions, latent, timestep = method.conditions(make_batch()), make_noise(method), torch.full((3,), 400)
     null = {**conditions, "context": method.cond_stage_model.encode(["", "", ""]),
-            "reference_latent": conditions["reference_latent"] * 0}  # fmt: skip
+            "reference_latent": conditions["reference_latent"] * 0, "look": conditions["look"] * 0}  # fmt: skip
     expected = torch.cat([method.predict_noise(latent, timestep, **given) for given in (null, conditions)])
     predict = method.prepare([method.null_conditions(conditions), conditions])
     actual = predict(torch.cat([latent, latent]), timestep.repeat(2), 2)

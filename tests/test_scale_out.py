@@ -24,11 +24,12 @@ from painting import REPOSITORY, arguments, contents, finished_shards, make_work
 from zygote import Zygote, wait_until
 
 import inference
+from ldm.files import take_lock
 from ldm.generation import ray_engine, worker
 from ldm.generation.machine import find_share
 from ldm.generation.plan import plan_layout
 from ldm.generation.run import open_run
-from ldm.generation.store import ShardStore, take_lock
+from ldm.generation.store import ShardStore
 from ldm.util import UserError
 
 pytest.importorskip("tokenizers")

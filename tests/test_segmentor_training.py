@@ -247,6 +247,28 @@ def test_flags_are_not_abbreviated(tmp_path):
         train("--work_dir", tmp_path, "--max", 3)
 
 
+@pytest.mark.parametrize(("warm_up", "expected"), [(0.0, [1.0, 1.0]), (0.02, [1.0, 1.0]), (0.04, [0.01, 1.0])])
+def test_the_rate_rises_to_its_peak_however_short_the_warm_up(warm_up, expected):
+    from mmengine.optim import OptimWrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    from post_processing.segmentation.training import set_schedule
+
+    config = mmengine_config.Config(dict(max_steps=50, warm_up=warm_up, learning_rate=1.0, optimizer=dict(type="SGD")))
+    set_schedule(config)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    wrapper = OptimWrapper(optimizer)
+    schedulers = [PARAM_SCHEDULERS.build(dict(node, optimizer=wrapper)) for node in config.param_scheduler]
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[:2] == pytest.approx(expected, abs=0.03) and rates[25] == pytest.approx(0.53, abs=0.05)
+    assert rates[-1] < 0.05
+
+
 def test_one_step_is_a_training(flags, toy_data, tmp_path):
     train(*flags, "--train_txt_file", toy_data / "train_set_items.json", "--max_steps", 1, "--work_dir", tmp_path)
     assert (tmp_path / "segmentor.pth").is_file()

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 import train
 from cldm.tisynth import TISynth
-from ldm.data.dataset import read_image, to_tensor
+from ldm.data.dataset import to_tensor
+from ldm.data.images import read_image
 from ldm.data.transforms import normalize_batch, resize_image
 from ldm.diffusion.objective import loss_weight
 from ldm.diffusion.path import DiscretePath, FlowPath
@@ -54,7 +55,7 @@ def expected_to_train(name: str, method: TISynth) -> set[str]:
     if name == "tisynth_tiny":
         return {key for key in names if not key.startswith("first_stage_model.")}
     attention = {key for key in names if key.startswith(DECODER) and "trainable" in key}
-    reference = {key for key in names if key.startswith("ssl_stage_model.")}
+    reference = {key for key in names if key.startswith(("ssl_stage_model.", "reference_statistics."))}
     if name == "tisynth_sd15":
         return attention | reference | {key for key in names if key.startswith("control_model.")}
     # The two features of the level without a transformer reach nothing, nor do the projections that make them.
@@ -278,7 +279,8 @@ def test_two_processes(coupling: str, toy_data: Path, tmp_path: Path):
         settings = ["model.params.train=[all_in_attention,control,reference]", "--pretrain_path",
                     tmp_path / "start.safetensors"]  # fmt: skip
     command = [sys.executable, "train.py", "--config_model", "configs/model/tisynth_tiny.yaml", "-b",
-               toy_data / "train.yaml", "model.target=tiny.RecordingTISynth", f"model.params.coupling={coupling}",
+               toy_data / "train.yaml", "model.target=tiny.RecordingTISynth", "--allow_modules", "tiny",
+               f"model.params.coupling={coupling}",
                "lightning.trainer.max_steps=3", *DDP, *settings, "--data_root", toy_data, "-p",
                tmp_path / "run"]  # fmt: skip
     environment = {**os.environ, "RECORD_TO": str(tmp_path), "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1",

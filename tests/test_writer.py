@@ -10,25 +10,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm import files
+from ldm.files import OutputError, append_lines, atomic_write, lock, read_lines, write_lines
 from ldm.generation import writer
 from ldm.generation.run import check_run, open_run
-from ldm.generation.writer import ImageWriter, OutputError, RecordFile, write_atomic
+from ldm.generation.writer import ImageWriter
 
 
 def add_records(arguments):
     path, row = arguments
-    records = RecordFile(path)
     for copy in range(20):
-        records.append([{"row": row, "copy": copy}])
+        append_lines(path, [{"row": row, "copy": copy}])
         if copy % 5 == 0:
-            records.replace(records.read)
+            settle(path)
+
+
+def settle(path):
+    with lock(path.with_name(".lock")):
+        write_lines(path, read_lines(path, "row", "copy").values())
 
 
 def test_processes_can_add_to_one_file_and_settle_it(tmp_path):
     path = tmp_path / "index.jsonl"
     with ProcessPoolExecutor(4) as pool:
         list(pool.map(add_records, [(path, row) for row in range(4)]))
-    RecordFile(path).replace(RecordFile(path).read)
+    settle(path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["row"], line["copy"]) for line in lines] == [(row, copy) for row in range(4) for copy in range(20)]
 
@@ -42,7 +48,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_atomic(path, write)
+        atomic_write(path, write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -73,7 +79,7 @@ def test_the_queue_is_bounded_and_an_error_surfaces_at_once(tmp_path, monkeypatc
     gate.set()
     thread.join()
 
-    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr(files, "RETRY_DELAYS", (0.01,))
     images = ImageWriter(tmp_path, threads=1)
     with pytest.raises(OutputError, match="absent.*tried 2 times"):  # noqa: SIM117
         with images:
@@ -84,7 +90,7 @@ def test_the_queue_is_bounded_and_an_error_surfaces_at_once(tmp_path, monkeypatc
 
 
 def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "RETRY_DELAYS", (0.01, 0.01, 0.5))
+    monkeypatch.setattr(files, "RETRY_DELAYS", (0.01, 0.01, 0.5))
     threading.Timer(0.2, (tmp_path / "late").mkdir).start()
     with ImageWriter(tmp_path) as images:
         images.submit(np.zeros((2, 2, 3), np.uint8), tmp_path / "late" / "a.png")

@@ -28,13 +28,15 @@ def main(argv: list[str]) -> None:
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.data.dataset import read_image, to_tensor
+    from ldm.data.dataset import to_tensor
+    from ldm.data.images import read_image
     from ldm.data.manifest import read_manifest
     from ldm.data.transforms import normalize_batch
     from ldm.modules.autoencoder import PatchAutoencoder
-    from ldm.util import instantiate_from_config, load_config
+    from ldm.util import check_targets, instantiate_from_config, load_config
     from ldm.weights.checkpoint import save_safetensors
     model = OmegaConf.to_container(load_config([args.config]).model)
+    check_targets(model, f"--config {args.config}")
     network = instantiate_from_config(model["params"]["autoencoder"])
     if not isinstance(network, PatchAutoencoder):
         raise UserError(f"{args.config}: its autoencoder is a {type(network).__name__}. Expected a PatchAutoencoder.")

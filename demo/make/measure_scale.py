@@ -22,14 +22,16 @@ def main(argv: list[str]) -> None:
 
     import torch
 
-    from ldm.data.dataset import read_image, to_tensor
+    from ldm.data.dataset import to_tensor
+    from ldm.data.images import read_image
     from ldm.data.manifest import read_manifest
     from ldm.data.transforms import normalize_batch
-    from ldm.util import instantiate_from_config
+    from ldm.util import check_targets, instantiate_from_config
     from ldm.weights.checkpoint import load_checkpoint, load_weights
     weights, config = load_checkpoint(args.ckpt)
     if config is None or "autoencoder" not in config.model.params:
         raise UserError(f"{args.ckpt}: no autoencoder config inside. Expected the export of an autoencoder run.")
+    check_targets(config, f"checkpoint {args.ckpt}")
     network = instantiate_from_config(config.model.params.autoencoder)
     prefix = "first_stage_model."
     load_weights(network, {k.removeprefix(prefix): v for k, v in weights.items()}, args.ckpt)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from demo.page.runs import find_folders, view_folder
 from demo.page.session import Cancelled, Order, Studio, pack
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
-from ldm.data.dataset import read_image
+from ldm.data.images import read_image
 from ldm.sampling.modes import MODES
 from ldm.util import UserError
 

@@ -103,7 +103,7 @@ def spread(lines: list[str]) -> list[str]:
 
 def read_rgb(path: Path) -> np.ndarray:
     """An image, (H, W, 3) uint8."""
-    from ldm.data.dataset import read_image
+    from ldm.data.images import read_image
 
     return read_image(path)
 

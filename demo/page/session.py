@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, read_manifest
 from ldm.generation.generator import ConditionDataset, Job, Painter, Request, collate
-from ldm.generation.machine import choose_device
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.modes import Sampling, add_sampling_flags, choose_sampling
 from ldm.sampling.noise import sample_seed

@@ -1,6 +1,7 @@
 """Class tables (ids, names, colours, wording of prompts) and the exact reading of masks."""
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ class ClassTable:
     def num_classes(self) -> int:
         """Number of classes K, ignore not counted."""
         return len(self.ids)
+
+    def find(self, name: str) -> int | None:
+        """Id of the class of this name, else of the one that differs in spelling only (see name_key), else None."""
+        if name in self.names:
+            return self.names.index(name)
+        wanted = name_key(name)
+        return next((index for index, own in enumerate(self.names) if name_key(own) == wanted), None)
 
     @staticmethod
     def load(spec: "str | Path | Mapping | ClassTable") -> "ClassTable":
@@ -148,20 +156,30 @@ class ClassTable:
             UserError: listing the source classes that have no target, or names that do not exist.
         """
         names = dict((self.mappings or {}).get(source.name, {}))
-        unknown = sorted(set(names) - set(source.names))
+        given = {source.find(name): target for name, target in names.items()}
+        unknown = sorted(name for name in names if source.find(name) is None)
         if unknown:
             raise UserError(f"class table {self.name}, mappings.{source.name}: no such classes in {source.name}: "
                             f"{', '.join(unknown)}. Its classes are {', '.join(source.names)}.")
-        targets = {name: names.get(name, name if name in self.names else None) for name in source.names}
-        missing = [name for name, target in targets.items() if target is None]
+        targets = {index: self.ignore_index if given.get(index) == "ignore" else self.find(given.get(index, name))
+                   for index, name in zip(source.ids, source.names, strict=True)}
+        missing = [source.names[index] for index, target in targets.items() if target is None]
         if missing:
             raise UserError(f"class table {self.name}: no class for {', '.join(missing)} of {source.name}. Expected a "
                             f"class name or `ignore` for each. Add them under mappings.{source.name}.")
         lookup = np.full(256, self.ignore_index, np.uint8)
-        for index, name in zip(source.ids, source.names, strict=True):
-            if targets[name] != "ignore":
-                lookup[index] = self.names.index(targets[name])
+        lookup[list(targets)] = list(targets.values())
         return lookup
+
+
+def name_key(name: str) -> str:
+    """What two spellings of a class name have in common: case, spaces, `_` and `-` do not count."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def same_names(names: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether two lists name the same classes in the same order (see name_key)."""
+    return [name_key(name) for name in names] == [name_key(name) for name in others]
 
 
 def to_plain(spec: Mapping) -> dict[str, Any]:
@@ -264,7 +282,7 @@ def find_table_problems(table: ClassTable) -> list[str]:
         if target not in allowed or not 0 <= raw <= 65535:
             problems.append(f"source_ids has {raw}: {target}, expected 0..65535 -> 0..{count - 1} or 255")
     for source, names in (table.mappings or {}).items():
-        wrong = sorted({str(name) for name in names.values()} - {*table.names, "ignore"})
+        wrong = sorted({str(name) for name in names.values() if name != "ignore" and table.find(str(name)) is None})
         if wrong:
             problems.append(f"mappings.{source} leads to unknown classes {', '.join(wrong)}")
     return problems

@@ -62,8 +62,8 @@ class DataModule(LightningDataModule):
         num_workers: loader processes per rank; 0 = load in the training process.
         val_manifest: JSON-lines file of the validation rows; None = no validation.
         size: (height, width) of all items; None = the masks' own size.
-        flip, random_crop, colour_jitter, reference, target_share: see PairDataset. Validation images are
-            not changed at random.
+        flip, random_crop, colour_jitter, reference, target_share, recolour_share: see PairDataset. Validation images
+            are not changed at random.
         size_factor, takes, channels: of the method (`size_factor`, `takes`, `image_channels`): heights and widths are
             multiples of the first; what it does not take, rows need not have.
         check_files: decode every file before training starts.
@@ -74,7 +74,8 @@ class DataModule(LightningDataModule):
                  num_workers: int = 2, val_manifest: str | None = None, size: tuple[int, int] | None = None,
                  flip: float = 0.5, random_crop: bool = False, colour_jitter: float = 0.0, reference: str = "target",
                  size_factor: int | None = None, check_files: bool = True, seed: int = 23,
-                 takes: Sequence[str] = ("prompt", "reference"), channels: int = 3, target_share: float = 0.0) -> None:
+                 takes: Sequence[str] = ("prompt", "reference"), channels: int = 3, target_share: float = 0.0,
+                 recolour_share: float = 0.0) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"data: batch_size={batch_size}, num_workers={num_workers}. Expected at least 1 and 0.")
@@ -85,7 +86,8 @@ class DataModule(LightningDataModule):
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.flip, self.random_crop, self.colour_jitter = flip, random_crop, colour_jitter
         self.takes, self.channels, self.reference = takes, channels, reference if "reference" in takes else "none"
-        self.size_factor, self.check_files, self.target_share = size_factor, check_files, target_share
+        self.size_factor, self.check_files = size_factor, check_files
+        self.target_share, self.recolour_share = target_share, recolour_share
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
 
@@ -114,6 +116,7 @@ class DataModule(LightningDataModule):
                            flip=self.flip if is_training else 0.0, random_crop=self.random_crop and is_training,
                            colour_jitter=self.colour_jitter if is_training else 0.0,
                            target_share=self.target_share if is_training else 0.0,
+                           recolour_share=self.recolour_share if is_training else 0.0,
                            centre_crop=self.random_crop and not is_training)
 
     def prompts(self) -> set[str]:

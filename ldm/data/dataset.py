@@ -5,12 +5,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.data.images import read_image
 from ldm.data.manifest import Row
-from ldm.data.transforms import change_colours, draw_colour_change, fit_pair, fit_reference, resize_mask
+from ldm.data.transforms import (
+    change_colours,
+    draw_colour_change,
+    fit_pair,
+    fit_reference,
+    match_colours,
+    resize_mask,
+)
 from ldm.util import UserError
 
 REFERENCE_MODES = ("target", "manifest", "none")
@@ -38,6 +45,9 @@ class PairDataset(Dataset):
         reference: `target` = the image itself, `manifest` = the row's ref_image, `none`.
         target_share: with `manifest`, share of the draws whose reference is the image itself all the same. Nothing
             tells more of its look, so it teaches to look at references; the method's reference_augment has to move it.
+        recolour_share: with `manifest`, share of the draws whose reference is the image of any other row, and whose
+            image gets the mean and covariance of that reference's colours (see match_colours): masks of one data set
+            in the colours of another, which no data set has. The shares together are at most 1.
         seed: base seed of the draws.
         channels: C of the images: 3 = RGB, 1 = grey, others = arrays of so many bands (see read_image).
     Raises:
@@ -46,14 +56,17 @@ class PairDataset(Dataset):
 
     def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None = None, flip: float = 0.0,
                  random_crop: bool = False, centre_crop: bool = False, colour_jitter: float = 0.0,
-                 reference: str = "target", seed: int = 0, channels: int = 3, target_share: float = 0.0) -> None:
+                 reference: str = "target", seed: int = 0, channels: int = 3, target_share: float = 0.0,
+                 recolour_share: float = 0.0) -> None:
         if reference not in REFERENCE_MODES:
             raise UserError(f"reference: {reference!r} is unknown. Expected one of {', '.join(REFERENCE_MODES)}.")
         if not 0 <= flip <= 1:
             raise UserError(f"flip: {flip}. Expected a probability, 0..1.")
-        if not 0 <= target_share <= 1 or (target_share and reference != "manifest"):
-            raise UserError(f"target_share: {target_share} with reference={reference}. Expected a share, 0..1, and "
-                            "above 0 only with reference=manifest.")
+        shares = (target_share, recolour_share)
+        if min(shares) < 0 or sum(shares) > 1 or (any(shares) and reference != "manifest"):
+            raise UserError(f"target_share: {target_share}, recolour_share: {recolour_share} with "
+                            f"reference={reference}. Expected shares, 0..1 together, and above 0 only with "
+                            "reference=manifest.")
         if colour_jitter < 0:
             raise UserError(f"colour_jitter: {colour_jitter}. Expected 0 (off) or a small number such as 0.3.")
         if (random_crop or centre_crop) and (size is None or random_crop == centre_crop):
@@ -70,7 +83,8 @@ class PairDataset(Dataset):
         self.rows, self.table, self.flip, self.reference, self.seed = list(rows), table, flip, reference, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
         self.crop, self.random_crop = random_crop or centre_crop, random_crop
-        self.colour_jitter, self.channels, self.target_share = colour_jitter, channels, target_share
+        self.colour_jitter, self.channels = colour_jitter, channels
+        self.target_share, self.recolour_share = shares
         self.latents = None
 
     def __len__(self) -> int:
@@ -94,10 +108,8 @@ class PairDataset(Dataset):
         item = {} if instance is None else {"instance": torch.from_numpy(instance.copy())}
         item |= {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
         pictures = {} if image is None else {"image": image}
-        if self.target_share and random.random() < self.target_share:
-            pictures["reference"] = image
-        elif self.reference == "manifest":
-            pictures["reference"] = fit_reference(read_image(row.reference), size, self.crop, position)
+        if self.reference == "manifest":
+            pictures |= self.draw_reference(row, image, size, random)
         if self.colour_jitter and random.random() < 0.5:
             change = draw_colour_change(random, self.colour_jitter)
             pictures = {key: change_colours(picture, change) for key, picture in pictures.items()}
@@ -105,6 +117,20 @@ class PairDataset(Dataset):
         if self.reference == "target":
             item["reference"] = item["image"].clone()
         return item
+
+    def draw_reference(self, row: Row, image: np.ndarray | None, size: tuple[int, int],
+                       random: np.random.Generator) -> dict[str, np.ndarray]:
+        """Reference of a draw as `reference`, and as `image` what becomes of the image where its colours change."""
+        drawn = random.random() if self.target_share or self.recolour_share else 1.0
+        if drawn < self.target_share:
+            return {"reference": image}
+        is_other = drawn < self.target_share + self.recolour_share
+        path = self.rows[random.integers(len(self.rows))].image if is_other else row.reference
+        reference = fit_reference(read_image(path), size, self.crop, random if self.random_crop else None)
+        if not is_other:
+            return {"reference": reference}
+        change = match_colours(image.reshape(-1, 3), reference.reshape(-1, 3))
+        return {"reference": reference, "image": change_colours(image, change)}
 
     def cached_item(self, row: Row, random: np.random.Generator) -> dict[str, Any]:
         """Item with cached latents in the place of the images."""
@@ -122,40 +148,13 @@ class PairDataset(Dataset):
         Raises:
             UserError: if the items are not the same whole images in every epoch.
         """
-        if self.crop or self.size is None or self.reference == "target" or self.target_share or self.colour_jitter:
+        if self.crop or self.size is None or self.reference == "target" or any(
+                (self.target_share, self.recolour_share, self.colour_jitter)):
             raise UserError("cache_latents needs whole images of one size (size set, no random_crop), their own "
-                            "colours (no colour_jitter) and references that are other images (reference: manifest or "
-                            "none, target_share 0). Turn cache_latents off, or change these.")
+                            "colours (no colour_jitter, recolour_share 0) and references that are other images "
+                            "(reference: manifest or none, target_share 0). Turn cache_latents off, or change these.")
         used = {row.image for row in self.rows}
         return sorted(used | ({row.reference for row in self.rows} if self.reference == "manifest" else set()))
-
-
-def read_image(path: Path, channels: int = 3) -> np.ndarray:
-    """Read an image.
-
-    Args:
-        path: an image of any 8-bit colour mode, or with another number of channels than 1 and 3 a .npy array of
-            (H, W, channels) uint8.
-        channels: 3 = RGB, 1 = grey.
-    Returns:
-        (H, W, channels) uint8.
-    Raises:
-        UserError: when it cannot be decoded or has another number of bands.
-    """
-    try:
-        if path.suffix == ".npy":
-            bands = np.load(path, allow_pickle=False)
-            if bands.shape[2:] != (channels,) or bands.dtype != np.uint8:
-                raise ValueError(f"{bands.shape} {bands.dtype}, expected (height, width, {channels}) uint8")
-            return bands
-        if channels not in (1, 3):
-            raise ValueError(f"expected a .npy array of {channels} bands")
-        with Image.open(path) as picture:
-            return np.atleast_3d(np.asarray(picture.convert("RGB" if channels == 3 else "L")))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
 
 
 def read_instances(path: Path) -> np.ndarray:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.data.images import read_image
+from ldm.files import atomic_write
 from ldm.util import UserError
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
@@ -335,27 +336,10 @@ def probe_image_file(file: Path) -> tuple[int, int] | str:
     problem = probe_existence(file) or probe_pixels(file)
     if problem:
         return problem
-    if file.suffix == ".npy":
-        return probe_bands(file)
     try:
-        with Image.open(file) as picture:
-            picture.load()
-            if picture.mode not in ("RGB", "L", "P", "RGBA"):
-                return f"{file}: an image of mode {picture.mode}. Expected 8-bit RGB."
-            return picture.height, picture.width
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-        return f"{file}: not readable as an image ({error}). Write the file again."
-
-
-def probe_bands(file: Path) -> tuple[int, int] | str:
-    """Size (height, width) of an array of image bands, else the problem as text."""
-    try:
-        bands = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        return f"{file}: not readable as an array ({error}). Write the file again."
-    if bands.ndim != 3 or bands.dtype != np.uint8:
-        return f"{file}: {bands.shape} {bands.dtype}. Expected (height, width, bands) uint8."
-    return bands.shape[0], bands.shape[1]
+        return read_image(file, None).shape[:2]
+    except UserError as error:
+        return str(error)
 
 
 def format_ranges(numbers: list[int]) -> str:
@@ -386,6 +370,4 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, "".join(lines))

@@ -233,3 +233,30 @@ def change_colours(image: np.ndarray, change: tuple[np.ndarray, np.ndarray]) -> 
     """Apply draw_colour_change's result to an image (H, W, 3) uint8; same shape and type, clipped."""
     matrix, offset = change
     return (image.astype(np.float32) @ matrix.T + offset).clip(0, 255).round().astype(np.uint8)
+
+
+def match_colours(source: np.ndarray, target: np.ndarray, limit: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """The least change that gives one set of colours the mean and covariance of another.
+
+    Args:
+        source, target: (N, 3) and (M, 3) colours of any space, in units of about one level of 256.
+        limit: most that a direction of colour is stretched, and 1 / limit the least: more would blow up the noise of
+            plain surfaces.
+    Returns:
+        matrix (3, 3) symmetric and offset (3,) float32; the changed colour is `matrix @ colour + offset`.
+    Source: Pitie and Kokaram 2007 (the linear Monge-Kantorovitch map between two normal distributions).
+    """
+    level = np.eye(3)  # a level of variance: plain surfaces have none, and a root has no inverse there
+    own, wanted = (np.cov(colours.T.astype(np.float64)) + level for colours in (source, target))
+    root = raise_symmetric(own, 0.5)
+    inverse = raise_symmetric(own, -0.5)
+    matrix = inverse @ raise_symmetric(root @ wanted @ root, 0.5) @ inverse
+    stretches, axes = np.linalg.eigh((matrix + matrix.T) / 2)
+    matrix = (axes * stretches.clip(1 / limit, limit)) @ axes.T
+    return matrix.astype(np.float32), (target.mean(0) - matrix @ source.mean(0)).astype(np.float32)
+
+
+def raise_symmetric(matrix: np.ndarray, power: float) -> np.ndarray:
+    """Power of a symmetric positive matrix, (N, N) float64."""
+    values, axes = np.linalg.eigh(matrix)
+    return (axes * values.clip(1e-12) ** power) @ axes.T

@@ -1,4 +1,4 @@
-"""The machine that a run finds itself on: its device, its share of the work, and signals that ask it to stop."""
+"""The machine that a run finds itself on: its share of the work, and signals that ask it to stop."""
 
 import logging
 import os
@@ -51,32 +51,6 @@ def stop_on_signals() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-def choose_device(name: str, environment: Mapping[str, str] = os.environ) -> torch.device:
-    """Find the device of --device; every process of torchrun or srun on a machine takes a GPU of its own.
-
-    Args:
-        name: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...
-        environment: of the process.
-
-    Raises:
-        UserError: if there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None and torch.cuda.device_count():
-            local = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
-            device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: {name} cannot be used ({reason}). Expected auto, cpu or cuda. Change it."
-        ) from error
-    return device
 
 
 def find_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

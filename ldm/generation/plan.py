@@ -11,18 +11,17 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.files import Record, file_sha256
 from ldm.generation.generator import Job
-from ldm.generation.machine import choose_device
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
-from ldm.generation.writer import Record
 from ldm.methods.base import Method
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import sample_seed
 from ldm.util import UserError
-from ldm.weights.checkpoint import file_sha256
 from ldm.weights.load import build_skeleton, read_model_config
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,7 @@ class RunSettings:
     shard_size: int | None
     overwrite: bool
     engine: str
+    allow_modules: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -206,7 +206,7 @@ def make_plan(
     Raises:
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
     """
-    config = read_model_config(settings.ckpt, settings.config)
+    config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
     if settings.vectors_dir:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ldm.files import OutputError
 from ldm.generation.machine import stop_on_signals
 from ldm.generation.plan import Plan, RunSettings, make_plan
 from ldm.generation.worker import Worker, begin, finish, give_up
-from ldm.generation.writer import OutputError
 from ldm.sampling.modes import Sampling
 from ldm.util import UserError
 

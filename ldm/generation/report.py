@@ -8,8 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ldm.files import file_sha256, is_locked
 from ldm.generation.run import read_run
-from ldm.generation.store import ShardStore, is_locked, sha256_of
+from ldm.generation.store import ShardStore
 
 SHOWN = 20
 HASHING_THREADS = 8
@@ -97,7 +98,7 @@ def find_damage(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return "missing"
     try:
-        size, digest = sha256_of(path)
+        size, digest = path.stat().st_size, file_sha256(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if size != entry["bytes"]:

@@ -1,13 +1,11 @@
 """Identity of a run: an output folder belongs to one set of inputs, weights and settings."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.generation.writer import OutputError, locked, write_json
-
-SHOWN_CHANGES = 12
+from ldm.files import OutputError, find_changes, lock, write_json
 
 
 def open_run(
@@ -32,7 +30,7 @@ def open_run(
     try:
         for name in ("images", "shards"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with lock(folder / ".lock"):
             check_run(folder, fingerprint, details)
             old = read_run(folder).get("layout", {})
             layout = {**layout, **old, "copies": max(layout["copies"], old.get("copies", 0))}
@@ -74,28 +72,12 @@ def check_run(folder: Path, fingerprint: Mapping[str, Any], details: Mapping[str
                 " inference.py. Choose another --outdir."
             )
         return
-    changes = list(find_changes(run["fingerprint"], json.loads(json.dumps(fingerprint))))
-    if not changes:
+    old, new = run["fingerprint"], dict(fingerprint)
+    if old == json.loads(json.dumps(new)):
         return
-    old_config, config = run.get("config"), json.loads(json.dumps((details or {}).get("config")))
-    if old_config and config:
-        changes += find_changes(old_config, config, "config.")
-    shown = ", ".join(changes[:SHOWN_CHANGES]) + (", ..." if len(changes) > SHOWN_CHANGES else "")
+    if run.get("config") and (details or {}).get("config"):
+        old, new = {**old, "config": run["config"]}, {**new, "config": details["config"]}
     raise FileExistsError(
-        f"--outdir: {folder} holds a run with other settings ({shown}). Expected the same settings to continue it."
-        " Choose another --outdir."
+        f"--outdir: {folder} holds a run with other settings ({find_changes(old, new)}). Expected the same settings to "
+        "continue it. Choose another --outdir."
     )
-
-
-def find_changes(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    """Say what differs between two JSON values, down to single entries of mappings."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from find_changes(old.get(key), new.get(key), f"{prefix}{key}.")
-    elif old != new:
-        yield f"{prefix.rstrip('.')} was {_short(old)}, is {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

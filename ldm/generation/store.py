@@ -6,8 +6,6 @@ dies, on network file systems too, so there is no time after which a claim expir
 `shards/000012.partial/` holds what is not complete.
 """
 
-import fcntl
-import hashlib
 import io
 import json
 import logging
@@ -19,27 +17,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-from ldm.generation.writer import (
-    ImageWriter,
+from ldm.files import (
     OutputError,
     Record,
-    RecordFile,
-    record_key,
-    take_flock,
+    append_lines,
+    atomic_write,
+    file_sha256,
+    lock,
+    read_json,
+    take_lock,
     with_retries,
-    write_atomic,
     write_json,
+    write_lines,
 )
+from ldm.generation.writer import ImageWriter
 
 logger = logging.getLogger(__name__)
-
-LOCK_TRIES, LOCK_WAIT = 4, 0.05  # --status looks at a lock by taking it for a moment
 
 
 @dataclass
@@ -78,8 +78,7 @@ class ShardStore:
 
     def __init__(self, folder: Path, is_tar: bool = False) -> None:
         self.folder, self.is_tar = folder, is_tar
-        self.index = RecordFile(folder / "index.jsonl")
-        self.failures = RecordFile(folder / "failures.jsonl")
+        self.index, self.failures = folder / "index.jsonl", folder / "failures.jsonl"
 
     def path(self, number: int, ending: str) -> Path:
         """File or folder of a shard: `json`, `lock` or `partial`."""
@@ -88,9 +87,7 @@ class ShardStore:
     def statistics(self, number: int) -> dict[str, Any] | None:
         """What a finished shard's statistics file says; None if the shard is not finished."""
         try:
-            return json.loads(self.path(number, "json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            return read_json(self.path(number, "json"))
         except ValueError:  # damaged: its images are looked at again
             logger.warning("%s: damaged, the shard counts as not finished", self.path(number, "json"))
             return None
@@ -141,7 +138,7 @@ class ShardStore:
             if name in known and path.stat().st_size == known[name][0]:
                 claim.files[name] = known[name]
             elif is_sound(path):
-                claim.files[name] = sha256_of(path)
+                claim.files[name] = path.stat().st_size, file_sha256(path)
 
     def forget(self, claim: Claim, records: Iterable[Record]) -> None:
         """Remove what there is of a shard, to paint it again."""
@@ -161,14 +158,14 @@ class ShardStore:
             failures: of all samples without an image, with a `reason`.
             details: further values for the statistics.
         """
-        listed, failures = list(records), sorted(failures, key=record_key)
+        listed, failures = list(records), sorted(failures, key=itemgetter("row", "copy"))
         if self.is_tar:
             name = f"tars/{claim.number:06d}.tar"
             size, digest = self.pack(claim.number, records)
             details = {**details, "tar": {"name": name, "bytes": size, "sha256": digest}}
             listed = [{**record, "tar": name} for record in records]
-        self.index.append(listed)
-        self.failures.append(failures)
+        append_lines(self.index, listed)
+        append_lines(self.failures, failures)
         hashed = [{**record, **dict(zip(("bytes", "sha256"), claim.files[record["image"]], strict=True))}
                   for record in listed]  # fmt: skip
         write_json(self.path(claim.number, "json"), {
@@ -188,8 +185,8 @@ class ShardStore:
 
         def write() -> tuple[int, str]:
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, lambda file: write_tar(file, work, records), work / ".tmp-tar")
-            return sha256_of(path)
+            atomic_write(path, lambda file: write_tar(file, work, records), work / ".tmp-tar")
+            return path.stat().st_size, file_sha256(path)
 
         return with_retries(write, path, sum((work / record["image"]).stat().st_size for record in records))
 
@@ -226,36 +223,12 @@ class ShardStore:
                 for record in statistics["records"]:
                     yield {key: value for key, value in record.items() if key not in ("bytes", "sha256")}
 
-        self.index.replace(listed)
-        self.failures.replace(lambda: (record for part in self.all_statistics() for record in part["failures"]))
+        def rewrite() -> None:
+            with lock(self.folder / ".lock"):
+                write_lines(self.index, listed())
+                write_lines(self.failures, (record for part in self.all_statistics() for record in part["failures"]))
 
-
-def take_lock(path: Path) -> IO[bytes] | None:
-    """Open and lock a file; None if another process has the lock."""
-    for _ in range(LOCK_TRIES):
-        file = open(path, "ab+")
-        try:
-            take_flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except BlockingIOError:
-            time.sleep(LOCK_WAIT)
-        except FileNotFoundError:
-            logger.debug("%s: removed by the process that had it a moment ago", path)
-        file.close()  # no use: it is, or was, another process's
-    return None
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process has the lock of this file."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        with_retries(rewrite, self.index)
 
 
 def leave(work: Path, lock: Path) -> None:
@@ -283,16 +256,6 @@ def is_sound(path: Path) -> bool:
 def mask_name(image: str) -> str:
     """Name of the mask that belongs to an image of a tar."""
     return f"{Path(image).stem}.mask.png"
-
-
-def sha256_of(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    return size, digest.hexdigest()
 
 
 def write_tar(file: IO[bytes], work: Path, records: Sequence[Record]) -> None:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.cli import choose_device
 from ldm.data.transforms import to_uint8
+from ldm.files import Record, read_lines
 from ldm.generation.generator import ConditionDataset, Job, Painter, make_loader, plan_batches
-from ldm.generation.machine import choose_device, compile_blocks
+from ldm.generation.machine import compile_blocks
 from ldm.generation.plan import Plan, is_unfinished
 from ldm.generation.run import open_run
 from ldm.generation.store import Claim, ShardStore, mask_name
-from ldm.generation.writer import ImageWriter, Record
+from ldm.generation.writer import ImageWriter
 from ldm.util import UserError, locate
 from ldm.weights.load import load_method
 
@@ -219,11 +221,12 @@ def finish(plan: Plan) -> int:
     store.settle()
     first, step = plan.settings.shard
     size = plan.layout["shard_size"]
-    failures = [record for record in store.failures.read() if record["row"] // size % step == first]
+    failures = read_lines(store.failures, "row", "copy").values()
+    failures = [record for record in failures if record["row"] // size % step == first]
     logger.info("results are in %s", plan.folder)
     if not failures:
         return 0
-    logger.error("error: %d samples have no image, see %s", len(failures), store.failures.path)
+    logger.error("error: %d samples have no image, see %s", len(failures), store.failures)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would stop the other ranks; --status has the exit code
         return 0
     return EXIT_FAILED_SAMPLES

@@ -115,9 +115,11 @@ class UNetEncoder(nn.Module):
         self.input_blocks.append(TimestepSequential(*layers))
         self.feature_channels.append(width)
 
-    def embed_timestep(self, timestep: Tensor) -> Tensor:
-        """(B,) int64 -> (B, 4 * model_channels)."""
-        return self.time_embed(timestep_embedding(timestep, self.model_channels).to(self.time_embed[0].weight.dtype))
+    def embed_timestep(self, timestep: Tensor, added: Tensor | None = None) -> Tensor:
+        """(B,) int64 -> (B, 4 * model_channels), plus what else all residual blocks get to know, of the same shape."""
+        embedding = self.time_embed(
+            timestep_embedding(timestep, self.model_channels).to(self.time_embed[0].weight.dtype))
+        return embedding if added is None else embedding + added
 
     def run(self, block: nn.Module, *args: Tensor, **conditions: Tensor | None) -> Tensor:
         """Run a block, recomputing it in the backward pass when use_checkpoint is on."""

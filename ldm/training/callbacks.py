@@ -1,6 +1,5 @@
 """What train.py writes beside the weights: the record of the run, sample grids, weights for inference."""
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.data.transforms import normalize_batch, to_uint8
+from ldm.files import atomic_write
 from ldm.methods.diffusion import evaluating
 from ldm.training.average import averaged_weights
 from ldm.weights.base import describe_bases
@@ -130,9 +130,7 @@ class ImageGrid(pl.Callback):
                 trainer.precision_plugin.forward_context():
             columns = pl_module.method.preview(batch)
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".gs-{step:06d}.{os.getpid()}.png"
-        draw_grid(columns).save(temporary)
-        os.replace(temporary, self.folder / f"gs-{step:06d}.png")
+        atomic_write(self.folder / f"gs-{step:06d}.png", lambda file: draw_grid(columns).save(file, "PNG"))
 
 
 def draw_grid(columns: dict[str, torch.Tensor], gap: int = 4) -> Image.Image:

@@ -2,9 +2,9 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.dataset import read_image, to_tensor
+from ldm.data.dataset import to_tensor
+from ldm.data.images import read_image
 from ldm.data.transforms import normalize_batch, resize_image
+from ldm.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -73,19 +75,22 @@ def build_latent_cache(paths: Sequence[Path], size: tuple[int, int], autoencoder
     if not file.exists():
         log.info("encoding %d images (plain and flipped) into %s", len(paths), file)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{file.name}.{os.getpid()}"
         autoencoder.to(device)
         loader = DataLoader(FlippedImages(paths, size), batch_size, num_workers=num_workers)
-        target, done = None, 0
-        for batch in tqdm(loader, desc="latents"):
-            with torch.no_grad(), autocast() if autocast else torch.autocast("cpu", enabled=False):
-                posterior = autoencoder.encode(normalize_batch(batch, device)["image"])
-            moments = torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu().numpy()
-            if target is None:
-                target = np.lib.format.open_memmap(temporary, "w+", np.float16, (2 * len(paths), *moments.shape[1:]))
-            target[done:done + len(moments)] = moments
-            done += len(moments)
-        target.flush()
-        os.replace(temporary, file)
+
+        def encode(partial: IO[bytes]) -> None:
+            target, done = None, 0
+            for batch in tqdm(loader, desc="latents"):
+                with torch.no_grad(), autocast() if autocast else torch.autocast("cpu", enabled=False):
+                    posterior = autoencoder.encode(normalize_batch(batch, device)["image"])
+                moments = torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu().numpy()
+                if target is None:
+                    shape = (2 * len(paths), *moments.shape[1:])
+                    target = np.lib.format.open_memmap(partial.name, "w+", np.float16, shape)
+                target[done:done + len(moments)] = moments
+                done += len(moments)
+            target.flush()
+
+        atomic_write(file, encode)
     moments = np.load(file, mmap_mode="r")
     return LatentCache(moments.reshape(len(paths), 2, *moments.shape[1:]), paths)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm.files import file_sha256
 from ldm.util import UserError
-from ldm.weights.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from ldm.weights.checkpoint import Checkpoint, open_checkpoint
 
 
 def describe_bases(origins: Mapping[str, str]) -> str:

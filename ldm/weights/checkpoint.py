@@ -1,7 +1,5 @@
 """Reading and writing checkpoints. No file is ever allowed to run code."""
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from ldm.files import atomic_write
 from ldm.util import UserError
 from ldm.weights.files import RawFile, StoredTensor, read_file, read_folder
 from ldm.weights.names import PARTS, from_diffusers, to_our_names
@@ -216,15 +215,5 @@ def save_safetensors(path: Path, weights: Mapping[str, Tensor], config: DictConf
     header = dict(metadata or {})
     if config is not None:
         header["config"] = OmegaConf.to_yaml(config, resolve=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary, metadata=header)
-    os.replace(temporary, path)
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file as hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    atomic_write(path, lambda file: save_file(tensors, file.name, metadata=header))

@@ -1,7 +1,7 @@
 """A method out of a checkpoint: first without memory, to check the user's input against, then with its weights."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.methods.conditions import ConditionCache
-from ldm.util import UserError, instantiate_from_config, load_config, locate
+from ldm.util import UserError, check_targets, instantiate_from_config, load_config
 from ldm.weights.base import check_bases, open_whole
 from ldm.weights.checkpoint import open_checkpoint
 from ldm.weights.report import Placement, fill
@@ -22,21 +22,21 @@ logger = logging.getLogger(__name__)
 WEIGHT_ARGUMENTS = ("weights_dir", "weights_file")
 
 
-def read_model_config(checkpoint: str | Path, config_file: str | Path | None = None) -> dict[str, Any]:
-    """Find the config of a checkpoint, without reading its weights.
-
-    A config inside a checkpoint comes from whoever wrote it: its targets may only be networks of this project.
+def read_model_config(checkpoint: str | Path, config_file: str | Path | None = None,
+                      allow_modules: Sequence[str] = ()) -> dict[str, Any]:
+    """Find the config of a checkpoint, without reading its weights, and refuse it if it would call anything foreign.
 
     Args:
         checkpoint: .safetensors, .ckpt, ...
         config_file: yaml to use instead of the config inside the checkpoint.
+        allow_modules: modules of the user's own that it may name (see ldm.util.check_targets).
 
     Returns:
         Plain dictionary `{"model": {"target": ..., "params": ...}}`.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        UserError: if there is no config, or it has no `model`.
+        UserError: if there is no config, it has no `model`, or names a target that it may not.
     """
     if Path(checkpoint).is_dir():
         raise UserError(
@@ -63,36 +63,9 @@ def read_model_config(checkpoint: str | Path, config_file: str | Path | None = N
             f"config of {config_file or checkpoint}: no key `model` (keys: {', '.join(map(str, config))})."
             " Expected model: with target and params. Check --config."
         )
-    if config_file is None:
-        check_targets(config["model"], str(checkpoint))
+    check_targets(config["model"], f"--config {config_file}" if config_file else f"checkpoint {checkpoint}",
+                  allow_modules)
     return {"model": config["model"]}
-
-
-def check_targets(node: Any, source: str) -> None:
-    """Refuse a config out of a file whose targets are anything but networks of this project.
-
-    Args:
-        node: the config, plain values.
-        source: the file, for the message.
-
-    Raises:
-        UserError: naming the target.
-    """
-    if isinstance(node, dict):
-        target = node.get("target")
-        if target is not None:
-            name = str(target)
-            found = locate(name) if name.startswith(("ldm.", "cldm.")) else None
-            if not (isinstance(found, type) and issubclass(found, nn.Module)):
-                raise UserError(
-                    f"checkpoint {source}: its config would call {name[:80]}. Expected networks of this project only;"
-                    " nothing was called. Give --config with a yaml of your own."
-                )
-        for value in node.values():
-            check_targets(value, source)
-    elif isinstance(node, list):
-        for value in node:
-            check_targets(value, source)
 
 
 @contextmanager

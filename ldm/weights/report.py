@@ -64,7 +64,7 @@ class Account:
             counts = (len(own), *(sum(group_of[name] == group for name in kind) for kind in (
                 self.copied, self.fresh, [n for _, n in self.unexpected], [n for _, n in self.wrong])))
             origins = [group_name(g.copy_of, self.groups) for g in self.groups if g.name == group and counts[1]]
-            sources = sorted({self.loaded[name] for name in own}) + [f"a copy of the {name}" for name in origins]
+            sources = sorted({self.loaded[name] for name in own}) + [f"copied from the {name}" for name in origins]
             numbers = "".join(f"{count:>12}" for count in counts)
             lines.append(f"{group:<18}{numbers}  {', '.join(sources) or '-'}")
         return "\n".join([*lines, *self.notes])

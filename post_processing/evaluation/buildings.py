@@ -59,9 +59,10 @@ def find_class(table: ClassTable, name: str, flag: str) -> int:
     """Id of a class of a table by its name, or 255 for `ignore`; UserError if there is no such class."""
     if name == "ignore":
         return table.ignore_index
-    if name not in table.names:
+    index = table.find(name)
+    if index is None:
         raise UserError(f"{flag} {name}: not in class table {table.name}. Expected one of {', '.join(table.names)}.")
-    return table.names.index(name)
+    return index
 
 
 def repeated_stems(files: Iterable[str | Path]) -> list[str]:
@@ -91,7 +92,7 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
 
 
 def read_coco(
-    path: str | Path, categories: Sequence[str] = (), truth: str | Path | None = None
+    path: str | Path, categories: Sequence[str] = (), truth: str | Path | None = None, crowds_are_objects: bool = False
 ) -> dict[str, Scene]:
     """Read annotations: polygons of any number of parts, RLE (compressed or not), crowds, images without buildings.
 
@@ -99,9 +100,10 @@ def read_coco(
         path: COCO file, or a list of results ({image_id, category_id, segmentation, score}).
         categories: names of the categories that are buildings; may be left out if there is one only.
         truth: COCO file that the image and category ids of a list of results are from.
+        crowds_are_objects: take regions with iscrowd 1 for single buildings; some tools set it on every RLE.
 
     Returns:
-        file name -> scene, in the order of the file's images.
+        file name -> scene, in the order of the file's images; folders of names are parted by `/`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -113,11 +115,13 @@ def read_coco(
         if truth is None:
             raise UserError(f"{path}: a list of results. Expected a COCO file with images and categories.")
         content = {**read_json(truth), "annotations": content}
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
-        raise UserError(f"{path}: not a COCO file. Expected the keys images, annotations and categories.")
+    keys = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
+        raise UserError(f"{path}: not a COCO file. Expected lists under images, annotations and categories.")
     wanted = choose_categories(content["categories"], categories, path)
     try:
-        scenes = {one["id"]: Scene(str(one["file_name"]), (int(one["height"]), int(one["width"])))
+        # Names that Windows wrote have backslashes, which no other system takes for folders.
+        scenes = {one["id"]: Scene(str(one["file_name"]).replace("\\", "/"), (int(one["height"]), int(one["width"])))
                   for one in content["images"]}  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: an image without {error}. Expected id, file_name, height and width.") from error
@@ -125,13 +129,16 @@ def read_coco(
     for place, annotation in enumerate(content["annotations"]):
         try:
             if annotation["category_id"] in wanted:
-                scene = scenes[annotation["image_id"]]
+                scene = scenes.get(annotation["image_id"])
+                if scene is None:
+                    raise ValueError(f"image_id {annotation['image_id']} is not in images")
                 rle = read_segmentation(annotation["segmentation"], scene.size)
-                is_crowd = bool(annotation.get("iscrowd", 0))
+                is_crowd = bool(annotation.get("iscrowd", 0)) and not crowds_are_objects
                 scene.instances.append(Instance(rle, is_crowd, float(annotation.get("score", 1.0))))
         except (KeyError, TypeError, ValueError) as error:
             name = annotation.get("id", "?") if isinstance(annotation, dict) else "?"
-            problems.append(f"annotation {place} (id {name}): {type(error).__name__} {error}")
+            what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            problems.append(f"annotation {place} (id {name}): {what}")
     by_name = {scene.file_name: scene for scene in scenes.values()}
     if len(by_name) < len(content["images"]):
         problems.append("images: ids or file names are used twice")
@@ -145,7 +152,7 @@ def read_json(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"annotations not found: {path}. Check the path.")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # with or without the mark of Windows
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}). Expected COCO annotations.") from error
 
@@ -168,7 +175,7 @@ def read_segmentation(segmentation: Any, size: tuple[int, int]) -> dict[str, Any
         if segmentation and not isinstance(segmentation[0], list):
             segmentation = [segmentation]  # some exporters leave out the list around a single part
         if not segmentation or any(len(part) < 6 or len(part) % 2 for part in segmentation):
-            raise ValueError("polygons need three or more points each, as x, y, x, y, ...")
+            raise ValueError("no outline: polygons need three or more points each, as x, y, x, y, ...")
         parts = [np.asarray(part, np.float64).tolist() for part in segmentation]
         return masks.merge(masks.frPyObjects(parts, *size))
     if tuple(segmentation["size"]) != tuple(size):

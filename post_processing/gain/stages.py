@@ -5,8 +5,6 @@ all else is there. A stopped measurement goes on with the stages that are not fi
 """
 
 import contextlib
-import fcntl
-import json
 import logging
 import os
 import queue
@@ -21,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.files import digest_of, file_identity, find_changes, read_json, take_lock, write_json
 from ldm.util import UserError
-from post_processing.files import digest_of, file_identity, find_changes, write_json
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,8 +112,7 @@ class StageRunner:
 
     def read_record(self, name: str) -> dict[str, Any]:
         """Contents of a stage's stage.json, {} if there is none."""
-        path = self.folder / name / "stage.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(self.folder / name / "stage.json") or {}
 
     def write_record(self, name: str, state: str, **more: Any) -> None:
         """Note a stage as begun or done."""
@@ -144,7 +141,7 @@ class StageRunner:
             changed = [name for name in self.stages if self.state(name) == "changed"]
             if changed and not overwrite:
                 first = self.read_record(changed[0])["fingerprint"]
-                differences = "; ".join(find_changes(first, self.fingerprints[changed[0]]))
+                differences = find_changes(first, self.fingerprints[changed[0]])
                 raise UserError(
                     f"{self.folder}: {len(changed)} stages were run with other settings ({changed[0]}: {differences})."
                     " Give another --outdir, or --overwrite to run them again."
@@ -157,11 +154,10 @@ class StageRunner:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the folder's lock; UserError if another process has it. The kernel frees it when a process dies."""
-        with open(self.folder / ".lock", "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self.folder}: another measurement works here. Wait for it to end.") from error
+        held = take_lock(self.folder / ".lock")
+        if held is None:
+            raise UserError(f"{self.folder}: another measurement works here. Wait for it to end.")
+        with held:
             yield
 
     def run_open(self) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
+from ldm.data.images import find_images, pair_images, read_image
 from ldm.data.manifest import read_manifest
+from ldm.util import UserError
 
 TABLE_DATASET = "post_processing.segmentation.dataset.TableSegDataset"  # mmengine imports the class by this dotted path
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
 def dataset_config(
@@ -83,31 +83,18 @@ def list_pairs(
 
 def match_folders(image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
     """Pair the images of a folder with the masks of the same stem in another one (see list_pairs)."""
-    for folder in (image_folder, mask_folder):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"dataset: folder not found: {folder}. Check the path.")
-    images = sorted(path for path in image_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
-    lacking = [path.name for path in images if path.stem not in masks]
+    images, masks = find_images(image_folder), find_images(mask_folder)
+    pairs, lacking, _ = pair_images(images, masks)
+    problems = [*images.problems, *masks.problems]
     if lacking:
-        raise ValueError(
-            f"dataset: {len(lacking)} of {len(images)} images in {image_folder} have no mask in {mask_folder} "
-            f"({', '.join(lacking[:5])}). Expected a mask with the stem of every image."
+        first = ", ".join(images.files[name].name for name in lacking[:5])
+        problems.append(
+            f"dataset: {len(lacking)} of {len(images.files)} images in {image_folder} have no mask in {mask_folder} "
+            f"({first}). Expected a mask with the stem of every image."
         )
-    return [(path, masks[path.stem]) for path in images]
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture as (H, W, 3) uint8 RGB; ValueError naming the file if it is damaged."""
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image not found: {path}. Check the path.") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"image {path}: cannot be read ({error}). Expected a complete picture. Replace the file."
-        ) from error
+    if problems:
+        raise UserError("; ".join(problems))
+    return [(pair.image, pair.mask) for pair in pairs]
 
 
 class TableSegDataset(torch.utils.data.Dataset):
@@ -157,7 +144,9 @@ class TableSegDataset(torch.utils.data.Dataset):
             ValueError: if image and mask differ in size.
         """
         image_path, mask_path = self.pairs[index]
-        image = np.ascontiguousarray(read_image(image_path)[:, :, ::-1])  # mmseg's transforms expect BGR
+        image = read_image(image_path, None)
+        if image.shape[2] == 3:
+            image = np.ascontiguousarray(image[:, :, ::-1])  # mmseg's transforms expect BGR
         mask = read_mask(mask_path, self.table)
         if image.shape[:2] != mask.shape:
             raise ValueError(

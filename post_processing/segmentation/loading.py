@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
-from post_processing.files import file_identity
-from post_processing.segmentation.dataset import IMAGE_SUFFIXES, read_image
+from ldm.data.images import IMAGE_SUFFIXES, read_image
+from ldm.files import file_identity
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ def load_item(item: Item, table: ClassTable) -> Loaded:
         FileNotFoundError: if one is missing.
         ValueError: if one is damaged, an id is not in the table, or they differ in size.
     """
-    image = read_image(item.image)
+    image = read_image(item.image, None)
     raw = read_raw_mask(item.mask)
     size = image.shape[:2]
     if raw.shape[:2] != size:

@@ -1,6 +1,7 @@
 """A trained MMSegmentation model as a function from images to class ids; the checkpoint never runs code."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.data.classes import ClassTable
-from ldm.util import UserError, current_path
+from ldm.data.classes import ClassTable, same_names
+from ldm.files import atomic_write
+from ldm.util import UserError
+from ldm.weights.files import refusal
+from post_processing.segmentation.config import fill_preprocessor, read_config
 
 
 class Discarded:
@@ -65,17 +69,20 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
         raise FileNotFoundError(f"segmentor checkpoint not found: {path}. Give the segmentor.pth of a training.")
     try:
         replaced = replaced or {HISTORY_BUFFER: Discarded, HISTORY_METHOD: Discarded}
-        with torch.serialization.safe_globals(allowed_globals(replaced)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed_globals(replaced)), path.open("rb") as file, \
+                warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
+            # Torch goes by the ending of a path and takes .safetensors for just that, whatever is in the file.
+            is_pickle = file.peek(2)[:1] == b"\x80" or file.peek(2)[:2] == b"PK"
+            content = torch.load(file if is_pickle else path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")
-        refused = next((part.strip(" .") for part in reason.split("GLOBAL")[1:2]), reason)[:200]
-        raise ValueError(
+        raise UserError(
             f"segmentor checkpoint {path}: contains something other than weights and plain values, or is no torch file "
-            f"({refused}). Expected tensors only; nothing was run. Save the state_dict alone."
+            f"({refusal(error)}). Expected tensors only; nothing was run. Save the state_dict alone."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"segmentor checkpoint {path}: cannot be read ({error}). Is the file complete?") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise UserError(
+            f"segmentor checkpoint {path}: cannot be read ({refusal(error)}). Is the file complete?") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of weights."
@@ -96,9 +103,7 @@ def save_checkpoint(path: str | Path, model: torch.nn.Module, class_table: Class
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = class_table.to_dict()
     meta = {"class_table": table, "dataset_meta": dataset_meta(class_table), **meta}
-    partial = path.with_name(path.name + ".partial")
-    torch.save({"state_dict": state_dict, "meta": meta}, partial)
-    partial.replace(path)
+    atomic_write(path, lambda file: torch.save({"state_dict": state_dict, "meta": meta}, file))
 
 
 def dataset_meta(class_table: ClassTable) -> dict[str, Any]:
@@ -161,20 +166,6 @@ class Segmentor:
         return logits.argmax(dim=1).to(torch.uint8)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device to compute on, `auto` = CUDA if there is one; UserError if it cannot be used."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device: {name} cannot be used ({reason}). Expected auto, cpu, cuda, ... Use auto."
-        ) from error
-    return device
-
-
 def require_mmseg() -> None:
     """Import MMSegmentation's models and choose its registry; UserError with what to install if that fails."""
     try:
@@ -188,45 +179,27 @@ def require_mmseg() -> None:
     init_default_scope("mmseg")
 
 
-def read_config(path: str | Path) -> Any:
-    """Read an mmengine config file; classes of this project that have moved since it was written are found.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    from mmengine.config import Config
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"segmentor config not found: {path}. Give configs/mmseg/small.py, say, or a config.json.")
-    config = Config.fromfile(str(path))
-    nodes = [config._cfg_dict]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, dict):
-            if isinstance(node.get("type"), str):
-                node["type"] = current_path(node["type"])
-            nodes.extend(node.values())
-        elif isinstance(node, (list, tuple)):
-            nodes.extend(node)
-    return config
-
-
 def build_model(config: str | Path | Mapping[str, Any]) -> torch.nn.Module:
     """Build an mmseg model with random weights; pretrained backbones named in the config are not fetched.
 
     Args:
-        config: path of an mmengine config (.json and .yaml are data; a .py file is code and is run: use your own),
-            or its contents.
+        config: path of an mmengine config (see read_config), or its contents.
     Raises:
         FileNotFoundError: if there is no such file.
+        UserError: if it describes no model of the installed MMSegmentation.
     """
     require_mmseg()
     from mmengine.config import Config
     from mmseg.apis import init_model
 
+    source = "given as a mapping" if isinstance(config, Mapping) else str(config)
     config = Config(dict(config)) if isinstance(config, Mapping) else read_config(config)
-    return init_model(config, checkpoint=None, device="cpu")
+    fill_preprocessor(config, source)
+    try:
+        return init_model(config, checkpoint=None, device="cpu")
+    except Exception as error:  # of any class of mmseg that the config names
+        raise UserError(f"segmentor config {source}: its model cannot be built ({type(error).__name__}: "
+                        f"{str(error)[:300]}). Expected one of MMSegmentation 1.x. See --debug.") from error
 
 
 def load_segmentor(
@@ -252,12 +225,12 @@ def load_segmentor(
     meta = content.get("meta") or {}
     stored = meta.get("class_table")
     if class_table is None and stored is None:
-        raise ValueError(f"segmentor checkpoint {checkpoint}: no class table inside. Give it with --class_table.")
+        raise UserError(f"segmentor checkpoint {checkpoint}: no class table inside. Give it with --classes.")
     if class_table is None:
         class_table = ClassTable.load(stored)
-    names = list((meta.get("dataset_meta") or {}).get("classes") or class_table.names)
-    if names != list(class_table.names):
-        raise ValueError(
+    names = list((meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or class_table.names)
+    if not same_names(names, class_table.names):
+        raise UserError(
             f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected {list(class_table.names)} of "
             f"class table {class_table.name}. Give the table that it was trained with."
         )

@@ -20,6 +20,8 @@ from ldm.data.classes import ClassTable
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone
 from post_processing.segmentation.dataset import class_weights, count_pixels, dataset_config, list_pairs
+from post_processing.segmentation.dlc import CORRECTED_LOSS
+from post_processing.segmentation.dlc_training import NOISE_FLAGS, add_noise_correction, check_flags, is_corrected
 from post_processing.segmentation.mixing import JOINT_DATASET, MIX_DATASET, RATIO_SAMPLER
 from post_processing.segmentation.segmentor import (
     HISTORY_BUFFER,
@@ -35,7 +37,8 @@ LOG = logging.getLogger(__name__)
 HISTORY_METHODS = ("min", "max", "current", "mean")  # what mmengine stores with a loss history
 SETTINGS = ("max_steps", "batch_size", "learning_rate", "init_backbone", "class_balance")  # change the config
 DATA_FLAGS = ("class_table", "data_root", "train_txt_file", "val_txt_file", "image_folder", "mask_folder",
-              "synthetic_txt_file", "synthetic_root", "synthetic_ratio", "augment", "val_interval", "num_workers")
+              "synthetic_txt_file", "synthetic_root", "synthetic_ratio", "augment", "val_interval", "num_workers",
+              *NOISE_FLAGS)
 
 
 def train_segmentor(args: argparse.Namespace) -> Path:
@@ -126,6 +129,8 @@ def fill_data(config: Any, table: ClassTable, args: argparse.Namespace) -> None:
     fill_classes(config.model, table.num_classes, class_weights(drawn, balance) if balance else None)
     pipeline = config.train_pipeline if args.augment == "none" else config.train_pipeline[:-1]
     nodes = [dataset_config(table, pipeline, **source, check_files=False) for source in sources]
+    if is_corrected(args):
+        add_noise_correction(config, table, args, nodes)
     dataset = nodes[0] if len(nodes) == 1 else dict(type=JOINT_DATASET, datasets=nodes)
     if args.augment != "none":
         if len(nodes) == 2:
@@ -144,6 +149,7 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     """
     config, table = load_config(args)
     if "train_dataloader" not in config:
+        check_flags(args)
         fill_data(config, table, args)
         config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
         if args.val_txt_file:
@@ -182,12 +188,11 @@ def set_schedule(config: Any) -> None:
         paramwise_cfg=config.get("paramwise_cfg"),
         clip_grad=dict(max_norm=clip) if clip else None,
     )
-    warm_up = max(1, int(steps * config.get("warm_up", 0.05)))
-    config.param_scheduler = [dict(type="LinearLR", start_factor=0.01, begin=0, end=warm_up, by_epoch=False)]
-    if warm_up < steps:  # else mmengine stops: a scheduler must last a step
-        config.param_scheduler.append(
-            dict(type="PolyLR", eta_min=config.get("eta_min", 0.0), power=0.9, begin=warm_up, end=steps, by_epoch=False)
-        )
+    warm_up = int(steps * config.get("warm_up", 0.05))
+    warm_up = warm_up if warm_up > 1 else 0  # mmengine's LinearLR over one step would stay at its first factor for good
+    linear = dict(type="LinearLR", start_factor=0.01, begin=0, end=warm_up, by_epoch=False)
+    poly = dict(type="PolyLR", eta_min=config.get("eta_min", 0.0), power=0.9, begin=warm_up, end=steps, by_epoch=False)
+    config.param_scheduler = [linear] * (warm_up > 0) + [poly] * (warm_up < steps)
     hooks = dict(
         logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
         checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(1, min(500, steps)), max_keep_ckpts=1),
@@ -210,13 +215,14 @@ def fill_classes(model: dict[str, Any], num_classes: int, weights: list[float] |
             for node in inner:
                 node["num_classes"] = num_classes
             losses = [loss for node in inner for loss in find_nodes(node.get("loss_decode"))
-                      if loss.get("type") == "CrossEntropyLoss"]  # fmt: skip
+                      if loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)]  # fmt: skip
             if weights and not losses:
                 raise UserError(f"config: loss_decode of {key} {head.get('type')} has no CrossEntropyLoss, but the "
                                 "classes have weights. Expected a loss that takes them, or class_balance = 0.")
             for loss in losses if weights else ():
-                # With weights mmseg's mean leaves ignored pixels out anyway, and stops if told so as well.
-                loss["class_weight"], loss["avg_non_ignore"] = weights, False
+                loss["class_weight"] = weights
+                if loss["type"] == "CrossEntropyLoss":
+                    loss["avg_non_ignore"] = False  # with weights mmseg leaves ignored pixels out, and stops if told so
 
 
 def find_nodes(node: Any) -> Iterator[dict[str, Any]]:
@@ -279,6 +285,9 @@ def build_runner(config: Any, init_from: str | None) -> Any:
     model.init_weights()  # now, so that the Runner does not initialise over the loaded weights later
     if init_from:
         state_dict = read_checkpoint(init_from)["state_dict"]
+        # Losses may differ: what they hold (T of noisy labels) belongs to a training, not to the network.
+        state_dict = {name: value for source in (state_dict, model.state_dict()) for name, value in source.items()
+                      if (".loss_decode." in name) == (source is not state_dict)}  # fmt: skip
         wrong = check_weights(model, state_dict)
         if wrong:
             raise ValueError(f"--init_from {init_from}: does not fit the config: {wrong}. Give one of the same model.")

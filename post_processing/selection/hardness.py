@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data.classes import ClassTable
+from ldm.files import digest_of, file_sha256, lock, write_json
 from ldm.util import UserError
-from post_processing.files import digest_of, locked, sha256_of, write_json
 from post_processing.segmentation.loading import Item, identity_of, load_batches, run_in_parts, stack_batch
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg
 
@@ -113,7 +113,7 @@ def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable
     model = {key: content.get(key) for key in ("model", "data_preprocessor")}
     files = sorted((pair.image.name, pair.mask.name, *sorted(identity_of(pair).items())) for pair in pairs)
     return {
-        "segmentor_sha256": sha256_of(Path(checkpoint)),
+        "segmentor_sha256": file_sha256(Path(checkpoint)),
         "segmentor_config_sha256": digest_of(model),
         "class_table_sha256": digest_of(table.to_dict()),
         "real_pairs": len(pairs),
@@ -129,7 +129,7 @@ def get_hardness(
     Processes that ask at the same time wait for the one that measures.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with lock(path.with_name(f".{path.name}.lock")):  # of its own: measuring takes long
         if path.is_file():
             hardness = read_hardness(path)
             if hardness.fingerprint == fingerprint:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable
+from ldm.files import Record, append_lines, atomic_write, file_sha256
 from ldm.util import UserError
-from post_processing.files import Record, append_lines, sha256_of, write_atomic
 from post_processing.segmentation.loading import (
     Item,
     Loaded,
@@ -173,7 +173,7 @@ class PixelFilter:
         content = encode_mask(loaded.raw, is_dropped, self.table)
         name = f"{loaded.item.image.stem}.png"
         # A power cut may damage it, which its hash in the record shows: no need to wait for the disk.
-        write_atomic(self.folder / name, content, self.work / name, is_synced=False)
+        atomic_write(self.folder / name, content, self.work / name, is_synced=False)
         totals = counts[: self.table.num_classes].sum(axis=1)
         classes = {
             self.table.names[index]: [int(totals[index]), int(counts[index, 1])] for index in np.flatnonzero(totals)
@@ -195,7 +195,7 @@ class PixelFilter:
 def is_finished(record: Record, item: Item, folder: Path) -> bool:
     """Whether a picture's mask is complete and made of the very files that are there now."""
     try:
-        return sha256_of(folder / record["file"]) == record["sha256"] and record["sources"] == identity_of(item)
+        return file_sha256(folder / record["file"]) == record["sha256"] and record["sources"] == identity_of(item)
     except (OSError, KeyError):
         return False
 

@@ -10,9 +10,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from ldm.data.images import Reading, find_images, read_image
 from ldm.util import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 OFFSET_PATTERN = r"_y(?P<y>\d+)_x(?P<x>\d+)$"
 JPEG_QUALITY = 95
 
@@ -98,31 +98,6 @@ class TileSettings:
     ext: str = "png"
 
 
-def list_images(folder: Path, suffix: str = "") -> tuple[dict[str, Path], list[str]]:
-    """Find the images of a folder.
-
-    Args:
-        folder: folder, not searched below its first level.
-        suffix: ending of the stems that counts; other files are passed over, and it is cut off the stem.
-    Returns:
-        {stem: path} in sorted order, and problems (two files of one stem).
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images or masks. Check the path.")
-    found: dict[str, Path] = {}
-    problems = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(suffix):
-            continue
-        stem = path.stem[: len(path.stem) - len(suffix)]
-        if stem in found:
-            problems.append(f"{path}: the same stem as {found[stem].name}; expected one file a stem")
-        found[stem] = path
-    return found, problems
-
-
 def find_pictures(
     split: str,
     images: Path,
@@ -146,11 +121,13 @@ def find_pictures(
     Raises:
         FileNotFoundError: if a folder does not exist.
     """
-    image_files, problems = list_images(images, suffixes[0])
+    found = find_images(images, suffixes[0])
+    image_files, problems = found.files, found.problems
     mask_files: dict[str, Path] = {}
     if masks is not None:
-        mask_files, more = list_images(masks, suffixes[1])
-        problems += more
+        found = find_images(masks, suffixes[1])
+        mask_files = found.files
+        problems += found.problems
         problems += [f"{path}: no mask {name}{suffixes[1]}.png in {masks}"
                      for name, path in image_files.items() if name not in mask_files]
         problems += [f"{path}: no image of this name in {images}"
@@ -173,34 +150,6 @@ def find_pictures(
     return pictures, problems
 
 
-def read_image(path: Path, bands: Sequence[int] | None = None) -> np.ndarray:
-    """Read a picture as 8-bit RGB.
-
-    Args:
-        path: any format of IMAGE_SUFFIXES with 8 bits a channel; grey is repeated, alpha is dropped.
-        bands: three 0-based channels to take as red, green, blue.
-    Returns:
-        (H, W, 3) uint8.
-    Raises:
-        UserError: if it cannot be read, has more than 8 bits, or has not the bands.
-    """
-    try:
-        with Image.open(path) as picture:
-            if bands is None:
-                if picture.mode not in ("RGB", "L", "P", "RGBA", "LA", "1"):
-                    raise UserError(f"{path}: an image of mode {picture.mode}. Expected 8-bit RGB or grey; convert it, "
-                                    "or choose channels with --bands.")
-                return np.asarray(picture.convert("RGB"))
-            values = np.asarray(picture)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, bomb errors ...
-        raise UserError(f"{path}: not readable as an image ({error})") from error
-    if values.dtype != np.uint8 or values.ndim != 3 or max(bands) >= values.shape[2]:
-        raise UserError(f"{path}: {values.dtype} of shape {values.shape}. Expected uint8 with channels {list(bands)}.")
-    return np.ascontiguousarray(values[..., list(bands)])
-
-
 def window_starts(length: int, tile: int, stride: int) -> list[int]:
     """Starts of windows of `tile` pixels every `stride` along `length` pixels; a last one ends at the border."""
     starts = list(range(0, length - tile + 1, stride))
@@ -220,7 +169,7 @@ def cut_picture(picture: Picture, settings: TileSettings) -> list[Tile]:
     Raises:
         UserError: naming the file, for an unreadable file, ids outside the table, or sizes that do not fit.
     """
-    image = read_image(picture.image, settings.bands)
+    image = read_image(picture.image, 3, Reading(settings.bands))
     height, width = image.shape[:2]
     if picture.mask is None:
         mask = np.full((height, width), IGNORE_INDEX, np.uint8)

@@ -1,0 +1,77 @@
+"""What command lines share: types of arguments and the choice of a device. Light on purpose (torch only when asked)."""
+
+import argparse
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def positive_int(text: str) -> int:
+    """Argument type: whole number of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def natural(text: str) -> int:
+    """Argument type: whole number of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """Argument type: finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def fraction(text: str) -> float:
+    """Argument type: number from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number between 0 and 1")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Argument type: `i/n` with 0 <= i < n."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not possible. Expected i/n with 0 <= i < n, such as 0/4.")
+    return int(first), int(count)
+
+
+def _number(text: str, kind: type, is_valid: Any, expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not possible. Expected {expected}.")
+    return value
+
+
+def choose_device(name: str, environment: Mapping[str, str] = os.environ) -> "torch.device":
+    """Find the device of --device; every process of torchrun or srun on a machine takes a GPU of its own.
+
+    Args:
+        name: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...
+        environment: of the process.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and torch.cuda.device_count():
+            local = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+            device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device: {name} cannot be used ({reason}). Expected auto, cpu or cuda. Change it.") from error
+    return device

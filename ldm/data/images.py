@@ -1,0 +1,495 @@
+"""The one reader of images, and the pairing of images with masks.
+
+Bits per sample, orientation, pages, bands, alpha and nodata are looked at before anything is converted: what cannot be
+turned into 8-bit channels without a choice of the user is refused, and the message names that choice.
+"""
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.data import rasters
+from ldm.util import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".j2k", ".bmp", ".webp", ".npy")
+WHOLE_PIXELS = 64_000_000  # images with more are read by rows where the format allows it
+ORIENTATION = 0x0112
+EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may hold the tag
+# Orientation tag -> what makes the stored array (h, w, ...) upright.
+UPRIGHT = {
+    2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[::-1],
+}  # fmt: skip
+SCALE_HINT = ("Scale it to 8 bit: scripts/prepare_dataset.py with --scale_range MIN MAX or --scale_percentiles 2 98 "
+              "writes tiles and references that every command reads.")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and the files that belong to it.
+
+    Attributes:
+        image: path of the image.
+        mask: path of its mask; None = unlabelled.
+        name: name that both share: the stem without endings; below subfolders `folder_stem`.
+        reference: path of the reference that a generated image was made with, if any.
+    """
+
+    image: Path
+    mask: Path | None
+    name: str
+    reference: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images of a folder.
+
+    Attributes:
+        files: name -> path, in sorted order of the paths; the name is the stem without the ending that was cut off,
+            below subfolders `folder_stem`.
+        problems: two files of one name, one sentence each.
+        left_out: what lies there and is not in `files`: `subfolders` (number of images in them), `folders` (of how
+            many), `hidden`, `suffix` (stems without the ending), and a number for every other file ending.
+    """
+
+    files: dict[str, Path]
+    problems: list[str]
+    left_out: dict[str, int]
+
+    def describe(self, folder: Path) -> str:
+        """One line on what was left out; empty when it was nothing."""
+        rest = dict(self.left_out)
+        images, folders = rest.pop("subfolders", 0), rest.pop("folders", 0)
+        parts = [f"{images} images in {folders} subfolders are not read (--recursive reads them)"] if images else []
+        words = {"hidden": "hidden files", "suffix": "images without the ending of the name"}
+        parts += [f"{number} {words.get(kind, kind + ' files')} left out" for kind, number in sorted(rest.items())]
+        return f"{folder}: {', '.join(parts)}" if parts else ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Choices of the user that turn images of any depth and number of bands into 8-bit channels.
+
+    Attributes:
+        bands: 0-based numbers or names of the bands to read, in order; None = the RGB or grey of the image.
+        scale: (low, high) of every band, or one for all: low becomes 0, high 255. Images of 8 bits are never scaled.
+        nodata: a pixel with this number in every band that is read has no data; None = only what the file says.
+    """
+
+    bands: tuple[int | str, ...] | None = None
+    scale: tuple[tuple[float, float], ...] | None = None
+    nodata: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict that from_dict takes back."""
+        return {"bands": None if self.bands is None else list(self.bands), "nodata": self.nodata,
+                "scale": None if self.scale is None else [list(pair) for pair in self.scale]}  # fmt: skip
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> "Reading":
+        """Choices as to_dict gives them, for example `reading` of a summary.json."""
+        bands, scale = content.get("bands"), content.get("scale")
+        return Reading(None if bands is None else tuple(bands),
+                       None if scale is None else tuple((float(low), float(high)) for low, high in scale),
+                       content.get("nodata"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the header of an image says.
+
+    Attributes:
+        height, width: of the upright image, pixels.
+        bands: name of every band, alpha included: its description, else its colour (`red`, `gray`, `alpha`), else ''.
+        dtype: numpy name of the stored numbers.
+        bits: bits of a stored number that are used.
+        orientation: 1..8, as in the EXIF tag; 1 = stored upright.
+        alpha: number of the alpha band, or None.
+        nodata: number that means no data by the file's own word, or None.
+        crs: coordinate reference system (`EPSG:32633` or WKT), or None.
+        transform: (a, b, c, d, e, f) with x = a col + b row + c and y = d col + e row + f, or None.
+        by_rows: rows can be read without decoding the ones before them.
+    """
+
+    height: int
+    width: int
+    bands: tuple[str, ...]
+    dtype: str = "uint8"
+    bits: int = 8
+    orientation: int = 1
+    alpha: int | None = None
+    nodata: float | None = None
+    crs: str | None = None
+    transform: tuple[float, ...] | None = None
+    by_rows: bool = False
+
+
+class OpenImage:
+    """An opened image; use it in a `with` statement, in one thread.
+
+    Attributes:
+        path: the file.
+        info: what its header says.
+        channels: C of what `read` gives.
+    """
+
+    def __init__(self, path: Path, source: Any, info: ImageInfo, channels: int | None, reading: Reading) -> None:
+        """Choose the bands (see open_image)."""
+        self.path, self.info, self.reading, self.source = path, info, reading, source
+        self.numbers, self.channels = choose_bands(path, info, channels, reading)
+        self._whole: tuple[np.ndarray, np.ndarray | None] | None = None
+
+    def __enter__(self) -> "OpenImage":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.source.close()
+
+    def read(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read rows.
+
+        Args:
+            top: first row.
+            bottom: row after the last one; None = to the end.
+        Returns:
+            (bottom - top, W, C) uint8, and (bottom - top, W) bool that is False where there is no data (None = data
+            everywhere).
+        Raises:
+            UserError: naming the file, if it is damaged or its numbers do not fit in 8 bits and no scale is given.
+        """
+        values, valid = self.read_stored(top, bottom)
+        for_nodata = self.reading.nodata
+        if for_nodata is not None:
+            is_data = (values != for_nodata).any(2)
+            valid = is_data if valid is None else valid & is_data
+        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path)), valid
+
+    def read_stored(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows of the chosen bands as they are stored, (h, W, B) of any dtype, and where there is data (see read)."""
+        bottom = self.info.height if bottom is None else bottom
+        if self.info.orientation == 1 and self._whole is None:
+            return self.source.read(self.numbers, top, bottom)
+        if self._whole is None:  # turned: the rows of the upright image are not those of the file
+            turn = UPRIGHT[self.info.orientation]
+            values, valid = self.source.read(self.numbers, 0, None)
+            self._whole = turn(values), None if valid is None else turn(valid)
+        values, valid = self._whole
+        return values[top:bottom], None if valid is None else valid[top:bottom]
+
+    def _to_channels(self, values: np.ndarray) -> np.ndarray:
+        if values.shape[2] == self.channels:
+            return np.ascontiguousarray(values)
+        if values.shape[2] == 1:
+            return np.repeat(values, self.channels, axis=2)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(values)).convert("L"))[:, :, None]
+
+
+def open_image(path: str | Path, channels: int | None = 3, reading: Reading | None = None) -> OpenImage:
+    """Open an image of any format of IMAGE_SUFFIXES; pixels are read later.
+
+    Args:
+        path: PNG, JPEG, WebP and BMP are read by Pillow; TIFF, BigTIFF, COG and JPEG 2000, and what has more than 8
+            bits, by rasterio; .npy holds (H, W, bands) uint8.
+        channels: 3 = RGB, 1 = grey, others = as many bands; None = 3, or the bands that are chosen or a .npy has.
+        reading: bands, scale and nodata; None = the image's own 8-bit RGB or grey.
+    Returns:
+        The opened image.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: naming the file, if it is no image, has several pages, or lacks the bands.
+    """
+    path, reading = Path(path), reading or Reading()
+    source, info = open_source(path)
+    if channels is None:
+        channels = len(reading.bands) if reading.bands else len(info.bands) if path.suffix.lower() == ".npy" else 3
+    try:
+        return OpenImage(path, source, info, channels, reading)
+    except UserError:
+        source.close()
+        raise
+
+
+def read_image(path: str | Path, channels: int | None = 3, reading: Reading | None = None) -> np.ndarray:
+    """Read an image (see open_image) as (H, W, C) uint8, upright; alpha is dropped."""
+    with open_image(path, channels, reading) as image:
+        return image.read()[0]
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the upright image, from the header alone; errors as open_image."""
+    source, info = open_source(Path(path))
+    source.close()
+    return info.height, info.width
+
+
+def open_source(path: Path) -> tuple[Any, ImageInfo]:
+    """Open a file by the reader that can hold all of it; errors as open_image."""
+    if not path.is_file():
+        raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.")
+    try:
+        if path.suffix.lower() == ".npy":
+            return open_array(path)
+        kind = rasters.sniff(path)
+        pages = rasters.read_pages(path) if kind == "GTiff" else []
+        if not pages:
+            return rasters.open_raster(path) if kind == "JP2OpenJPEG" else open_with_pillow(path)
+        rasters.check_pages(path, pages)
+        if rasters.is_cmyk(pages[0]) or (rasters.is_plain(pages[0]) and not rasters.is_installed()):
+            return open_with_pillow(path)
+        return rasters.open_raster(path, rasters.orientation_of(pages[0], path))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, bomb errors ...
+        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
+
+
+def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Found:
+    """Find the images of a folder and count what else is there.
+
+    Args:
+        folder: folder of images.
+        suffix: ending of the stems that counts; other images are left out, and it is cut off the name.
+        recursive: read subfolders as well.
+    Returns:
+        The images and what was left out.
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images or masks. Check the path.")
+    files: dict[str, Path] = {}
+    problems: list[str] = []
+    left_out: Counter[str] = Counter()
+    folders = set()
+    for place, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        parts = Path(place).relative_to(folder).parts
+        for path in (Path(place, name) for name in sorted(names)):
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES
+            if parts and not recursive:
+                left_out["subfolders"] += is_image and not path.name.startswith(".")
+                folders |= {place} if is_image else set()
+            elif path.name.startswith("."):
+                left_out["hidden"] += 1
+            elif not is_image:
+                left_out[path.suffix.lower() or "no ending"] += 1
+            elif not path.stem.endswith(suffix):
+                left_out["suffix"] += 1
+            else:
+                name = "_".join((*parts, path.stem[: len(path.stem) - len(suffix)]))
+                if name in files:
+                    problems.append(f"{path}: the same name as {files[name]}; expected one file a name")
+                files[name] = path
+    if left_out["subfolders"]:
+        left_out["folders"] = len(folders)
+    return Found(files, problems, {kind: number for kind, number in left_out.items() if number})
+
+
+def pair_images(images: Found, masks: Found) -> tuple[list[Pair], list[str], list[str]]:
+    """Pair images with masks of the same name.
+
+    Returns:
+        The pairs in the order of the images, the names of images without a mask, those of masks without an image.
+    """
+    pairs = [Pair(path, masks.files[name], name) for name, path in images.files.items() if name in masks.files]
+    return (pairs, [name for name in images.files if name not in masks.files],
+            [name for name in masks.files if name not in images.files])  # fmt: skip
+
+
+def open_array(path: Path) -> tuple["ArraySource", ImageInfo]:
+    """Open a .npy of (H, W, bands) uint8."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise UserError(f"{path}: {array.shape} {array.dtype}. Expected (height, width, bands) uint8. "
+                        "scripts/prepare_dataset.py --bands writes such arrays.")
+    return ArraySource(array), ImageInfo(*array.shape[:2], bands=("",) * array.shape[2], by_rows=True)
+
+
+def open_with_pillow(path: Path) -> tuple[Any, ImageInfo]:
+    """Open an image by Pillow, or by rasterio where Pillow would drop bits or hold too much at once."""
+    try:
+        picture = Image.open(path)
+    except Image.DecompressionBombError:
+        return rasters.open_raster(path)
+    try:
+        mode = raw_mode(picture)
+        if ";16" in mode and picture.format in ("PNG", "TIFF", "PPM"):
+            picture.close()
+            return rasters.open_raster(path)
+        # Pages of TIFFs were counted before; the further pictures of an MPO are views for its camera's display.
+        if picture.format not in ("MPO", "TIFF") and getattr(picture, "n_frames", 1) > 1:
+            raise UserError(f"{path}: {picture.n_frames} pages or frames. Expected one. Write the one that is meant to "
+                            "a file of its own.")
+        if picture.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
+            raise UserError(f"{path}: an image of mode {picture.mode}, which has no 8-bit colours. {SCALE_HINT}")
+        turn = read_orientation(picture)
+        width, height = picture.size
+        if picture.width * picture.height > WHOLE_PIXELS and rasters.is_installed():
+            picture.close()
+            return rasters.open_raster(path, orientation=turn)
+    except BaseException:
+        picture.close()
+        raise
+    if turn >= 5:
+        width, height = height, width
+    has_alpha = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
+    is_grey = picture.mode in ("1", "L", "LA", "La")
+    names = ("gray",) if is_grey else ("red", "green", "blue")
+    alpha = len(names) if has_alpha else None
+    info = ImageInfo(height, width, names + ("alpha",) * has_alpha, orientation=turn, alpha=alpha)
+    target = ("LA" if has_alpha else "L") if is_grey else ("RGBA" if has_alpha else "RGB")
+    return PillowSource(picture, target, path, alpha), info
+
+
+def read_orientation(picture: Image.Image) -> int:
+    """Orientation tag of an opened image, 1..8; 1 for TIFFs, which Pillow turns by itself, and for numbers beyond."""
+    if picture.format == "TIFF" or not EXIF_KEYS & set(picture.info):
+        return 1
+    value = picture.getexif().get(ORIENTATION, 1)
+    return value if value in UPRIGHT else 1
+
+
+def raw_mode(picture: Image.Image) -> str:
+    """Storage mode of an opened, not yet loaded image (Pillow's raw mode), for example `L;4` or `RGB;16B`."""
+    mode = picture.tile[0][3] if picture.tile else ""
+    return str(mode[0]) if isinstance(mode, tuple) and mode else str(mode)
+
+
+@dataclass
+class ArraySource:
+    """Stored numbers of a .npy."""
+
+    array: np.ndarray
+
+    def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, None]:
+        """(h, W, B) uint8 of rows and bands."""
+        rows = np.asarray(self.array[top:bottom])
+        return (rows if list(numbers) == list(range(rows.shape[2])) else rows[:, :, list(numbers)]), None
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+@dataclass
+class PillowSource:
+    """An image opened by Pillow, decoded as a whole at the first read."""
+
+    picture: Image.Image
+    target: str
+    path: Path
+    alpha: int | None
+    array: np.ndarray | None = field(default=None, repr=False)
+
+    def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """(h, W, B) uint8 of rows and bands, and (h, W) bool where alpha is above 0."""
+        if self.array is None:
+            try:
+                before = read_orientation(self.picture)
+                self.picture.load()
+                if read_orientation(self.picture) != before:  # a PNG may tell after its pixels
+                    raise UserError(f"{self.path}: its orientation tag stands behind the pixels. Write the file again, "
+                                    "upright.")
+                self.array = np.atleast_3d(np.asarray(self.picture.convert(self.target)))
+            except UserError:
+                raise
+            except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error ...
+                raise UserError(f"{self.path}: not readable as an image ({error}). Write the file again.") from error
+        values = self.array[top:bottom]
+        valid = None
+        if self.alpha is not None and self.alpha not in numbers:
+            valid = values[:, :, self.alpha] > 0
+        wanted = list(numbers)
+        return (values if wanted == list(range(values.shape[2])) else values[:, :, wanted]), valid
+
+    def close(self) -> None:
+        """Close the file."""
+        self.picture.close()
+
+
+def choose_bands(path: Path, info: ImageInfo, channels: int | None, reading: Reading) -> tuple[list[int], int]:
+    """Numbers of the bands to read and the number of channels that they become.
+
+    Raises:
+        UserError: if bands are missing, or it is not clear which ones are red, green and blue.
+    """
+    has = f"{len(info.bands)} bands ({', '.join(name or '?' for name in info.bands)})"
+    if reading.bands is not None:
+        numbers = [find_band(path, info, band, has) for band in reading.bands]
+        channels = channels or len(numbers)
+        if len(numbers) not in (1, 3, channels) or (channels not in (1, 3) and len(numbers) != channels):
+            raise UserError(f"{path}: {len(numbers)} bands chosen for {channels} channels. Expected as many.")
+        return numbers, channels
+    colours = [number for number in range(len(info.bands)) if number != info.alpha]
+    if channels not in (1, 3):
+        if len(colours) != channels:
+            raise UserError(f"{path}: {has}. Expected {channels}, alpha not counted. Choose them with "
+                            "scripts/prepare_dataset.py --bands.")
+        return colours, channels
+    if len(colours) == 1:
+        return colours, channels
+    rgb = [[number for number in colours if info.bands[number].lower() == name] for name in ("red", "green", "blue")]
+    if all(len(found) == 1 for found in rgb):
+        return [found[0] for found in rgb], channels
+    if len(colours) == 3 and not any(rgb):
+        return colours, channels
+    raise UserError(f"{path}: {has}, and nothing says which are red, green and blue. Choose three with --bands 0 1 2 "
+                    "of scripts/prepare_dataset.py (numbers from 0, or names).")
+
+
+def find_band(path: Path, info: ImageInfo, band: int | str, has: str) -> int:
+    """Number of a band given by number or name; UserError if the image has no such band."""
+    if isinstance(band, int) or str(band).isdecimal():
+        if 0 <= int(band) < len(info.bands):
+            return int(band)
+    else:
+        found = [number for number, name in enumerate(info.bands) if name.lower() == band.lower()]
+        if len(found) == 1:
+            return found[0]
+    raise UserError(f"{path}: no band {band}; it has {has}. Expected numbers from 0 to {len(info.bands) - 1}, or names "
+                    "that one band has.")
+
+
+def to_8_bits(values: np.ndarray, info: ImageInfo, reading: Reading, path: Path) -> np.ndarray:
+    """Bring stored numbers (h, w, B) to uint8.
+
+    Args:
+        values: any integer or float dtype; NaN becomes 0.
+        info: 8-bit images pass as they are.
+        reading: its scale is used for all others; values outside it become 0 and 255.
+        path: named in errors.
+    Returns:
+        (h, w, B) uint8.
+    Raises:
+        UserError: if the image has not 8 bits and there is no scale; it names the numbers seen.
+    """
+    if info.dtype == "uint8" and info.bits == 8:
+        return values
+    if values.dtype.kind not in "iuf":
+        raise UserError(f"{path}: numbers of type {info.dtype}. Expected integers or floats.")
+    if reading.scale is None:
+        finite = values[np.isfinite(values)]
+        seen = f"{finite.min():g} to {finite.max():g}" if finite.size else "without a finite number"
+        name = info.dtype if info.bits in (16, 32, 64) else f"{info.bits}-bit"
+        raise UserError(f"{path}: {name} numbers, {seen}. Expected 8-bit RGB or grey. {SCALE_HINT}")
+    if len(reading.scale) not in (1, values.shape[2]):
+        raise UserError(f"{path}: {len(reading.scale)} scales for {values.shape[2]} bands. Expected one for all or one "
+                        "for each.")
+    low, high = np.array(np.broadcast_to(reading.scale, (values.shape[2], 2)), np.float32).T
+    if values.dtype in (np.uint8, np.uint16) and values.size > 65536:  # a table is faster than arithmetic
+        stored = np.arange(np.iinfo(values.dtype).max + 1, dtype=np.float32)
+        tables = [scale_numbers(stored, a, b) for a, b in zip(low, high, strict=True)]
+        return np.stack([table[values[:, :, band]] for band, table in enumerate(tables)], 2)
+    return scale_numbers(values, low, high)
+
+
+def scale_numbers(values: np.ndarray, low: Any, high: Any) -> np.ndarray:
+    """Map low..high to 0..255, rounded and clipped, uint8; NaN becomes 0."""
+    scaled = (values.astype(np.float32) - low) * (255.0 / (high - low))
+    return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0), 0, 255)).astype(np.uint8)

@@ -1,0 +1,204 @@
+"""TIFF, BigTIFF, COG, JPEG 2000 and images of more than 8 bits, by rasterio; the package is optional.
+
+Only images.py and masks.py use this file.
+"""
+import functools
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    from ldm.data.images import ImageInfo
+
+# First bytes -> GDAL's driver. It is named at opening, so that no file is opened as a kind that leads to other files
+# (VRT, descriptions of web services).
+DRIVERS = {
+    b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff", b"\x89PNG": "PNG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG", b"\0\0\0\x0c": "JP2OpenJPEG", b"\xff\xd8\xff": "JPEG",
+}  # fmt: skip
+SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES = 254, 258, 259, 262, 274, 277
+FORMAT, GEO_SCALE, GEO_TRANSFORM, EXTRA = 339, 33550, 34264, 338
+GREY_FROM_WHITE, GREY, RGB, PALETTE, SEPARATED, LAB = 0, 1, 2, 3, 5, 8
+OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "YES", "GDAL_CACHEMAX": 64}  # look for side files by name; megabytes
+
+
+@functools.cache
+def is_installed() -> bool:
+    """Whether rasterio can be imported."""
+    return importlib.util.find_spec("rasterio") is not None
+
+
+@functools.cache
+def load_rasterio() -> Any:
+    """Import rasterio and silence its warning about images without a place on Earth."""
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+    return rasterio
+
+
+def sniff(path: Path) -> str:
+    """GDAL's driver for a file by its first bytes, or ''."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((driver for first, driver in DRIVERS.items() if start.startswith(first)), "")
+
+
+def read_pages(path: Path) -> list[dict[int, Any]]:
+    """Tags of every page of a TIFF; overviews and masks are no pages."""
+    pages: list[dict[int, Any]] = []
+    with path.open("rb") as file:
+        header = file.read(8)
+        if header[2] == 43 or header[3] == 43:
+            header += file.read(8)
+        directory = ImageFileDirectory_v2(header)
+        seen: set[int] = set()
+        while directory.next and directory.next not in seen:
+            seen.add(directory.next)
+            file.seek(directory.next)
+            directory.load(file)
+            tags = {tag: directory[tag] for tag in (SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES,
+                                                    FORMAT, GEO_SCALE, GEO_TRANSFORM, EXTRA) if tag in directory}
+            if not int(tags.get(SUBFILE, 0)) & 0b101:
+                pages.append(tags)
+    return pages
+
+
+def check_pages(path: Path, pages: Sequence[dict[int, Any]]) -> None:
+    """UserError for a TIFF of several pages or of a kind that nothing here converts."""
+    if len(pages) > 1:
+        raise UserError(f"{path}: {len(pages)} pages. Expected one. Write the one that is meant to a file of its own, "
+                        "for example with gdal_translate GTIFF_DIR:1:IN.tif OUT.tif.")
+    if pages[0].get(PHOTOMETRIC) == GREY_FROM_WHITE:
+        raise UserError(f"{path}: stored with 0 as white (MINISWHITE), which programs read in different ways. Expected "
+                        "0 as black. Write it again with inverted numbers.")
+    if pages[0].get(PHOTOMETRIC) == LAB:
+        raise UserError(f"{path}: CIELab colours. Expected RGB, grey or bands. Convert it to RGB.")
+
+
+def is_cmyk(page: dict[int, Any]) -> bool:
+    """Whether a TIFF holds CMYK, which rasterio would give as four bands."""
+    return page.get(PHOTOMETRIC) == SEPARATED and page.get(SAMPLES) == 4
+
+
+def is_plain(page: dict[int, Any]) -> bool:
+    """Whether Pillow loses nothing of a TIFF: grey, palette or RGB of 8 bits, at most one alpha band beside them."""
+    bits = page.get(BITS, 1)
+    colours = {GREY: 1, RGB: 3, PALETTE: 1}.get(page.get(PHOTOMETRIC), 0)
+    samples, extra = page.get(SAMPLES, 1), page.get(EXTRA, ())
+    extra = extra if isinstance(extra, tuple) else (extra,)
+    is_alpha = len(extra) == 1 and extra[0] in (1, 2)
+    return set(bits if isinstance(bits, tuple) else (bits,)) == {8} and samples == colours + is_alpha
+
+
+def orientation_of(page: dict[int, Any], path: Path) -> int:
+    """Orientation tag of a TIFF, 1..8; UserError for a turned one that is georeferenced, whose place is unclear."""
+    value = int(page.get(ORIENTATION, 1))
+    value = value if 1 <= value <= 8 else 1
+    if value != 1 and (GEO_SCALE in page or GEO_TRANSFORM in page):
+        raise UserError(f"{path}: georeferenced and stored turned (orientation {value}). Expected one of the two. "
+                        "Write it again upright, for example with gdalwarp.")
+    return value
+
+
+def open_dataset(path: Path) -> Any:
+    """Open a file by rasterio; UserError if that is not installed or cannot read it."""
+    if not is_installed():
+        raise UserError(f"{path}: reading it needs rasterio, which is not installed. Install it: sh "
+                        "scripts/setup_env.sh train (or seg), or pip install rasterio. Or convert it to 8-bit PNG.")
+    rasterio, driver = load_rasterio(), sniff(path)
+    if not driver:
+        raise UserError(f"{path}: too large or of a kind that only TIFF, JPEG 2000, PNG and JPEG are read for. Convert "
+                        "it to TIFF.")
+    try:
+        with rasterio.Env(**OPTIONS):
+            return rasterio.open(path, driver=driver)
+    except (rasterio.errors.RasterioError, ValueError) as error:
+        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
+
+
+def open_raster(path: Path, orientation: int = 1) -> tuple["RasterSource", "ImageInfo"]:
+    """Open an image by rasterio (see images.open_encoded)."""
+    from ldm.data.images import ImageInfo
+
+    dataset = open_dataset(path)
+    names = [interpretation.name for interpretation in dataset.colorinterp]
+    alpha = names.index("alpha") if "alpha" in names else None
+    colours = ["" if name in ("undefined", "palette") else name for name in names]
+    bands = tuple(text or colour for text, colour in zip(dataset.descriptions, colours, strict=True))
+    palette = None
+    if dataset.count == 1 and names[0] == "palette":
+        palette = np.zeros((1 << 16, 4), np.uint8)
+        for number, colour in dataset.colormap(1).items():
+            palette[number] = colour
+        bands, alpha = ("red", "green", "blue"), None
+    bits = [int(dataset.tags(number, ns="IMAGE_STRUCTURE").get("NBITS", 0)) for number in dataset.indexes]
+    dtype = np.result_type(*dataset.dtypes).name
+    height, width = (dataset.width, dataset.height) if orientation >= 5 else (dataset.height, dataset.width)
+    is_placed = not dataset.transform.is_identity
+    info = ImageInfo(
+        height, width, bands, "uint8" if palette is not None else dtype,
+        8 if palette is not None else max(bits) or np.dtype(dtype).itemsize * 8, orientation, alpha, dataset.nodata,
+        dataset.crs.to_string() if dataset.crs and is_placed else None,
+        tuple(dataset.transform)[:6] if is_placed else None,
+        by_rows=dataset.driver in ("GTiff", "JP2OpenJPEG"),
+    )  # fmt: skip
+    return RasterSource(dataset, path, palette, alpha), info
+
+
+class RasterSource:
+    """An image opened by rasterio; reads rows without the others."""
+
+    def __init__(self, dataset: Any, path: Path, palette: np.ndarray | None, alpha: int | None) -> None:
+        """Keep the open dataset; palette: (65536, 4) uint8 colours of an image of indices, or None."""
+        self.dataset, self.path, self.palette, self.alpha = dataset, path, palette, alpha
+
+    def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """(h, W, B) of rows and bands as stored (a palette's colours), and (h, W) bool where there is data or None."""
+        rasterio = load_rasterio()
+        from rasterio.enums import MaskFlags
+        from rasterio.windows import Window
+
+        bottom = self.dataset.height if bottom is None else bottom
+        window = Window(0, top, self.dataset.width, bottom - top)
+        stored = [1] if self.palette is not None else [number + 1 for number in numbers]
+        flags = self.dataset.mask_flag_enums[stored[0] - 1]
+        try:
+            with rasterio.Env(**OPTIONS):
+                values = self.dataset.read(stored, window=window)
+                valid = None
+                if MaskFlags.alpha in flags:
+                    if self.alpha not in numbers:
+                        valid = self.dataset.read(self.alpha + 1, window=window) > 0
+                elif MaskFlags.per_dataset in flags:
+                    valid = self.dataset.read_masks(stored[0], window=window) > 0
+        except (rasterio.errors.RasterioError, ValueError) as error:  # ValueError: bands of several types
+            raise UserError(f"{self.path}: not readable as an image ({error}). Write the file again.") from error
+        nodata = self.dataset.nodata
+        if nodata is not None and not np.isnan(nodata):
+            valid = both(valid, (values != nodata).any(0))
+        if values.dtype.kind in "fc":
+            valid = both(valid, ~np.isnan(values).all(0))
+        if self.palette is not None:
+            colours = self.palette[values[0]]
+            if (colours[:, :, 3] == 0).any():
+                valid = both(valid, colours[:, :, 3] > 0)
+            return colours[:, :, list(numbers)], valid
+        return np.moveaxis(values, 0, 2), valid
+
+    def close(self) -> None:
+        """Close the file."""
+        self.dataset.close()
+
+
+def both(valid: np.ndarray | None, more: np.ndarray) -> np.ndarray:
+    """Where two maps of data agree that there is some."""
+    return more if valid is None else valid & more

@@ -1,0 +1,290 @@
+"""Files that are whole or absent, lists that several processes write, locks, and what tells files apart.
+
+Light on purpose (no torch): every room may import it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from operator import itemgetter
+from pathlib import Path
+from typing import IO, Any
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0)  # seconds; what a network folder needs to come back
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+LOCK_TRIES, LOCK_WAIT = 4, 0.05  # is_locked() looks at a lock by taking it for a moment
+IDENTITY_BYTES = 1 << 15  # of each end of a large image; the end of a PNG holds the check sum of all its pixels
+WHOLE_BYTES = 8 << 20  # up to here the whole file is read
+SHOWN_CHANGES, SHOWN_CHARACTERS = 12, 60
+
+
+class OutputError(OSError):
+    """A folder cannot be written; the text says where, why and what to do."""
+
+
+def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], Any], temporary: Path | None = None,
+                 is_synced: bool = True) -> None:
+    """Write a file so that it is there complete or not at all.
+
+    Args:
+        path: where it ends up; its folder exists.
+        content: what it holds (text is UTF-8), or a function that receives the open binary file and writes it.
+        temporary: name until it is complete, on the same file system; default: a hidden one beside it, of this thread
+            alone. One that is always the same lets the next write take away what a killed process left.
+        is_synced: wait until the file would survive a power cut.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            if is_synced:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError as error:  # the folder is gone or read-only: the error of the write says so
+            logger.debug("%s: not removed (%s)", temporary, error)
+
+
+def with_retries(action: Callable[[], Any], path: Path, size: int = 0) -> Any:
+    """Run a write, again after a while if the folder does not answer.
+
+    Args:
+        action: writes, and may be repeated.
+        path, size: file and number of bytes, for the message.
+    Raises:
+        OutputError: at once when the disk is full, else after the last try.
+    """
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return action()
+        except OutputError:
+            raise
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise OutputError(f"{path}: the disk is full ({error.strerror}), {size:,} bytes were needed. Free some "
+                                  "space and run the same command again; what is finished stays.") from error
+            if delay is None:
+                raise OutputError(
+                    f"{path}: cannot be written ({error}), tried {len(RETRY_DELAYS) + 1} times. Expected a folder that "
+                    "can be written. Mend it and run the same command again; what is finished stays.") from error
+            logger.warning("%s: %s; next try in %s s", path, error, delay)
+            time.sleep(delay)
+
+
+def take_flock(file: IO[bytes], operation: int) -> None:
+    """flock() of a file; where the file system has no locks, as some network file systems, only a warning."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_of_no_locks(Path(file.name).parent, error.strerror)
+
+
+@cache  # once
+def warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Say that nothing keeps processes apart."""
+    logger.warning("%s: no locks on this file system (%s); give every process a --shard of its own, and run the "
+                   "command once more when all have ended", folder, reason)
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Keep other processes, on this and other machines, out of the block; waits for them.
+
+    The kernel frees the lock of a process that dies, on network file systems too. Not to be nested with itself.
+
+    Args:
+        path: the lock file, by custom `.lock` of the folder whose lists and records the block changes; it stays.
+    """
+    with open(path, "wb") as file:
+        take_flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def take_lock(path: Path) -> IO[bytes] | None:
+    """Open and lock a file; None if another process has the lock. Closing the file frees it."""
+    for _ in range(LOCK_TRIES):
+        file = open(path, "ab+")
+        try:
+            take_flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BlockingIOError:
+            time.sleep(LOCK_WAIT)
+        except FileNotFoundError:
+            logger.debug("%s: removed by the process that had it a moment ago", path)
+        file.close()  # no use: it is, or was, another process's
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process has the lock of this file."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def read_json(path: Path) -> Any:
+    """Value in a JSON file, None if there is no such file; ValueError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, atomically; one process at a time."""
+    text = (json.dumps(value, indent=1) + "\n").encode()
+    with_retries(lambda: atomic_write(path, text, path.with_name(f".{path.name}.tmp")), path, len(text))
+
+
+def to_line(record: Record) -> bytes:
+    """A record as a line of a JSON-lines file."""
+    return json.dumps(record).encode() + b"\n"
+
+
+def read_lines(path: Path, *key: str) -> dict[Any, Record]:
+    """Records of a JSON-lines file, {} if there is none.
+
+    Args:
+        path: the file.
+        key: names of the values that tell records apart.
+    Returns:
+        The newest record of each key (a tuple if there are several names), sorted by it. A line that a killed process
+        left unfinished is left out.
+    """
+    key_of = itemgetter(*key)
+    records: dict[Any, Record] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            records[key_of(record)] = record
+        except (ValueError, TypeError, KeyError):
+            continue
+    return {name: records[name] for name in sorted(records)}
+
+
+def append_lines(path: Path, records: Iterable[Record]) -> None:
+    """Add records to a JSON-lines file that several processes write, in one write."""
+    text = b"".join(map(to_line, records))
+
+    def add() -> None:
+        with lock(path.with_name(".lock")), open(path, "ab+") as file:
+            is_torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+            file.write((b"\n" if is_torn else b"") + text)
+
+    if text:
+        with_retries(add, path, len(text))
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+    """Write a JSON-lines file, atomically, or remove it when there is no record; hold the lock of its folder.
+
+    Args:
+        path: the file.
+        records: written as they come: those of a million images need not fit into memory.
+    """
+    atomic_write(path, lambda file: file.writelines(map(to_line, records)), path.with_name(f".{path.name}.tmp"))
+    if path.stat().st_size == 0:
+        path.unlink()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy where links are not possible (another disk, a file system without them)."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file as hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_identity(path: Path) -> str:
+    """Tells files apart: size and a digest, of both ends of large PNG and JPEG files and of the whole of all others.
+
+    A change inside a PNG changes the check sum at its end, and inside a JPEG nearly always its size; in a TIFF or a
+    manifest it need not. Neither path nor time count, so that copies of a data set are the same data.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES or path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        return f"{size}-{file_sha256(path)[:24]}"
+    with open(path, "rb") as file:
+        content = file.read(IDENTITY_BYTES)
+        file.seek(size - IDENTITY_BYTES)
+        content += file.read()
+    return f"{size}-{hashlib.sha256(content).hexdigest()[:24]}"
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, as hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def find_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say what differs between settings read from a JSON file and those at hand, down to single entries of mappings.
+
+    Returns:
+        `name was X, is Y, ...`, empty if nothing does.
+    """
+    changes = list(_changes(old, json.loads(json.dumps(new)), ""))  # JSON makes strings of numbers that are keys
+    return ", ".join(changes[:SHOWN_CHANGES]) + (", ..." if len(changes) > SHOWN_CHANGES else "")
+
+
+def _changes(old: Any, new: Any, prefix: str) -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from _changes(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield f"{prefix.rstrip('.')} was {_short(old)}, is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+
+
+def read_settings(path: Path) -> Record:
+    """Settings stored in a folder, {} if there are none.
+
+    Raises:
+        FileExistsError: if the file holds something else.
+    """
+    try:
+        return dict((read_json(path) or {"settings": {}})["settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileExistsError(
+            f"{path}: not the settings of a run ({type(error).__name__}). Expected what this command writes. "
+            "Choose another folder."
+        ) from error
