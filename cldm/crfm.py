@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from ldm.methods.base import WeightGroup
-from ldm.methods.latent import LatentDiffusion, check_names
 from torch import Tensor, nn
 
 from cldm.sd3 import TEXT_PARTS, MaskTransformer, merge_lora
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.data.vectors import PromptVectors
 from ldm.files import digest_of
+from ldm.methods.base import WeightGroup
+from ldm.methods.latent import LatentDiffusion, check_names
 from ldm.modules.blocks import set_norm_groups
 from ldm.util import UserError
 from ldm.weights.sd35 import BASE, NETWORK

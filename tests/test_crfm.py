@@ -213,6 +213,7 @@ def test_training_moves_what_it_names(root: Path, tmp_path: Path, groups: list[s
     assert image.isfinite().all()
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_latents_are_kept(root: Path, tmp_path: Path):
     script = tmp_path / "two.py"
     arguments = ["--config_model", "configs/model/sd35_tiny.yaml", "-b", str(root / "train.yaml"), "--data_root",
