@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -231,3 +232,13 @@ def is_rank_zero() -> bool:
     """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
     return all(int(os.environ.get(name) or 0) == 0 for name in names)
+
+
+def leave_signals_to_main(_: int = 0) -> None:
+    """For processes of a loader: srun and Ctrl-C signal every process of a job; these end when the main one ends them.
+
+    The first SIGTERM is the job's. A program that leaves without closing its loader sends more of them, and waits.
+    """
+    for name in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
