@@ -40,7 +40,7 @@ class ManifestError(UserError):
         if len(problems) > SHOWN_PROBLEMS:
             others = sorted({line for line, _ in problems[SHOWN_PROBLEMS:]})
             text.append(f"  and {len(problems) - SHOWN_PROBLEMS} more, in lines {format_ranges(others)}")
-        text.append("Correct these lines, or check --data_root and --dataset.")
+        text.append("Correct these lines, or check --data_root and --classes.")
         super().__init__("\n".join(text))
 
 
