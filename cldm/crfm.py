@@ -107,8 +107,8 @@ class CRFM(LatentDiffusion):
                 WeightGroup("image stream", BASE), *super().weight_groups())
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the transformer, for torch.compile."""
-        return list(self.network.base.transformer_blocks)
+        """The blocks of three streams, for torch.compile."""
+        return list(self.network.mask_blocks)
 
     def vectors(self) -> PromptVectors:
         """The vectors of prompts; UserError if the config names no folder."""
