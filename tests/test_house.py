@@ -18,7 +18,7 @@ LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/trai
                    "ldm/training/average.py", "train.py")
 # package -> prefixes of our own modules that it may import; a longer package name wins
 MAY_IMPORT = {
-    "ldm": ("ldm.util",),
+    "ldm": ("ldm.util", "ldm.files"),
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
     "ldm.modules": ("ldm.modules", "ldm.util", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),

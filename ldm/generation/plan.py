@@ -261,14 +261,14 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: Method) ->
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
-    """Class table that masks are read with: --dataset, which must have as many classes as the model's, or the model's.
+    """Class table that masks are read with: --classes, which must have as many classes as the model's, or the model's.
 
-    By default masks are stored as those of the training were; --dataset is for masks numbered or coloured otherwise.
+    By default masks are stored as those of the training were; --classes is for masks numbered or coloured otherwise.
     """
     table = ClassTable.load(dataset) if dataset else own
     if table.num_classes != own.num_classes:
         raise UserError(
-            f"--dataset: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
+            f"--classes: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
             f" table {own.name}. Use a table with the model's classes."
         )
     return table
