@@ -23,7 +23,7 @@ from ldm.generation.run import open_run
 from ldm.generation.store import Claim, ShardStore, mask_name
 from ldm.generation.writer import ImageWriter
 from ldm.sampling.rectify import Rectifier
-from ldm.util import UserError
+from ldm.util import UserError, locate
 from ldm.weights.load import load_method
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class Worker:
         is_cuda = self.device.type == "cuda"
         # Full precision means it: convolutions on CUDA would otherwise round their inputs to TF32.
         torch.backends.cudnn.allow_tf32 = settings.precision != "full"
-        method = load_method(settings.ckpt, plan.config, self.device)
+        kept = locate(plan.config["model"]["target"]).autocast_dtype if plan.use_autocast else torch.float32
+        method = load_method(settings.ckpt, plan.config, self.device, kept)
         if settings.compile:
             compile_blocks(method)
         self.rectifier = None
