@@ -231,6 +231,7 @@ class TISynth(LatentDiffusion):
             Prediction of kind prediction_type, (B, C, h, w).
         """
         unet, mask, reference = (None, None, None) if look is None else look.unbind(1)
+        context = self.control_model.join_context(context, self.ssl_stage_model, self.model.diffusion_model)
         from_mask = self.control_model(latent, timestep, context, hint, mask)
         from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent, reference)
         return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference, unet)
