@@ -225,6 +225,8 @@ def run_training(config, args: argparse.Namespace, budget) -> int:  # noqa: ANN0
     data = instantiate_from_config(config.data, seed=config.seed, size_factor=skeleton.size_factor,
                                    takes=skeleton.takes, channels=skeleton.image_channels)
     data.setup("fit")  # reads and checks all input before the network is built
+    if "prompt" in skeleton.takes:
+        skeleton.check_prompts(data.prompts())
     trainer = build_trainer(config, args, run_dir, data, budget)
     torch.manual_seed(config.seed)
     start = build_method(config, checkpoint, args.pretrain_path or (), args.actual_resume, args.allow_partial,
@@ -232,6 +234,8 @@ def run_training(config, args: argparse.Namespace, budget) -> int:  # noqa: ANN0
     method = start.method
     if args.finetune:
         start_finetuning(start, trainer.callbacks, args.finetune, args.finetune_ema)
+    if not checkpoint:
+        method.start_training()
     if args.scale_lr:
         options["learning_rate"] *= trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
         log.info("learning rate scaled to %g", options["learning_rate"])

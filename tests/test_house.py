@@ -20,7 +20,7 @@ LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/trai
 MAY_IMPORT = {
     "ldm": ("ldm.util", "ldm.files"),
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
-    "ldm.modules": ("ldm.modules", "ldm.util", "ldm.weights.checkpoint"),
+    "ldm.modules": ("ldm.modules", "ldm.util", "ldm.files", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
     "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.cli"),
     "ldm.sampling": ("ldm.sampling", "ldm.diffusion", "ldm.util"),

@@ -159,7 +159,7 @@ class WeightExport(pl.Callback):
             names = {"method." + name for name in left_out}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in names}
         weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
-        save_safetensors(self.path, weights, self.config, metadata)
+        save_safetensors(self.path, pl_module.method.exported(weights), self.config, metadata)
 
 
 class ImageGrid(pl.Callback):
