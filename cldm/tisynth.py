@@ -215,6 +215,10 @@ class TISynth(LatentDiffusion):
                 notes.append(f"warning: all zero-convolutions of the {group} are zero: the {what} has no effect yet")
         return notes
 
+    def training_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoising loss (see DiffusionMethod)."""
+        return super().training_loss(self.encode_together(batch))
+
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                       reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
         """Output of the network.

@@ -1,4 +1,5 @@
 """Convolutional building blocks of the U-Net, the control branches and the autoencoder."""
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,11 +41,15 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
         (B, dim) float32.
     Source: Vaswani et al. 2017, section 3.5; order of the halves as in Stable Diffusion.
     """
-    half = dim // 2
-    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    frequency = torch.exp(-math.log(max_period) * index / half)
-    angle = timestep.float()[:, None] * frequency[None]  # (B, dim / 2)
+    angle = timestep.float()[:, None] * frequencies(dim // 2, max_period, timestep.device)[None]  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
+    """Falling frequencies of timestep_embedding, (count,) float32; computed once, since they never change."""
+    index = torch.arange(count, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(max_period) * index / count)
 
 
 def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
