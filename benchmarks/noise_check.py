@@ -10,8 +10,6 @@ is skipped when the command is given again. `recovered` is (arm - noisy) / (clea
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,9 @@ from ldm.data.manifest import read_manifest, write_manifest
 from ldm.files import link_or_copy
 from ldm.util import UserError
 from post_processing.segmentation.noise import read_noise
+from scripts.evaluate import main as evaluate
+from scripts.train_segmentor import main as train
 
-ROOT = Path(__file__).resolve().parents[1]
 # building, land, road, vegetation, water of the table `dubai`; made by hand before the first run
 DUBAI = [[0.55, 0.40, 0.05, 0, 0], [0.10, 0.73, 0.10, 0.07, 0], [0.05, 0.42, 0.53, 0, 0], [0, 0.42, 0, 0.58, 0],
          [0, 0.25, 0, 0.05, 0.70]]  # fmt: skip
@@ -71,14 +70,6 @@ def write_sets(args: argparse.Namespace, table: ClassTable, folder: Path) -> flo
     return float(counts[0] / counts[1])
 
 
-def run(*command: str) -> None:
-    """Run one of the project's commands; UserError with its last lines if it fails."""
-    done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-5:])
-        raise UserError(f"{' '.join(command[:2])}: exit code {done.returncode}\n{last}")
-
-
 def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, matrix: Path) -> dict:
     """Train one arm with one seed, and score it on the test pairs; finished ones are read."""
     folder = Path(args.outdir).absolute() / f"{arm}/seed_{seed}"
@@ -86,14 +77,12 @@ def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, m
     if not results.is_file():
         kind = "clean" if arm == "clean" else "noisy"
         flags = [*ARMS[arm], str(matrix)] if arm == "true_t" else ARMS[arm]
-        run("scripts/train_segmentor.py", "--config", args.config, "--class_table", str(sets / "table.json"),
-            "--synthetic_txt_file", str(sets / f"{kind}.json"), "--max_steps", str(args.steps), "--batch_size",
-            str(args.batch_size), "--threads", str(args.threads), "--seed", str(seed), "--work_dir", str(folder),
-            "--resume", *flags)  # fmt: skip
+        train(["--config", args.config, "--class_table", str(sets / "table.json"), "--synthetic_txt_file",
+               str(sets / f"{kind}.json"), "--max_steps", str(args.steps), "--batch_size", str(args.batch_size),
+               "--threads", str(args.threads), "--seed", str(seed), "--work_dir", str(folder), "--resume", *flags])
         segmentor = [str(folder / name) for name in ("config.json", "segmentor.pth")]
-        run("scripts/evaluate.py", "segmentor", "--segmentor", *segmentor, "--real",
-            str(Path(args.test_txt_file).absolute()), "--real_root", str(Path(args.data_root).absolute()), "--outdir",
-            str(folder / "test"))  # fmt: skip
+        evaluate(["segmentor", "--segmentor", *segmentor, "--real", args.test_txt_file, "--real_root", args.data_root,
+                  "--outdir", str(folder / "test")])  # fmt: skip
     return json.loads(results.read_text())
 
 
