@@ -1,6 +1,6 @@
 """Does noise correction work on real images and a real network? Labels flipped by a known T, no generator involved.
 
-    python -m benchmarks.noise_check --class_table dubai --data_root data/dubai --outdir outputs/noise_check
+    python -m benchmarks.noise_check --classes dubai --data_root data/dubai --outdir outputs/noise_check
 
 Flips the labels of the training pairs, and trains with true labels (clean), flipped ones (noisy), label smoothing on
 flipped ones (smooth) and noise correction (dlc), for equal steps, and scores all on real test pairs. What is finished
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldm.cli import add_classes
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
 from ldm.data.manifest import read_manifest, write_manifest
 from ldm.files import link_or_copy
@@ -77,7 +78,7 @@ def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, m
     if not results.is_file():
         kind = "clean" if arm == "clean" else "noisy"
         flags = [*ARMS[arm], str(matrix)] if arm == "true_t" else ARMS[arm]
-        train(["--config", args.config, "--class_table", str(sets / "table.json"), "--synthetic_txt_file",
+        train(["--config", args.config, "--classes", str(sets / "table.json"), "--synthetic_txt_file",
                str(sets / f"{kind}.json"), "--max_steps", str(args.steps), "--batch_size", str(args.batch_size),
                "--threads", str(args.threads), "--seed", str(seed), "--work_dir", str(folder), "--resume", *flags])
         segmentor = [str(folder / name) for name in ("config.json", "segmentor.pth")]
@@ -110,7 +111,7 @@ def show(values: list[float]) -> str:
 def main() -> None:
     """Make the sets, train all arms, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--class_table", required=True)
+    add_classes(parser.add_argument, "of the masks", is_required=True)
     parser.add_argument("--data_root", required=True)
     parser.add_argument("--train_txt_file", help="default: train_set_items.json in --data_root")
     parser.add_argument("--test_txt_file", help="default: test_set_items.json in --data_root")
@@ -126,9 +127,9 @@ def main() -> None:
     args = parser.parse_args()
     args.train_txt_file = args.train_txt_file or str(Path(args.data_root) / "train_set_items.json")
     args.test_txt_file = args.test_txt_file or str(Path(args.data_root) / "test_set_items.json")
-    table = ClassTable.load(args.class_table).without_source_ids()
+    table = ClassTable.load(args.classes).without_source_ids()
     if table.num_classes != len(DUBAI):
-        raise UserError(f"--class_table {args.class_table}: {table.num_classes} classes. Expected {len(DUBAI)}, T's.")
+        raise UserError(f"--classes {args.classes}: {table.num_classes} classes. Expected {len(DUBAI)}, T's.")
     sets = Path(args.outdir).absolute() / "sets"
     if not (sets / "facts.json").is_file():
         share = write_sets(args, table, sets)

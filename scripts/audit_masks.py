@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.cli import add_classes  # noqa: E402
+from ldm.cli import add_classes, positive_int  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.segmentation.audit import estimate_audit, read_facts, write_audit  # noqa: E402
@@ -30,7 +31,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--synthetic_txt_file", help="manifest of synthesized pairs")
     add("--synthetic_root", help="where its paths start (default: its folder)")
     add_classes(add, "of the masks")
-    add("--count", type=int, default=8, help="pairs to draw")
+    add("--count", type=positive_int, default=8, help="pairs to draw")
     add("-s", "--seed", type=int, default=23, help="of the draw")
     add("--read", action="store_true", help="count the corrections in --outdir")
     add("-d", "--debug", action="store_true", help="show tracebacks")
