@@ -113,7 +113,7 @@ def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespac
     matrices = {} if kind != "fixed" else find_matrices(table, args)
     lacking = [str(domain) for domain in domains if domain not in matrices]
     if args.noise_matrix and lacking:
-        raise UserError(f"--noise_matrix {args.noise_matrix}: no matrix of domain {', '.join(lacking)}. Expected 1, and "
+        raise UserError(f"--noise_matrix {args.noise_matrix}: no matrix of domain {', '.join(lacking)}. Expected 1 and "
                         "2 (class borders) with --noise_border. Estimate it with that flag, or leave the flag out.")
     hook = dict(
         type=NOISE_HOOK, kind=kind, names=list(table.names), start=start, seed=args.seed, domains=domains,
