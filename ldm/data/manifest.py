@@ -23,6 +23,9 @@ WEIGHT, MOST_WEIGHT = "weight", 1000  # how often a training sees the row in an 
 # transform (a, b, c, d, e, f) of the tile's own pixels.
 PLACE_KEYS = ("scene", "window", "crs", "transform")
 NEEDS = ("image", "reference", "prompt", "instance")
+# The public code of CRFM writes its manifests anew: `prompts` for `prompt`, and `index`, the row's number, which is not
+# used, since it is wrong as soon as rows are left out.
+CRFM_KEYS = ("prompts", "index")
 SHOWN_PROBLEMS = 100
 LONGEST_LINE = 1 << 20  # bytes
 MOST_PIXELS = 64_000_000  # of a mask or reference; some kilobytes of a damaged or malicious file can claim far more
@@ -151,6 +154,9 @@ def parse_rows(path: Path, data_root: Path, need: set[str], problems: list[tuple
         except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
             problems.append((line, f"not valid JSON ({error}). Expected one object per line."))
         else:
+            if isinstance(entry, dict) and "prompts" in entry and "prompt" not in entry:
+                entry = {key: value for key, value in entry.items() if key not in CRFM_KEYS} | {
+                    "prompt": entry["prompts"]}
             found = find_entry_problems(entry, need)
             problems += [(line, text) for text in found]
             if not found:

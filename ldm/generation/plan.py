@@ -16,6 +16,7 @@ from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
 from ldm.files import Record, file_sha256
 from ldm.generation.generator import Job
+from ldm.generation.guide import guide_fingerprint, load_guide
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
 from ldm.methods.base import Method
@@ -37,6 +38,7 @@ class RunSettings:
     ckpt: str
     config: str | None
     tokenizer_dir: str | None
+    vectors_dir: str | None
     device: str
     precision: str
     compile: bool
@@ -62,6 +64,7 @@ class RunSettings:
     overwrite: bool
     engine: str
     allow_modules: tuple[str, ...] = ()
+    guide: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -208,6 +211,8 @@ def make_plan(
     config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
+    if settings.vectors_dir:
+        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors_dir
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
@@ -225,7 +230,7 @@ def make_plan(
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
     if "prompt" in method.takes:
         method.check_prompts({row.prompt for row in rows})
-    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
+    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling) | method.fingerprint()
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
     return plan
@@ -254,6 +259,8 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: Method) ->
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
     method.check(sampling)
+    if settings.guide:
+        load_guide(settings.guide, method, "cpu", settings.allow_modules)
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
@@ -338,6 +345,13 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
+def without_places(node: Any) -> Any:
+    """A config without folders that decide nothing by their name (see Method.fingerprint)."""
+    if isinstance(node, dict):
+        return {key: without_places(value) for key, value in node.items() if key != "vectors_dir"}
+    return node
+
+
 def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
                      use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
     """What decides the pictures; two runs may share an output folder only if they agree in it.
@@ -351,10 +365,10 @@ def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: Class
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),
-        "config_sha256": hash_of(config),
+        "config_sha256": hash_of(without_places(config)),
         "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
         "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,
         "fixed_code": settings.fixed_code, "ext": settings.extension, "format": settings.format,
-        **sampling.to_dict(),
+        **sampling.to_dict(), **(guide_fingerprint(settings.guide, settings.allow_modules) if settings.guide else {}),
     }  # fmt: skip

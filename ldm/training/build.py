@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ldm.generation.machine import compile_blocks
 from ldm.methods.base import Method
+from ldm.modules.unet import UNetEncoder
 from ldm.training.average import AveragedWeights
 from ldm.util import instantiate_from_config
 from ldm.weights.base import open_whole
@@ -58,6 +62,8 @@ def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequen
         is_filled_later: fill nothing (see start_finetuning).
     """
     method = instantiate_from_config(config.model)
+    if checkpoint:
+        method.start_training()
     start, own = Start(method), method.state_dict()
     if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
         *bases, last = open_whole(checkpoint, own)
@@ -105,6 +111,19 @@ def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, avera
     for callback in callbacks:
         if isinstance(callback, AveragedWeights):
             callback.start = average
+
+
+def compile_training(method: nn.Module, **options: Any) -> None:
+    """Compile the repeated blocks; they get plain tensors then, since compiled code groups its products by itself.
+
+    Args:
+        method: to train.
+        options: of torch.compile.
+    """
+    compile_blocks(method, **options)
+    for part in method.modules():
+        if isinstance(part, UNetEncoder):
+            part.is_joint = False
 
 
 def cache_latents(method: Method, data: Any, trainer: Any, folder: str) -> None:

@@ -2,6 +2,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.transforms import normalize_batch
+from ldm.training.precision import StepWeights
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,11 @@ def freeze_all_but(method: nn.Module, groups: Mapping[str, list[nn.Parameter]]) 
     return f"trains {trained:,} of {total:,} parameters\n" + "\n".join(lines)
 
 
-def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps: int) -> float:
+WARMUP_SHARE = 0.05  # of a budget of time, the most that a warm-up takes
+
+
+def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps: int,
+                         time_share: float | None = None) -> float:
     """Factor on the learning rate at an optimizer step.
 
     Args:
@@ -43,6 +49,7 @@ def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps:
         warmup_steps: steps of linear rise from 0.
         schedule: `constant` or `cosine` (falls to 1 % at max_steps).
         max_steps: length of the training in optimizer steps; only for `cosine`.
+        time_share: share of a budget of time that is used up; the further of steps and time counts. None = no budget.
     Returns:
         Factor in [0, 1].
     Raises:
@@ -50,13 +57,16 @@ def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps:
     """
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"training.schedule: {schedule!r} is unknown. Expected constant or cosine.")
-    if schedule == "cosine" and max_steps <= 0:
-        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0 or max_epochs.")
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
+    if schedule == "cosine" and max_steps <= 0 and time_share is None:
+        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0 or max_epochs, or "
+                         "training.max_minutes.")
+    used = time_share or 0.0
+    if step < warmup_steps and used < WARMUP_SHARE:
+        return max((step + 1) / (warmup_steps + 1), used / WARMUP_SHARE)
     if schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps) if max_steps > 0 else 0.0
+    progress = min(1.0, max(progress, used))
     return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -83,6 +93,8 @@ class TrainingModule(pl.LightningModule):
         self.learning_rate, self.seed, self.weight_decay, self.betas = learning_rate, seed, weight_decay, tuple(betas)
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.micro_batches, self.left_out = 0, left_out
+        self.is_compiled, self.step_weights = False, None
+        self.time_share: float | None = None  # of a budget of minutes; whoever keeps it sets it (see Budget)
         self.strict_loading = False  # files may leave parts out; on_load_checkpoint sees to those that train
         log.info(freeze_all_but(method, method.trainable_groups()))
 
@@ -98,7 +110,8 @@ class TrainingModule(pl.LightningModule):
         if max_steps < 0 and (self.trainer.max_epochs or 0) > 0:
             max_steps = self.trainer.estimated_stepping_batches  # optimizer steps, accumulation considered
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.warmup_steps, self.schedule, max_steps))
+            optimizer, lambda step: learning_rate_factor(
+                step, self.warmup_steps, self.schedule, max_steps, self.time_share))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,
@@ -126,13 +139,22 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch; logs its parts."""
-        loss, parts = self.method.training_loss(batch)
+        with self.half_weights():
+            loss, parts = self.method.training_loss(batch)
         self.micro_batches += 1
         size = len(batch["prompt"])
         self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True, batch_size=size)
         # The mean over an epoch is what lightning.checkpoint.monitor and training.patience can look at.
         self.log("loss_epoch", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
+
+    def half_weights(self) -> AbstractContextManager:
+        """Where autocast is on and nothing is compiled, weights that are cast all at once (see StepWeights)."""
+        device = self.device.type
+        if self.is_compiled or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        self.step_weights = self.step_weights or StepWeights(self.method)
+        return self.step_weights.in_place(torch.get_autocast_dtype(device))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss with draws that are the same at every validation, so that the curve is comparable."""
