@@ -269,7 +269,7 @@ def test_ten_kinds_of_bad_rows_are_one_error_before_the_model_loads(workspace, t
         (["--H", "18", "--W", "16"], "multiples of 4"),
         (["--ddim_steps", "1000"], "1000 steps"),
         (["--device", "abacus"], "--device: abacus"),
-        (["--dataset", "gid24"], "24 classes"),
+        (["--classes", "gid24"], "24 classes"),
     ],
 )
 def test_settings_that_do_not_fit_are_errors(workspace, tmp_path, capsys, flags, message):
