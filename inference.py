@@ -163,6 +163,7 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
         extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
         overwrite=args.overwrite, engine=args.engine, allow_modules=tuple(args.allow_modules),
         prompt_pieces=args.prompt_pieces,
+        guide=tuple(args.guide or ()),
     )  # fmt: skip
 
 
