@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from benchmarks import measure, upstream_style  # noqa: E402
-from benchmarks.setting import SIZES, make_diffusers, make_inputs, make_ours  # noqa: E402
+from benchmarks.setting import SIZES, make_diffusers, make_inputs, make_ours, sample_given  # noqa: E402
 from ldm.sampling.modes import MODES  # noqa: E402
 
 ARMS = ("upstream_naive", "upstream_sdpa", "diffusers", "exact", "fast", "turbo")
@@ -67,8 +67,7 @@ class Bench:
                 return upstream_style.sample_latent(
                     self.ours, *inputs, self.steps(arm), SCALE, arm.removeprefix("upstream_"))
             sampling = replace(MODES[arm], num_steps=self.steps(arm), guidance_scale=SCALE)
-            with torch.inference_mode(self.device != "meta"):  # arithmetic is not counted within it
-                return self.ours.walk(inputs[0], inputs[2], sampling)
+            return sample_given(self.ours, inputs[0], inputs[2], sampling)
 
     def walk_diffusers(self) -> torch.Tensor:
         """Latents of StableDiffusionControlNetPipeline with two control nets; both see the mask's hint."""

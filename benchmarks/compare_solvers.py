@@ -21,7 +21,8 @@ import torch  # noqa: E402
 from ldm.data.dataset import PairDataset  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
 from ldm.data.transforms import normalize_batch  # noqa: E402
-from ldm.sampling.modes import FROM_ZERO, SPACINGS, Sampling  # noqa: E402
+from ldm.diffusion.spacing import FROM_ZERO, SPACINGS  # noqa: E402
+from ldm.sampling.modes import Sampling  # noqa: E402
 from ldm.sampling.noise import sample_noise  # noqa: E402
 from ldm.weights.load import load_method, read_model_config  # noqa: E402
 
@@ -48,8 +49,7 @@ def main() -> None:
     noise = sample_noise(method.noise_shape(*batch["mask"].shape[-2:]), range(len(dataset)), args.device)
 
     def latent(sampling: Sampling) -> torch.Tensor:
-        with torch.inference_mode():
-            return method.sample_latent(batch, noise, replace(sampling, guidance_scale=args.scale))
+        return method.sample_latent(batch, noise, replace(sampling, guidance_scale=args.scale))
 
     reference = latent(Sampling(num_steps=args.reference_steps))
     arms = [Sampling(num_steps=steps) for steps in (*args.steps, 50, 100)]

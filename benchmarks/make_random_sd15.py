@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.diffusion.schedule import make_schedule  # noqa: E402
+from ldm.diffusion.path import DiscretePath  # noqa: E402
 from ldm.files import atomic_write  # noqa: E402
 from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.load import build_skeleton, load_method, read_model_config  # noqa: E402
@@ -50,7 +50,7 @@ def make_header(names: dict[str, Tensor], kind: str, config: str) -> tuple[bytes
 def random_values(name: str, like: Tensor) -> Tensor:
     """Values that keep activations finite: unit scale for norms, small random numbers elsewhere; float32."""
     if name in SCHEDULE:
-        return make_schedule().buffers().get(name, torch.zeros(like.shape))
+        return DiscretePath().vectors().get(name, torch.zeros(like.shape))
     if like.ndim == 1:
         is_norm = "norm" in name or ".in_layers.0." in name or ".out_layers.0." in name or ".out.0." in name
         return torch.ones(like.shape) if is_norm and name.endswith("weight") else torch.zeros(like.shape)

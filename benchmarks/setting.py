@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cldm.control import STEM_WIDTHS
 from cldm.tisynth import TISynth
+from ldm.sampling.modes import Sampling
+from ldm.sampling.samplers import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,6 +109,11 @@ def make_inputs(size: Size, method: TISynth, batch: int, device: str | torch.dev
     null = {**conditions, "context": draw(1, TOKENS, size.context).expand(batch, -1, -1)}
     return {"conditions": conditions, "null": null,
             "noise": draw(batch, channels, side, side), "image": draw(batch, 3, size.pixels, size.pixels).clamp(-1, 1)}
+
+
+def sample_given(method: TISynth, conditions: Mapping[str, Any], noise: Tensor, sampling: Sampling) -> Tensor:
+    """Latents for conditions that were computed before, (B, 4, h, w)."""
+    return sample(method.denoiser(conditions, sampling), noise, method.levels(sampling), sampling.solver)
 
 
 def make_diffusers(size: Size, device: str | torch.device, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:

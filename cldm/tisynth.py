@@ -1,5 +1,5 @@
 """TISynth: a latent diffusion model steered by a mask, a reference image and a prompt."""
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,17 +9,21 @@ from cldm.all_in_attention import AllInAttentionUNet
 from cldm.control import STEM_WIDTHS, ControlBranch
 from cldm.look import ReferenceStatistics
 from cldm.prepared import PreparedTISynth
-from ldm.data.classes import ClassTable
 from ldm.data.transforms import encode_mask, hint_channels
-from ldm.methods.diffusion import DiffusionMethod
+from ldm.methods.base import WeightGroup
+from ldm.methods.latent import LatentDiffusion, check_names
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.blocks import set_norm_groups
+from ldm.sampling.modes import MODES, Sampling
 from ldm.util import instantiate_from_config
 
 GROUPS = ("unet", "all_in_attention", "control", "reference", "text")
+UNET, ENCODER = "model.diffusion_model.", ("time_embed.", "input_blocks.", "middle_block.")
+TEXT_HINT = ("Give --pretrain_path a file that has the text encoder (an SD1.5 checkpoint, a diffusers folder, a "
+             "folder of CLIP), or set model.params.text_encoder.params.weights_dir to a local folder of CLIP ViT-L/14.")
 
 
-class TISynth(DiffusionMethod):
+class TISynth(LatentDiffusion):
     """Two control branches (mask, reference) round a U-Net whose decoder attends to both.
 
     Sub-modules carry the names of the published checkpoints, so that the state_dict is theirs:
@@ -28,45 +32,37 @@ class TISynth(DiffusionMethod):
 
     Args:
         unet: arguments of UNetEncoder, shared by the U-Net and both branches.
-        autoencoder: config of the autoencoder; frozen.
+        autoencoder: config of the autoencoder; frozen (see LatentDiffusion).
         text_encoder: config of the text encoder.
         class_table: name, file or mapping (see ClassTable.load).
         hint_mode: `rgb_id` (upstream), `palette` or `one_hot`.
         coupling: `upstream` or `residual` (see AllInAttentionUNet).
         train: groups that train, of GROUPS. `unet` is all of the U-Net except the all-in-attention tensors.
-        scale_factor: multiplies autoencoder latents to about unit variance.
-        prompt_dropout, mask_dropout, reference_dropout: share of training samples that lose the condition. A sample
-            that loses its mask loses its prompt too, since the prompt names the classes.
-        joint_dropout: share of training samples that lose all three, on top.
-        guidance_drops: conditions that the unconditional half of guidance does without: `prompt`, `mask`, `reference`.
-        reference_augment: config of the augmentation of training references; None = none.
         stem_widths: widths of the stems of both branches.
-        sample_reference: draw reference latents from the autoencoder's posterior (upstream; not reproducible between
-            batch sizes) instead of taking its mean.
         norm_groups: groups of the group norms of U-Net, branches and autoencoder whose channels it divides (Stable
             Diffusion: 32, at any width). Elsewhere, and with None: 32, or fewer where channels are less than 128.
         reference_statistics: give all residual blocks the statistics of the reference latent, beside the timestep (see
             ReferenceStatistics; trains with the group `reference`). Upstream has no such thing.
-        diffusion: see DiffusionMethod.
+        latent: see LatentDiffusion.
+
+    Settings of its own for sampling, both approximations:
+        share_control: run a control branch once for all branches of guidance that have its condition.
+        reuse_every: run encoder and control branches at every n-th step only; 1 = always.
     """
+
+    sampling_settings = {**LatentDiffusion.sampling_settings, "share_control": False, "reuse_every": 1}
 
     def __init__(self, unet: Mapping[str, Any], autoencoder: Mapping[str, Any], text_encoder: Mapping[str, Any],
                  class_table: str | Mapping[str, Any], hint_mode: str = "one_hot", coupling: str = "residual",
-                 train: Sequence[str] = ("all_in_attention", "control", "reference"), scale_factor: float = 0.18215,
-                 prompt_dropout: float = 0.0, mask_dropout: float = 0.0, reference_dropout: float = 0.0,
-                 joint_dropout: float = 0.0,
-                 guidance_drops: Sequence[str] = ("prompt",), reference_augment: Mapping[str, Any] | None = None,
-                 stem_widths: Sequence[int] = STEM_WIDTHS, sample_reference: bool = False,
-                 norm_groups: int | None = None, reference_statistics: bool = False, **diffusion: Any) -> None:
-        super().__init__(**diffusion)
+                 train: Sequence[str] = ("all_in_attention", "control", "reference"),
+                 stem_widths: Sequence[int] = STEM_WIDTHS, norm_groups: int | None = None,
+                 reference_statistics: bool = False, **latent: Any) -> None:
+        super().__init__(autoencoder, class_table, **latent)
         check_names("train", train, GROUPS)
-        check_names("guidance_drops", guidance_drops, ("prompt", "mask", "reference"))
-        self.class_table = ClassTable.load(class_table)
-        self.hint_mode, self.train_groups, self.scale_factor = hint_mode, tuple(train), scale_factor
-        self.dropout = (prompt_dropout, mask_dropout, reference_dropout, joint_dropout)
-        self.guidance_drops, self.sample_reference = tuple(guidance_drops), sample_reference
-        self.first_stage_model = instantiate_from_config(autoencoder)
+        self.hint_mode, self.train_groups = hint_mode, tuple(train)
         self.cond_stage_model = instantiate_from_config(text_encoder)
+        text = text_encoder.get("params") or {}
+        self.prefilled = ("cond_stage_model.",) if text.get("weights_dir") or text.get("weights_file") else ()
         if "text" in train and self.cond_stage_model.frozen:
             raise ValueError("train: has `text`, but the text encoder is frozen. Set text_encoder.params.frozen=false, "
                              "or drop `text`.")
@@ -79,10 +75,9 @@ class TISynth(DiffusionMethod):
         self.ssl_stage_model = ControlBranch(channels, (1, 1, 1), stem_widths, **unet)
         self.reference_statistics = (
             ReferenceStatistics(channels, self.model.diffusion_model.embedding_dim) if reference_statistics else None)
-        self.register_buffer("logvar", torch.zeros(self.schedule.num_timesteps))  # published files carry it
+        self.register_buffer("logvar", torch.zeros(self.path.num_timesteps))  # published files carry it
         if norm_groups is not None:
             set_norm_groups(self, norm_groups)
-        self.reference_augment = None if reference_augment is None else instantiate_from_config(reference_augment)
         self.size_factor = self.first_stage_model.downsampling * self.model.diffusion_model.downsampling
 
     def stem_strides(self) -> tuple[int, int, int]:
@@ -124,31 +119,6 @@ class TISynth(DiffusionMethod):
             for p in conv.parameters()}
         return [p for p in branch.parameters() if id(p) not in dropped]
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Draw a scaled latent from the autoencoder's posterior (see DiffusionMethod)."""
-        return self.first_stage_model.encode(image).sample() * self.scale_factor
-
-    def encode_start(self, image: Tensor) -> Tensor:
-        """Mean of the autoencoder's posterior, scaled (see DiffusionMethod)."""
-        return self.first_stage_model.encode(image).mean * self.scale_factor
-
-    def encode_moments(self, moments: Tensor) -> Tensor:
-        """Draw a scaled latent from cached moments (see DiffusionMethod)."""
-        return DiagonalGaussian.from_moments(moments.float()).sample() * self.scale_factor
-
-    def pick_reference(self, posterior: DiagonalGaussian) -> Tensor:
-        """Scaled latent of a reference, (B, C, h, w): the posterior's mean, or a draw with sample_reference."""
-        return (posterior.sample() if self.sample_reference else posterior.mean) * self.scale_factor
-
-    def decode_latent(self, latent: Tensor) -> Tensor:
-        """Image of a scaled latent (see DiffusionMethod)."""
-        return self.first_stage_model.decode(latent / self.scale_factor).float()
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latent of an image of this size."""
-        factor = self.first_stage_model.downsampling
-        return self.first_stage_model.latent_channels, height // factor, width // factor
-
     def conditions(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Context, hint and reference latent of a batch.
 
@@ -170,11 +140,10 @@ class TISynth(DiffusionMethod):
                 reference_latent = self.encode_reference(batch["reference"], batch.get("reference_key"))
         look = None if self.reference_statistics is None else self.reference_statistics(reference_latent)
         if self.training:
-            drop = torch.rand(4, len(mask)) < torch.tensor(self.dropout)[:, None]
-            drop = drop[:3] | drop[3]  # prompt, mask, reference
+            drop = self.draw_drops(len(mask))  # prompt, mask, reference
             # A prompt that names no class becomes the dropped one: its words would tell unlabelled sets from labelled.
             prompts = ["" if lost or prompt == self.class_table.prompt_empty else prompt
-                       for prompt, lost in zip(prompts, drop[0] | drop[1], strict=True)]
+                       for prompt, lost in zip(prompts, drop[0], strict=True)]
             keep = (~drop).to(hint.device, hint.dtype)[:, :, None, None, None]
             hint, reference_latent = hint * keep[1], reference_latent * keep[2]
             look = None if look is None else look * keep[2].flatten(2)
@@ -185,29 +154,14 @@ class TISynth(DiffusionMethod):
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts, (B, L, D); each prompt is encoded once in its life where there is a condition_cache."""
-        cache = None if self.training else self.condition_cache
-        if cache is None:
-            return self.cond_stage_model.encode(prompts)
-        return torch.cat([cache.get(("prompt", p), lambda p=p: self.cond_stage_model.encode([p])) for p in prompts])
+        encode = self.cond_stage_model.encode
+        if self.training or self.condition_cache is None:
+            return encode(prompts)
+        return self.cached([("prompt", prompt) for prompt in prompts], lambda i: encode([prompts[i]]))
 
-    def encode_reference(self, reference: Tensor, keys: Sequence[Hashable] | None) -> Tensor:
-        """Scaled latents of references; those with a key are encoded once where there is a condition_cache.
-
-        Args:
-            reference: (B, 3, H, W) in [-1, 1]; augmented while training.
-            keys: B names of the references, None = they have none.
-        Returns:
-            (B, C, h, w).
-        """
-        if self.training and self.reference_augment is not None:
-            reference = self.reference_augment(reference)
-        encode = self.first_stage_model.encode
-        if self.training or self.sample_reference or self.condition_cache is None or keys is None:
-            return self.pick_reference(encode(reference))
-        size = tuple(reference.shape[-2:])
-        return torch.cat([
-            self.condition_cache.get(("reference", key, size), lambda one=one: self.pick_reference(encode(one)))
-            for key, one in zip(keys, reference.split(1), strict=True)])
+    def check_prompts(self, prompts: Collection[str]) -> None:
+        """Load the tokenizer, whose files may be missing (see Method); it takes any prompt."""
+        self.cond_stage_model.tokenizer([""])
 
     def null_conditions(self, conditions: Mapping[str, Tensor],
                         drops: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -226,10 +180,40 @@ class TISynth(DiffusionMethod):
                 null[key] = torch.zeros_like(conditions[key])
         return null
 
-    def prepare(self, branches: Sequence[Mapping[str, Tensor]], share_control: bool = False,
-                reuse_every: int = 1) -> PreparedTISynth:
-        """Answers for the branches of guidance with all that stays the same computed now (see PreparedTISynth)."""
-        return PreparedTISynth(self, branches, share_control, reuse_every)
+    def check(self, sampling: Sampling) -> None:
+        """Also reuse_every (see Method)."""
+        super().check(sampling)
+        if self.setting(sampling, "reuse_every") < 1:
+            raise ValueError(f"sampling: reuse_every is {sampling.method['reuse_every']!r}. Expected at least 1.")
+
+    def prepare(self, branches: Sequence[Mapping[str, Tensor]], sampling: Sampling = MODES["exact"]) -> PreparedTISynth:
+        """Predictions for the branches of guidance with all that stays the same computed now (see PreparedTISynth)."""
+        return PreparedTISynth(self, branches, self.setting(sampling, "share_control"),
+                               self.setting(sampling, "reuse_every"))
+
+    def weight_groups(self) -> tuple[WeightGroup, ...]:
+        """Names of the parts, which of them start as copies, and what may differ (see Method)."""
+        branch = {"stem": "input_hint_block.", "copy_of": UNET, "copied": ENCODER}
+        return (WeightGroup("all-in-attention", UNET, contains="trainable"), WeightGroup("U-Net", UNET),
+                WeightGroup("mask branch", "control_model.", **branch),
+                WeightGroup("reference branch", "ssl_stage_model.", **branch), *super().weight_groups(),
+                WeightGroup("text encoder", "cond_stage_model.", remedy=TEXT_HINT))
+
+    def weight_notes(self) -> list[str]:
+        """A remark on every control branch whose zero-initialised layers let nothing through yet."""
+        own = dict(self.named_parameters())
+        notes = []
+        for prefix, attention, group, what in (
+                ("control_model.", "attn01_ssl_trainable", "mask branch", "mask"),
+                ("ssl_stage_model.", "attn00_ls_trainable", "reference branch", "reference image")):
+            gates = [p for name, p in own.items()
+                     if name.startswith((f"{prefix}zero_convs.", f"{prefix}middle_block_out."))]
+            # Where the decoder attends to features in front of the zero-convolutions, its own outputs must be zero too.
+            outputs = [p for name, p in own.items() if f"{attention}.to_out." in name]
+            gates += outputs if any("hint_norm_trainable" in name for name in own) else []
+            if not any(p.is_meta or p.any() for p in gates):
+                notes.append(f"warning: all zero-convolutions of the {group} are zero: the {what} has no effect yet")
+        return notes
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                       reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
@@ -250,10 +234,3 @@ class TISynth(DiffusionMethod):
         from_mask = self.control_model(latent, timestep, context, hint, mask)
         from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent, reference)
         return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference, unet)
-
-
-def check_names(argument: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """ValueError for names outside the known ones."""
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise ValueError(f"{argument}: {', '.join(unknown)} is unknown. Expected some of {', '.join(known)}.")

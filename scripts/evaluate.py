@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
+from ldm.cli import add_classes  # noqa: E402
 from ldm.files import atomic_write, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from scripts.evaluate_images import add_commands  # noqa: E402
@@ -58,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     masks.add_argument("--run", required=True, help="--outdir of inference.py")
     masks.add_argument("--real", required=True, help="manifest of real test tiles: source (mask) and target (image)")
     masks.add_argument("--real_root", help="where the paths of --real start; default: its folder")
-    masks.add_argument("--class_table", help="class table, name or path; default: the one stored with the segmentor")
+    add_classes(masks.add_argument, "default: the one stored with the segmentor")
     masks.add_argument("--shuffles", type=int, default=5, help="number of shufflings that the floor is the mean of")
     masks.add_argument("--seed", type=int, default=0, help="seed of the shufflings")
     masks.set_defaults(measure=measure_mask_following)
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     gate.add_argument(
         "--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote"
     )
+    add_classes(gate.add_argument, "default: the exact run's, else the one stored with the segmentor")
     gate.add_argument("--exact", required=True, help="--outdir of inference.py --mode exact")
     gate.add_argument("--run", nargs="+", required=True, help="--outdirs of the same rows, seed and checkpoint")
     gate.add_argument("--max_drop", type=float, default=0.5, help="points of mIoU that a mode may lose")
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     segmentor = commands.add_parser("segmentor", help="OA, mIoU, mAcc and IoU of every class on real tiles", **style)
     segmentor.add_argument("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="which one")
+    add_classes(segmentor.add_argument, "default: the one stored with the segmentor")
     segmentor.add_argument("--real", required=True, help="manifest of real test tiles")
     segmentor.add_argument("--real_root", help="where the paths of --real start; default: its folder")
     segmentor.set_defaults(measure=measure_segmentor, run=None)
@@ -122,7 +125,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     from post_processing.segmentation.segmentor import load_segmentor
 
     samples, run = read_run(args.run, args.data_root)
-    given = ClassTable.load(args.class_table) if args.class_table else None
+    given = ClassTable.load(args.classes) if args.classes else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
@@ -277,7 +280,8 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from post_processing.segmentation.segmentor import load_segmentor
 
     samples, exact_run = read_run(args.exact, args.data_root)
-    table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
+    spec = args.classes or exact_run.get("class_table")
+    table = ClassTable.load(spec) if spec else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
     exact = order_pairs(samples)
     exact_areas = measure_areas(exact.values(), segmentor, args)

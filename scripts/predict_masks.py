@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
+from ldm.cli import add_classes  # noqa: E402
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.images import find_images, image_size  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote")
-    add("--class_table", help="classes of the segmentor, when they are not stored with it")
+    add_classes(add, "of the segmentor, when none is stored with it")
     add("--map_to", help="class table to write; its `mappings` say where the segmentor's classes go (default: those)")
     add("--images", type=Path, help="folder of images")
     add("--txt_file", type=Path, help="manifest whose images (target) get masks, instead of --images")
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     from post_processing.segmentation.segmentor import load_segmentor
 
     targets = {path: args.outdir / "masks" / f"{path.stem}.png" for path in list_inputs(args)}
-    given = ClassTable.load(args.class_table) if args.class_table else None
+    given = ClassTable.load(args.classes) if args.classes else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = (ClassTable.load(args.map_to) if args.map_to else segmentor.class_table).without_source_ids()
     check_settings(args, table)

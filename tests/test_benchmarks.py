@@ -13,7 +13,7 @@ from tiny import randomize
 
 from benchmarks import bench_filter, bench_gpu, bench_sampling, bench_training, upstream_style
 from benchmarks.measure import count_flops
-from benchmarks.setting import ROOT, SIZES, make_inputs, make_ours
+from benchmarks.setting import ROOT, SIZES, make_inputs, make_ours, sample_given
 from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import ConvAttention
 from ldm.sampling.modes import MODES
@@ -30,7 +30,7 @@ def test_upstream_style_walk_ends_where_ours_does(ours, kind):
     conditions, null, noise = inputs["conditions"], inputs["null"], inputs["noise"]
     randomize(ours, 0.15)
     ours.null_conditions = lambda conditions, drops=None: null
-    exact = ours.walk(conditions, noise, replace(MODES["exact"], num_steps=4, guidance_scale=9.0))
+    exact = sample_given(ours, conditions, noise, replace(MODES["exact"], num_steps=4, guidance_scale=9.0))
     theirs = upstream_style.sample_latent(ours, conditions, null, noise, 4, 9.0, kind)
     assert (exact - theirs).abs().max() <= 1e-4 * theirs.std()
     for key in conditions:  # a condition that did not matter would hide a difference

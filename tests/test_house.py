@@ -18,7 +18,7 @@ LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/trai
                    "ldm/training/average.py", "train.py")
 # package -> prefixes of our own modules that it may import; a longer package name wins
 MAY_IMPORT = {
-    "ldm": ("ldm.util",),
+    "ldm": ("ldm.util", "ldm.files"),
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
     "ldm.modules": ("ldm.modules", "ldm.util", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
@@ -145,8 +145,10 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
         yield long[0].lstrip("-").replace("-", "_")
 
 
+# entry -> files that read its `args` too
 READERS = {"scripts/train_segmentor.py": ["post_processing/segmentation/training.py",
-                                          "post_processing/segmentation/dlc_training.py"]}  # read its `args` too
+                                          "post_processing/segmentation/dlc_training.py"],
+           "scripts/measure_gain.py": [f"post_processing/gain/{name}.py" for name in ("plan", "report", "sets")]}
 ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_processing/resample.py",
            "scripts/measure_gain.py", "scripts/train_segmentor.py"]  # fmt: skip
 

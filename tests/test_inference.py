@@ -30,7 +30,7 @@ from pixel import TINY, config, make
 import inference
 from ldm.generation.generator import Painter
 from ldm.generation.machine import compile_blocks
-from ldm.sampling.modes import Sampling
+from ldm.sampling.modes import METHOD_SETTINGS, Sampling
 from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method
@@ -287,7 +287,7 @@ def test_savings_that_a_method_has_not_are_refused_before_it_is_loaded(tmp_path,
     (tmp_path / "rows.json").write_text('{"source": "mask.png"}\n')
     monkeypatch.setattr("ldm.generation.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
     assert run(tmp_path, tmp_path / "out", *flags) == 2
-    assert "has no control features to share or reuse" in capsys.readouterr().err
+    assert "has no share_control" in (text := capsys.readouterr().err) or "has no reuse_every" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -357,7 +357,7 @@ def test_every_flag_is_read_has_help_and_a_default():
         for node in ast.walk(ast.parse((REPOSITORY / "inference.py").read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     }
-    read |= {field.name for field in fields(Sampling)} | {"mode"}  # by choose_sampling
+    read |= {field.name for field in fields(Sampling)} - {"method"} | set(METHOD_SETTINGS) | {"mode"}  # choose_sampling
     actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.dest for action in actions} == read - {"error"}
     assert all(action.help for action in actions)

@@ -2,23 +2,18 @@
 
 import pytest
 import torch
+from denoisers import DEVIATION, MEAN, STABLE, flow_of_gaussian, gaussian_denoiser, wavy, wavy_denoiser
 
-from ldm.diffusion.schedule import make_schedule, velocity
-from ldm.sampling.ddim import ddim_sample, ddim_timesteps
-from ldm.sampling.guidance import with_guidance
+from ldm.diffusion.path import DiscretePath, FlowPath
+from ldm.diffusion.prediction import target_of
+from ldm.diffusion.spacing import spaced_timesteps
+from ldm.sampling.guidance import guide, join_branches, make_denoiser
 from ldm.sampling.noise import SampleNoise, sample_noise, sample_seed
+from ldm.sampling.samplers import SAMPLERS, sample
 
-MEAN, DEVIATION = 1.5, 0.4
 
-
-def gaussian_denoiser(schedule, deviation=DEVIATION):
-    """Exact noise prediction when the data are N(MEAN, deviation^2)."""
-
-    def denoise(latent, timestep):
-        alpha = torch.from_numpy(schedule.alphas_cumprod)[timestep].float().reshape(-1, 1, 1, 1)
-        return (1 - alpha).sqrt() * (latent - alpha.sqrt() * MEAN) / (alpha * deviation**2 + 1 - alpha)
-
-    return denoise
+def ddim_timesteps(num_steps):
+    return spaced_timesteps(num_steps, STABLE.alphas_cumprod)
 
 
 def test_timesteps_are_upstreams():
@@ -39,60 +34,56 @@ def test_impossible_counts_are_refused(num_steps):
         ddim_timesteps(num_steps)
 
 
+@pytest.mark.parametrize("path", [STABLE, FlowPath(3.0)], ids=["discrete", "flow"])
 @pytest.mark.parametrize("num_steps", [2, 9, 50])
-def test_ddim_is_exact_for_a_point(num_steps):
+def test_ddim_is_exact_for_a_point(num_steps, path):
     # With a single possible latent the probability flow is a straight line, which any number of steps follows exactly.
-    schedule = make_schedule()
-    timesteps = ddim_timesteps(num_steps)
+    levels = path.levels(num_steps)
     noise = sample_noise((2, 4, 4), [0, 1])
-    result = ddim_sample(gaussian_denoiser(schedule, deviation=0.0), noise, timesteps, schedule)
-    first, last = schedule.alphas_cumprod[0], schedule.alphas_cumprod[timesteps[-1]]
-    expected = first**0.5 * MEAN + ((1 - first) / (1 - last)) ** 0.5 * (noise - last**0.5 * MEAN)
+    result = sample(gaussian_denoiser(deviation=0.0), noise, levels)
+    last, first = levels[-1], levels[0]
+    expected = last.signal * MEAN + last.noise / first.noise * (noise - first.signal * MEAN)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_ddim_follows_the_probability_flow_of_a_gaussian():
-    schedule = make_schedule()
-    timesteps = ddim_timesteps(999)
-    noise = sample_noise((1, 8, 8), [0, 1, 2])
-    result = ddim_sample(gaussian_denoiser(schedule), noise, timesteps, schedule)
-    first, last = schedule.alphas_cumprod[0], schedule.alphas_cumprod[timesteps[-1]]
-    spread = [(alpha * DEVIATION**2 + 1 - alpha) ** 0.5 for alpha in (first, last)]
-    expected = first**0.5 * MEAN + (noise - last**0.5 * MEAN) * spread[0] / spread[1]
+@pytest.mark.parametrize("path", [STABLE, FlowPath(3.0)], ids=["discrete", "flow"])
+def test_ddim_follows_the_probability_flow_of_a_gaussian(path):
+    levels, noise = path.levels(999), sample_noise((1, 8, 8), [0, 1, 2])
+    result, expected = sample(gaussian_denoiser(), noise, levels), flow_of_gaussian(noise, levels[0], levels[-1])
     torch.testing.assert_close(result, expected, atol=0.01, rtol=0.01)
-    coarse = ddim_sample(gaussian_denoiser(schedule), noise, ddim_timesteps(10), schedule)
+    coarse = sample(gaussian_denoiser(), noise, path.levels(10))
     assert (coarse - expected).abs().mean() > 4 * (result - expected).abs().mean()
 
 
-def test_random_steps_keep_the_distribution_and_each_samples_own_noise():
-    schedule = make_schedule()
-    shape, timesteps = (1, 48, 48), ddim_timesteps(250)
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("path", [STABLE, FlowPath()], ids=["discrete", "flow"])
+def test_random_steps_keep_the_distribution_and_each_samples_own_noise(path, solver):
+    shape, levels = (1, 48, 48), path.levels(250, end="clean")
 
-    def sample(seeds):
+    def run(seeds):
         draw = SampleNoise(seeds)
-        return ddim_sample(gaussian_denoiser(schedule), draw(shape), timesteps, schedule, eta=1.0, draw=draw)
+        return sample(gaussian_denoiser(), draw(shape), levels, solver, float(solver == "ddim"), draw)
 
-    result = sample([3, 4])
+    result = run([3, 4])
     assert result.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert result.std().item() == pytest.approx(DEVIATION, rel=0.05)
-    torch.testing.assert_close(sample([4])[0], result[1])
+    torch.testing.assert_close(run([4])[0], result[1])
 
 
-@pytest.mark.parametrize("prediction_type", ["x0", "v"])
-def test_prediction_types_agree(prediction_type):
-    schedule = make_schedule()
-    denoise = gaussian_denoiser(schedule)
+@pytest.mark.parametrize("solver", SAMPLERS)
+@pytest.mark.parametrize("path", [STABLE, FlowPath(3.0)], ids=["discrete", "flow"])
+def test_prediction_types_agree(path, solver):
+    """A network that predicts anything else of the same clean latent leads every sampler to the same place."""
+    levels = path.levels(12, "trailing", "clean")
+    expected = sample(gaussian_denoiser(), sample_noise((1, 4, 4), [7]), levels, solver, draw=SampleNoise([7]))
+    for kind in path.predictions:
+        def predict(x, level, kind=kind):
+            clean = gaussian_denoiser()(x, level)
+            return target_of(kind, clean, (x - level.signal * clean) / level.noise, level.signal, level.noise)
 
-    def converted(latent, timestep):
-        epsilon = denoise(latent, timestep)
-        alpha = torch.from_numpy(schedule.alphas_cumprod)[timestep].float().reshape(-1, 1, 1, 1)
-        clean = (latent - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
-        return clean if prediction_type == "x0" else velocity(clean, epsilon, timestep, schedule)
-
-    noise, timesteps = sample_noise((1, 4, 4), [7]), ddim_timesteps(20)
-    expected = ddim_sample(denoise, noise, timesteps, schedule)
-    actual = ddim_sample(converted, noise, timesteps, schedule, prediction_type=prediction_type)
-    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+        noise, draw = sample_noise((1, 4, 4), [7]), SampleNoise([7])
+        found = sample(make_denoiser(predict, kind), noise, levels, solver, draw=draw)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_ddim_equals_diffusers():
@@ -102,29 +93,43 @@ def test_ddim_equals_diffusers():
         steps_offset=1,
     )  # fmt: skip
     other.set_timesteps(50)
-    schedule, noise = make_schedule(), sample_noise((4, 8, 8), [5])
-
-    def denoise(latent, timestep):
-        return torch.tanh(latent) * torch.cos(timestep.reshape(-1, 1, 1, 1) / 300)
-
-    expected = noise
+    expected = noise = sample_noise((4, 8, 8), [5])
     for timestep in other.timesteps:
-        expected = other.step(denoise(expected, timestep[None]), timestep, expected).prev_sample
+        expected = other.step(wavy(expected, timestep[None]), timestep, expected).prev_sample
     assert other.timesteps.tolist() == ddim_timesteps(50)[::-1]
-    actual = ddim_sample(denoise, noise, ddim_timesteps(50), schedule)
+    actual = sample(wavy_denoiser(), noise, STABLE.levels(50))
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_ddim_on_a_flow_is_euler():
+    """x + (s' - s) v by hand in float64, and diffusers' scheduler of SD3 on the grid of its pipelines."""
+    levels, noise = FlowPath(3.0).levels(7), sample_noise((4, 8, 8), [5]).double()
+    denoise, expected = wavy_denoiser("velocity"), noise
+    for here, there in zip(levels, levels[1:], strict=False):
+        expected = expected + (there.noise - here.noise) * wavy(expected, torch.tensor([here.time]))
+    actual = sample(denoise, noise, levels)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
+    diffusers = pytest.importorskip("diffusers")
+    other = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    other.set_timesteps(sigmas=torch.linspace(1, 0.001, 7).tolist())
+    assert other.timesteps.tolist() == pytest.approx([level.time for level in levels[:-1]], rel=1e-5)
+    theirs = noise.float()
+    for timestep in other.timesteps:
+        theirs = other.step(wavy(theirs, timestep[None]), timestep, theirs).prev_sample
+    torch.testing.assert_close(actual.float(), theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"timesteps": [21, 1]}, "ascending"), ({"timesteps": []}, "ascending"), ({"timesteps": [1, 1000]}, "1000"),
-     ({"eta": 0.5}, "draw is missing"), ({"eta": 1.5}, "eta is 1.5"), ({"prediction_type": "score"}, "score")],
+    [({"levels": []}, "falling noise"), ({"levels": STABLE.levels(3)[::-1]}, "falling noise"),
+     ({"eta": 0.5}, "draw is missing"), ({"solver": "ddpm"}, "draw is missing"), ({"eta": 1.5}, "eta is 1.5")],
 )  # fmt: skip
-def test_ddim_refuses_what_it_cannot_walk(change, message):
-    schedule = make_schedule()
-    arguments = {"timesteps": [1, 21], "schedule": schedule} | change
+def test_samplers_refuse_what_is_not_possible(change, message):
     with pytest.raises(ValueError, match=message):
-        ddim_sample(gaussian_denoiser(schedule), torch.zeros(1, 1, 2, 2), **arguments)
+        sample(gaussian_denoiser(), torch.zeros(1, 1, 2, 2), **{"levels": STABLE.levels(3), **change})
+    for timesteps in ([], [21, 1], [0, 21], [1, 1000]):
+        with pytest.raises(ValueError, match="ascending"):
+            DiscretePath().levels_at(timesteps)
 
 
 def test_noise_belongs_to_the_sample():
@@ -143,25 +148,24 @@ def test_impossible_seeds_are_refused(arguments):
 
 
 def test_guidance_is_the_weighted_sum_of_both_branches_in_one_call():
-    calls = []
+    calls, level = [], STABLE.level(300)
 
     def predict(latent, timestep, context, hints):
         calls.append(len(latent))
         return latent * context.mean(dim=(1, 2)).reshape(-1, 1, 1, 1) + hints[0] + timestep.reshape(-1, 1, 1, 1)
 
-    latent, timestep = sample_noise((1, 2, 2), [0, 1]), torch.tensor([3, 4])
+    latent, timestep = sample_noise((1, 2, 2), [0, 1]), torch.tensor([300, 300])
     given = {"context": torch.rand(2, 3, 4), "hints": [torch.rand(2, 1, 2, 2)]}
     null = {"context": torch.zeros(2, 3, 4), "hints": [torch.zeros(2, 1, 2, 2)]}
     with_, without = predict(latent, timestep, **given), predict(latent, timestep, **null)
     calls.clear()
-    expected = without + 9 * (with_ - without)
-    torch.testing.assert_close(with_guidance(predict, given, null, 9.0)(latent, timestep), expected)
-    torch.testing.assert_close(with_guidance(predict, given, null, 1.0)(latent, timestep), with_)
-    torch.testing.assert_close(with_guidance(predict, given, null, 0.0)(latent, timestep), without)
-    assert calls == [4, 2, 4]
+    both = join_branches([null, given])
+    guided = guide(lambda x, time, _: predict(x, time, **both), [9.0])
+    torch.testing.assert_close(guided(latent, level), without + 9 * (with_ - without))
+    assert calls == [4]
 
 
 @pytest.mark.parametrize("null", [{}, {"context": None}, {"context": torch.zeros(1, 3, 4)}])
 def test_guidance_refuses_conditions_that_do_not_match(null):
-    with pytest.raises(ValueError, match="with_guidance"):
-        with_guidance(lambda *_, **__: None, {"context": torch.zeros(2, 3, 4)}, null, 2.0)
+    with pytest.raises(ValueError, match="join_branches"):
+        join_branches([null, {"context": torch.zeros(2, 3, 4)}])

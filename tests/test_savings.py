@@ -1,4 +1,4 @@
-"""Savings of a walk: exact ones change nothing, approximations leave out what they say and nothing else."""
+"""Savings of sampling: exact ones change nothing, approximations leave out what they say and nothing else."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from tiny import model_params, randomize
 from cldm.tisynth import TISynth
 from ldm.methods.conditions import ConditionCache
 from ldm.methods.diffusion import DiffusionMethod
-from ldm.sampling.modes import Sampling
+from ldm.sampling.modes import Sampling, make_sampling
 
 CONFIGS = ("tisynth_sd15_upstream", "tisynth_sd15", "tisynth_mini")
 PROMPTS = ["a road", "water", "a road"]
@@ -49,7 +49,8 @@ def count_calls(module, counts, name):
      {"solver": "unipc", "guidance_rescale": 0.7}],
 )  # fmt: skip
 def test_exact_savings_change_nothing(name, settings, record_property):
-    method, sampling = make_method(name), Sampling(**{"num_steps": 4, "guidance_scale": 3.0, **settings})
+    method = make_method(name)
+    sampling = make_sampling(Sampling(num_steps=4, guidance_scale=3.0), settings)
     noise = make_noise(method)
     saved = method.sample_latent(make_batch(), noise, sampling)
     method.prepare = lambda *arguments: DiffusionMethod.prepare(method, *arguments)  # predict_noise in every step
@@ -96,7 +97,7 @@ def test_a_mask_that_guidance_drops_has_a_stem_of_its_own():
 
 
 def test_shared_control_runs_once_where_the_halves_have_the_same_condition():
-    sampling, shared = Sampling(num_steps=2), Sampling(num_steps=2, share_control=True)
+    sampling, shared = Sampling(num_steps=2), Sampling(num_steps=2, method={"share_control": True})
     for drops, expected in ((("prompt",), {"mask": [3, 3], "reference": [3, 3]}),
                             (("prompt", "mask"), {"mask": [6, 6], "reference": [3, 3]})):  # fmt: skip
         method, counts = make_method("tisynth_sd15", guidance_drops=drops), {}
@@ -119,12 +120,12 @@ def test_encoder_and_control_run_at_every_nth_step():
                          ("encoder", method.model.diffusion_model)):  # fmt: skip
         count_calls(module.input_blocks[1], counts, name)
     count_calls(method.model.diffusion_model.out, counts, "decoder")
-    method.sample_latent(make_batch(), make_noise(method), Sampling(num_steps=5, reuse_every=2))
+    method.sample_latent(make_batch(), make_noise(method), Sampling(num_steps=5, method={"reuse_every": 2}))
     assert counts.pop("decoder") == [6] * 5
     assert counts == {name: [6] * 3 for name in ("mask", "reference", "encoder")}
     # Unguided first (branches of 3), guided from 600 on: the kept features have no unconditional half.
     counts.clear()
-    sampling = Sampling(num_steps=4, reuse_every=4, guidance_interval=(0, 0.6))
+    sampling = Sampling(num_steps=4, guidance_interval=(0, 0.6), method={"reuse_every": 4})
     method.sample_latent(make_batch(), make_noise(method), sampling)
     assert counts["encoder"] == [3, 6]
 
@@ -136,7 +137,7 @@ def test_a_step_that_reuses_features_knows_its_own_timestep_only():
     late, later = torch.full((3,), 400), torch.full((3,), 300)
 
     def second(latent, timestep, reuse_every):
-        predict = method.prepare([conditions], reuse_every=reuse_every)
+        predict = method.prepare([conditions], Sampling(method={"reuse_every": reuse_every}))
         predict(latents[0], late, 1)
         return predict(latent, timestep, 1)
 
@@ -188,3 +189,12 @@ def test_cache_forgets_the_oldest():
     for key in "abacab":
         get(key)
     assert made == list("abcb")
+
+
+@pytest.mark.parametrize(("name", "value"), [("reuse_every", 0), ("hint_scale", 0.0), ("hint_scale", float("nan")),
+                                             ("reference_scale", float("inf"))])  # fmt: skip
+def test_impossible_settings_of_the_method_are_named(name, value):
+    with pytest.raises(ValueError, match=f"sampling: {name} is {value}"):
+        make_method("tisynth_mini").check(Sampling(method={name: value}))
+    with pytest.raises(ValueError, match="TISynth has no hint_scales. Expected of these"):
+        make_method("tisynth_mini").check(Sampling(method={"hint_scales": 2.0}))

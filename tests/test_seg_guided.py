@@ -4,19 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from denoisers import LINEAR, of_time
 from pixel import make
 
-from ldm.diffusion.schedule import make_schedule
+from ldm.sampling.guidance import make_denoiser
 from ldm.sampling.modes import Sampling
-from ldm.sampling.multistep import spaced_timesteps
 from ldm.sampling.noise import sample_noise
-from ldm.sampling.sampler import sample
+from ldm.sampling.samplers import sample
 from ldm.weights.checkpoint import open_checkpoint, save_safetensors
 from ldm.weights.load import load_method, read_model_config
 from scripts import convert_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
-LINEAR = make_schedule(kind="linear", start=1e-4, end=0.02)
 
 
 @pytest.mark.parametrize("old_names", [False, True])
@@ -62,13 +61,13 @@ def test_ddim_is_that_of_diffusers(num_steps: int):
     """With use_clipped_model_output, which its pipeline leaves off: the noise that goes with the clipped image."""
     other = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02)  # clips, ends at 1, leading spacing
     other.set_timesteps(num_steps)
-    assert other.timesteps.tolist() == spaced_timesteps(num_steps, LINEAR, "leading0")[::-1]
+    levels = LINEAR.levels(num_steps, "leading0", "clean")
+    assert other.timesteps.tolist() == [level.time for level in levels[:-1]]
     noise = expected = sample_noise((3, 8, 8), [5])
     for timestep in other.timesteps:
         answer = network(expected, timestep[None])
         expected = other.step(answer, timestep, expected, use_clipped_model_output=True).prev_sample
-    walk = Sampling("ddim", num_steps, spacing="leading0", end="clean")
-    found = sample(network, noise, LINEAR, walk, clip=1.0)
+    found = sample(make_denoiser(of_time(network), "epsilon", 1.0), noise, levels)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -90,13 +89,13 @@ def test_ddpm_is_that_of_diffusers(num_steps: int, is_learned: bool, monkeypatch
     for timestep in other.timesteps:
         expected = other.step(both(expected, timestep[None]), timestep, expected).prev_sample
     drawn = iter(kept)
-    walk = Sampling("ddpm", num_steps, spacing="leading0", end="clean")
-    found = sample(both, start, LINEAR, walk, draw=lambda shape: next(drawn), clip=1.0)
+    denoise, levels = make_denoiser(of_time(both), "epsilon", 1.0, True), LINEAR.levels(num_steps, "leading0", "clean")
+    found = sample(denoise, start, levels, "ddpm", draw=lambda shape: next(drawn))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert len(list(drawn)) == 1  # the last step adds no noise
 
 
-def test_the_default_has_the_timesteps_and_the_end_of_the_published_walk():
+def test_the_default_has_the_timesteps_and_the_end_of_the_published_sampler():
     """Not its way of clipping: diffusers' pipeline keeps the noise of the unclipped image (see docs/methods.md)."""
     assert make("seg_guided_tiny").own_sampling == Sampling(
         "ddim", 50, spacing="leading0", end="clean", guidance_scale=1.0)  # fmt: skip

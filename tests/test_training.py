@@ -20,7 +20,7 @@ from ldm.data.dataset import to_tensor
 from ldm.data.images import read_image
 from ldm.data.transforms import normalize_batch, resize_image
 from ldm.diffusion.objective import loss_weight
-from ldm.diffusion.schedule import make_schedule
+from ldm.diffusion.path import DiscretePath, FlowPath
 from ldm.sampling.modes import Sampling
 from ldm.training.latents import build_latent_cache
 from ldm.training.module import TrainingModule, freeze_all_but, learning_rate_factor, step_seed
@@ -128,11 +128,13 @@ def test_upstream_coupling_leaves_out_what_no_gradient_reaches(gradients: Callab
 
 
 def test_min_snr_weights():
-    schedule = make_schedule(num_timesteps=2, kind="linear", start=0.1, end=0.5)  # abar = 0.9, 0.45; snr = 9, 9/11
-    timestep = torch.tensor([0, 1])
+    path = DiscretePath(num_timesteps=2, kind="linear", start=0.1, end=0.5)  # abar = 0.9, 0.45; snr = 9, 9/11
+    factors = path.factors(torch.tensor([0, 1]), torch.zeros(2, 1, 1, 1))
     for kind, expected in (("epsilon", [5 / 9, 1.0]), ("v", [0.5, 0.45]), ("x0", [5.0, 9 / 11])):
-        torch.testing.assert_close(loss_weight(timestep, schedule, kind, 5.0), torch.tensor(expected))
-    assert loss_weight(timestep, schedule, "v", None).tolist() == [1.0, 1.0]
+        torch.testing.assert_close(loss_weight(*factors, kind, 5.0), torch.tensor(expected))
+    assert loss_weight(*factors, "v", None).tolist() == [1.0, 1.0]
+    factors = FlowPath().factors(torch.tensor([200.0, 800.0]), torch.zeros(2, 1, 1, 1))  # snr = 16, 1 / 16
+    torch.testing.assert_close(loss_weight(*factors, "velocity", 5.0), torch.tensor([5 * 0.04, 0.04]))
 
 
 def test_learning_rate_factor():

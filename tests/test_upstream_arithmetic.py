@@ -14,8 +14,9 @@ from tiny import ROOT, randomize
 from torch import Tensor
 
 from cldm.tisynth import TISynth
-from ldm.sampling.ddim import ddim_sample, ddim_timesteps
-from ldm.sampling.guidance import with_guidance
+from ldm.diffusion.spacing import spaced_timesteps
+from ldm.sampling.guidance import guide, join_branches, make_denoiser
+from ldm.sampling.samplers import sample
 from ldm.util import instantiate_from_config
 
 HEADS, CHANNELS, CONTEXT = 8, 32, 24
@@ -185,11 +186,12 @@ def test_features_of_the_smallest_level_are_dropped(method: TISynth):
 @torch.no_grad()
 def test_sampling_with_guidance_9(method: TISynth, record_property):
     """DDIM in float64 with two calls a step, as upstream; the same mask and reference without a prompt."""
-    given, noise, steps = conditions(8, 8), torch.randn(2, 4, 8, 8), ddim_timesteps(4)
-    assert ddim_timesteps(50) == list(range(1, 1000, 20)) and steps == [1, 251, 501, 751]
+    given, noise, steps = conditions(8, 8), torch.randn(2, 4, 8, 8), [1, 251, 501, 751]
+    assert spaced_timesteps(50, method.path.alphas_cumprod) == list(range(1, 1000, 20))
     null = {**given, "context": torch.zeros_like(given["context"])}
-    denoise = with_guidance(method.predict_noise, given, null, 9.0)
-    ours = ddim_sample(denoise, noise, steps, method.schedule)
+    both = join_branches([null, given])
+    guided = guide(lambda x, time, _: method.predict_noise(x, time, **both), [9.0])
+    ours = sample(make_denoiser(guided, "epsilon"), noise, method.path.levels(4))
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = (1 - betas).cumprod(0)

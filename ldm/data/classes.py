@@ -358,7 +358,7 @@ def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path) -> np.ndarr
     if outside:
         allowed = table.source_ids or table.ids
         raise UserError(f"{path}: ids {short_list(outside)} are not in class table {table.name}. Expected "
-                        f"{min(allowed)}..{max(allowed)} or 255 (ignore). Choose the right table (--dataset) or add "
+                        f"{min(allowed)}..{max(allowed)} or 255 (ignore). Choose the right table (--classes) or add "
                         "source_ids to it.")
     return lookup[raw].astype(np.uint8)
 
@@ -373,7 +373,7 @@ def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path) -> np.n
     outside = [(int(v) >> 16, int(v) >> 8 & 255, int(v) & 255) for v in values if int(v) not in known]
     if outside:
         raise UserError(f"{path}: colours {short_list(outside)} are not in class table {table.name}. Expected its "
-                        f"colours, or {table.ignore_colour} for ignored pixels. Choose the right table (--dataset).")
+                        f"colours, or {table.ignore_colour} for ignored pixels. Choose the right table (--classes).")
     ids = np.array([known[int(value)] for value in values], np.uint8)
     return ids[inverse].reshape(codes.shape)
 

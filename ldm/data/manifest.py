@@ -18,6 +18,7 @@ from ldm.util import UserError
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}
+WEIGHT, MOST_WEIGHT = "weight", 1000  # how often a training sees the row in an epoch
 NEEDS = ("image", "reference", "prompt", "instance")
 SHOWN_PROBLEMS = 100
 LONGEST_LINE = 1 << 20  # bytes
@@ -39,7 +40,7 @@ class ManifestError(UserError):
         if len(problems) > SHOWN_PROBLEMS:
             others = sorted({line for line, _ in problems[SHOWN_PROBLEMS:]})
             text.append(f"  and {len(problems) - SHOWN_PROBLEMS} more, in lines {format_ranges(others)}")
-        text.append("Correct these lines, or check --data_root and --dataset.")
+        text.append("Correct these lines, or check --data_root and --classes.")
         super().__init__("\n".join(text))
 
 
@@ -56,6 +57,7 @@ class Row:
         reference: path of the reference.
         mask_name: the mask as the manifest writes it, relative to the data root.
         instance: path of the map of object numbers; None unless it was asked for.
+        weight: how often a training sees the row in an epoch.
     """
 
     index: int
@@ -66,6 +68,7 @@ class Row:
     reference: Path | None
     mask_name: str
     instance: Path | None = None
+    weight: int = 1
 
 
 def read_manifest(
@@ -164,6 +167,7 @@ def make_row(entry: dict[str, str], index: int, line: int, data_root: Path, need
         reference=data_root / entry["ref_image"] if "reference" in need else None,
         mask_name=entry["source"],
         instance=data_root / entry["instance"] if "instance" in need else None,
+        weight=entry.get(WEIGHT, 1),
     )
 
 
@@ -171,8 +175,11 @@ def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
     """List what is wrong with one parsed line, files not considered."""
     if not isinstance(entry, dict):
         return [f"a JSON {type(entry).__name__}. Expected an object with the keys source, target, prompt, ref_image."]
-    known = tuple(DISK_KEYS.values())
+    known = (*DISK_KEYS.values(), WEIGHT)
     problems = []
+    weight = entry.get(WEIGHT, 1)
+    if type(weight) is not int or not 1 <= weight <= MOST_WEIGHT:
+        problems.append(f"{WEIGHT} is {str(weight)[:80]!a}. Expected a whole number, 1 to {MOST_WEIGHT}.")
     for key in entry:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -228,9 +235,10 @@ def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tu
     """Report lines that repeat an earlier one in every field, those that this run does not use included."""
     first: dict[tuple, int] = {}
     for line, entry in entries:
-        key = tuple(sorted(entry.items()))
+        key = tuple(sorted((name, value) for name, value in entry.items() if name != WEIGHT))
         if key in first:
-            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one."))
+            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one (the other "
+                                   f'may have "{WEIGHT}": 2 to be trained on twice as often).'))
         first.setdefault(key, line)
 
 
@@ -358,9 +366,10 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
     """
     lines = []
     for row in rows:
-        unknown = sorted(set(row) - set(DISK_KEYS.values()))
+        unknown = sorted(set(row) - {*DISK_KEYS.values(), WEIGHT})
         if unknown:
-            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}.")
+            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}, "
+                            f"{WEIGHT}.")
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,59 +1,38 @@
-"""What the network is trained to predict, and how much each timestep counts."""
+"""How much each time counts in training, and the bound that teaches a network the variance of its steps."""
 import math
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, learned_log_variance, to_x0, velocity
+from ldm.diffusion.path import DiscretePath
+from ldm.diffusion.prediction import to_x0
 
 BIN = 1 / 255  # half the width of an 8-bit level in images of [-1, 1]
 
 
-def training_target(latent: Tensor, noise: Tensor, timestep: Tensor, schedule: Schedule,
-                    prediction_type: str) -> Tensor:
-    """Target of the squared error.
-
-    Args:
-        latent, noise: (B, C, h, w).
-        timestep: (B,) int64.
-        schedule: the forward process.
-        prediction_type: `epsilon`, `v` or `x0`.
-    Returns:
-        (B, C, h, w).
-    Raises:
-        ValueError: for another prediction type.
-    """
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "x0":
-        return latent
-    if prediction_type == "v":
-        return velocity(latent, noise, timestep, schedule)
-    raise ValueError(f"prediction_type: {prediction_type!r} is unknown. Expected epsilon, v or x0.")
-
-
-def loss_weight(timestep: Tensor, schedule: Schedule, prediction_type: str, min_snr_gamma: float | None) -> Tensor:
+def loss_weight(signal: Tensor, noise: Tensor, prediction_type: str, min_snr_gamma: float | None) -> Tensor:
     """Weight of each sample's squared error.
 
     Args:
-        timestep: (B,) int64.
-        schedule: the forward process.
-        prediction_type: `epsilon`, `v` or `x0`.
+        signal, noise: factors of the mixture, (B, 1, ..., 1).
+        prediction_type: of ldm.diffusion.prediction.KINDS.
         min_snr_gamma: None = all weights are 1.
     Returns:
-        (B,) float32: min(snr, gamma) expressed for the predicted quantity, where snr = abar / (1 - abar).
+        (B,) float32: min(snr, gamma), which is a weight of the clean latent's error, expressed for the predicted
+        quantity; snr = (signal / noise)^2.
     Source: Hang et al. 2023 (min-SNR), Eq. 11 and its v-prediction form.
     """
     if min_snr_gamma is None:
-        return torch.ones(timestep.shape, device=timestep.device)
-    signal = schedule.gather("alphas_cumprod", timestep, timestep)
-    snr = signal / (1.0 - signal)
-    clamped = snr.clamp(max=min_snr_gamma)
-    return clamped / {"epsilon": snr, "v": snr + 1.0, "x0": torch.ones_like(snr)}[prediction_type]
+        return torch.ones(len(signal), device=signal.device)
+    signal, noise = signal.flatten(), noise.flatten()
+    snr = (signal / noise).square()
+    # How far the clean latent moves with the prediction, squared.
+    gain = {"epsilon": 1 / snr, "x0": torch.ones_like(snr), "v": noise.square(), "velocity": noise.square()}
+    return snr.clamp(max=min_snr_gamma) * gain[prediction_type]
 
 
 def variational_bound(epsilon: Tensor, values: Tensor, image: Tensor, noisy: Tensor, timestep: Tensor,
-                      schedule: Schedule) -> Tensor:
+                      path: DiscretePath) -> Tensor:
     """One term of the variational bound, which teaches a network the variance of its steps.
 
     Args:
@@ -62,22 +41,38 @@ def variational_bound(epsilon: Tensor, values: Tensor, image: Tensor, noisy: Ten
         image: clean, same shape, float32 in [-1, 1] with 8-bit levels.
         noisy: the image at the timestep.
         timestep: (B,) int64.
-        schedule: the forward process.
+        path: the forward process.
     Returns:
         (B,) in bits per dimension: the KL divergence from the true step back, or at timestep 0 the negative log
         likelihood of the image's levels.
     Source: Nichol and Dhariwal 2021, Eq. 4-7 and 16; Ho et al. 2020, Eq. 13.
     """
-    near = schedule.gather("posterior_mean_coef1", timestep, image)
-    far = schedule.gather("posterior_mean_coef2", timestep, image)
-    mean = near * to_x0(epsilon.detach(), noisy, timestep, schedule, "epsilon") + far * noisy
-    log_variance = learned_log_variance(values, timestep, schedule)
+    near = path.gather("posterior_mean_coef1", timestep, image)
+    far = path.gather("posterior_mean_coef2", timestep, image)
+    mean = near * to_x0(epsilon.detach(), noisy, *path.factors(timestep, image), "epsilon") + far * noisy
+    log_least, log_beta = (path.gather(name, timestep, image) for name in ("log_least_variance", "log_betas"))
+    log_variance = learned_log_variance(values, log_least, log_beta)
     true_mean = near * image + far * noisy
-    true_log_variance = schedule.gather("log_least_variance", timestep, image)
-    divergence = 0.5 * (log_variance - true_log_variance - 1 + (true_log_variance - log_variance).exp()
+    divergence = 0.5 * (log_variance - log_least - 1 + (log_least - log_variance).exp()
                         + (true_mean - mean).square() * (-log_variance).exp())
     bits = torch.where((timestep == 0).reshape(-1, 1, 1, 1), level_surprise(image, mean, log_variance), divergence)
     return bits.flatten(1).mean(1) / math.log(2)
+
+
+def learned_log_variance(values: Tensor, log_least: Tensor | float, log_beta: Tensor | float) -> Tensor:
+    """Logarithm of the variance of a step back, where the network learns it.
+
+    Args:
+        values: outputs of the network, (B, C, h, w): 1 = the largest sensible variance (beta), -1 = the least (the
+            posterior's when the clean latent is known).
+        log_least, log_beta: logarithms of these two.
+
+    Returns:
+        (B, C, h, w).
+    Source: Nichol and Dhariwal 2021, Eq. 15.
+    """
+    share = (values + 1) / 2
+    return share * log_beta + (1 - share) * log_least
 
 
 def level_surprise(image: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

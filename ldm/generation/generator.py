@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ldm.data.transforms import normalize_batch
 from ldm.generation.machine import is_out_of_memory
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
-from ldm.util import UserError
+from ldm.util import UserError, leave_signals_to_main
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +113,8 @@ def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> D
     """Loader of conditions; its `batch_sampler` is a BatchPlan."""
     return DataLoader(
         dataset, batch_sampler=BatchPlan(), collate_fn=collate, num_workers=num_workers, pin_memory=is_cuda,
-        persistent_workers=num_workers > 0, worker_init_fn=_leave_signals_to_main,
+        persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
-
-
-def _leave_signals_to_main(_: int) -> None:
-    # srun and Ctrl-C signal every process of a job; loader processes end when the main one does.
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
 
 
 def plan_batches(jobs: Sequence[Job], slots: Iterable[int], batch_size: int) -> list[list[Request]]:
@@ -246,7 +239,7 @@ def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int],
     if use_autocast != painter.use_autocast:
         method.condition_cache = None  # it holds what was computed in the other precision
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
             images = method.sample(conditions, noise, painter.sampling, draw)
     finally:
         method.condition_cache = cache

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from ldm.modules.blocks import TimestepSequential
+from ldm.methods.base import Method
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def find_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return index * size + rank, count * size
 
 
-def compile_blocks(method: nn.Module, **options: Any) -> None:
+def compile_blocks(method: Method, **options: Any) -> None:
     """Compile the repeated blocks of a network in place.
 
     A network is a few kinds of blocks many times over: compiling these takes a small part of the time that the whole
@@ -96,7 +95,7 @@ def compile_blocks(method: nn.Module, **options: Any) -> None:
         options: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
-    blocks = [block for group in method.modules() if isinstance(group, TimestepSequential) for block in group]
+    blocks = list(method.blocks())
     for block in blocks:
         block.compile(dynamic=False, **options)
     logger.info("%d blocks are compiled when they first run, which takes a while", len(blocks))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
@@ -19,9 +18,8 @@ from ldm.files import Record, file_sha256
 from ldm.generation.generator import Job
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
-from ldm.methods.diffusion import DiffusionMethod
+from ldm.methods.base import Method
 from ldm.sampling.modes import Sampling
-from ldm.sampling.multistep import spaced_timesteps
 from ldm.sampling.noise import sample_seed
 from ldm.util import UserError
 from ldm.weights.load import build_skeleton, read_model_config
@@ -225,6 +223,8 @@ def make_plan(
     numbers = find_unfinished(settings, layout)
     need = (*method.takes, *(["image"] if sampling.strength < 1 else []))
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
+    if "prompt" in method.takes:
+        method.check_prompts({row.prompt for row in rows})
     fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
@@ -239,7 +239,7 @@ def use_tokenizer(config: dict[str, Any], folder: str) -> None:
     text.setdefault("params", {})["tokenizer_dir"] = folder
 
 
-def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module) -> None:
+def check_settings(settings: RunSettings, sampling: Sampling, method: Method) -> None:
     """Raise UserError where flags do not fit the model or each other."""
     height, width, factor = settings.height, settings.width, method.size_factor
     if (height is None) != (width is None):
@@ -253,23 +253,18 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: nn.Module)
                                 ("--f", settings.downsampling, factor // rows)):  # fmt: skip
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
-    if (sampling.share_control or sampling.reuse_every != 1) and type(method).prepare is DiffusionMethod.prepare:
-        raise UserError(f"--mode: {type(method).__name__} has no control features to share or reuse. Expected exact or "
-                        "fast, or turbo with --no-share_control --reuse_every 1. Change it.")
-    spaced_timesteps(sampling.num_steps, method.schedule, sampling.spacing)
-    if "prompt" in method.takes:  # the tokenizer is loaded at its first use; missing files should show now
-        method.text_encoder.tokenizer([""])
+    method.check(sampling)
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
-    """Class table that masks are read with: --dataset, which must have as many classes as the model's, or the model's.
+    """Class table that masks are read with: --classes, which must have as many classes as the model's, or the model's.
 
-    By default masks are stored as those of the training were; --dataset is for masks numbered or coloured otherwise.
+    By default masks are stored as those of the training were; --classes is for masks numbered or coloured otherwise.
     """
     table = ClassTable.load(dataset) if dataset else own
     if table.num_classes != own.num_classes:
         raise UserError(
-            f"--dataset: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
+            f"--classes: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
             f" table {own.name}. Use a table with the model's classes."
         )
     return table
@@ -308,7 +303,7 @@ def is_unfinished(statistics: Record | None, copies: int) -> bool:
     return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
-def read_rows(settings: RunSettings, table: ClassTable, method: nn.Module, need: Sequence[str],
+def read_rows(settings: RunSettings, table: ClassTable, method: Method, need: Sequence[str],
               numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
     """Rows of the manifest with what they need; the files of those that this process paints are checked.
 

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.methods.base import Method, WeightGroup
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import instantiate_from_config
 
 
-class AutoencoderMethod(nn.Module):
+class AutoencoderMethod(Method):
     """Trains an autoencoder on single images: L1 in opponent colours + LPIPS + a little KL.
 
     Its state_dict has the keys of the autoencoder under `first_stage_model.`, as the latent methods load it.
@@ -24,9 +25,6 @@ class AutoencoderMethod(nn.Module):
         crop: edge of a random window that is trained on (pixels); None = the whole image. The network is
             convolutional, and small windows give more variety for the same time.
     """
-
-    takes = ()
-    image_channels = 3
 
     def __init__(self, autoencoder: Mapping[str, Any], perceptual_weights: str | None = None,
                  perceptual_weight: float = 1.0, kl_weight: float = 1e-6, chroma_gain: float = 1.0,
@@ -45,6 +43,10 @@ class AutoencoderMethod(nn.Module):
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of the parameters that train."""
         return {"autoencoder": list(self.first_stage_model.parameters())}
+
+    def weight_groups(self) -> tuple[WeightGroup, ...]:
+        """One (see Method)."""
+        return (WeightGroup("autoencoder", "first_stage_model."),)
 
     def training_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one batch.

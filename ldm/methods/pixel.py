@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ldm.data.classes import ClassTable
 from ldm.data.transforms import draw_edges, encode_mask, hint_channels
+from ldm.methods.base import WeightGroup
 from ldm.methods.diffusion import DiffusionMethod
 
 EDGES = ("semantic", "instance")
@@ -25,15 +26,16 @@ class PixelDiffusion(DiffusionMethod):
             instance maps (`instance`); None = no such channel.
         mask_dropout: share of training samples whose hint, edges included, is all zero: what guidance does without.
         ablation: probability of each class, drawn for each training sample, that its pixels lose their class.
-        diffusion: see DiffusionMethod. The noise schedule is DDPM's unless told otherwise.
+        diffusion: see DiffusionMethod. The path has DDPM's noise schedule unless told otherwise.
     """
 
     clip = 1.0
 
     def __init__(self, class_table: str | Mapping[str, Any], image_channels: int = 3, hint_mode: str = "one_hot",
                  edge: str | None = None, mask_dropout: float = 0.0, ablation: float = 0.0, **diffusion: Any) -> None:
-        schedule = {"kind": "linear", "start": 1e-4, "end": 0.02, **(diffusion.pop("schedule", None) or {})}
-        super().__init__(schedule=schedule, **diffusion)
+        if diffusion.get("path") is None:
+            diffusion["schedule"] = {"kind": "linear", "start": 1e-4, "end": 0.02, **(diffusion.get("schedule") or {})}
+        super().__init__(**diffusion)
         if edge not in (None, *EDGES):
             raise ValueError(f"edge: {edge!r} is unknown. Expected one of {', '.join(EDGES)}, or null.")
         self.class_table = ClassTable.load(class_table)
@@ -51,6 +53,10 @@ class PixelDiffusion(DiffusionMethod):
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """All parameters."""
         return {"unet": list(self.model.parameters())}
+
+    def weight_groups(self) -> tuple[WeightGroup, ...]:
+        """One (see Method)."""
+        return (WeightGroup("U-Net", "model.diffusion_model."),)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """The image itself."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a wrapper of a network, so that no sampler knows about it."""
+"""Closures round a network: classifier-free guidance, and the clean latent that a prediction implies."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,34 +6,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
-# predict(latent (n * B, C, h, w), timestep (n * B,), n): answers of the last n branches; the last is the conditional.
+from ldm.diffusion.path import Level
+from ldm.diffusion.prediction import to_x0
+from ldm.sampling.samplers import Denoise
+
+Predict = Callable[[Tensor, Level], Tensor]
+# predict(x (n * B, C, h, w), time (n * B,), n): predictions of the last n branches; the last has all conditions.
 PredictBranches = Callable[[Tensor, Tensor, int], Tensor]
+# correct(denoise, batch, levels, decode) -> denoise: a closure round the denoiser of one run of a sampler, bound to its
+# batch, the levels that the sampler is going to visit, and the decoder (B, C, h, w) -> images in about [-1, 1].
+Correct = Callable[[Denoise, Mapping[str, Any], Sequence[Level], Callable[[Tensor], Tensor]], Denoise]
 
 
-def guide(
-    predict: PredictBranches,
-    scales: Sequence[float],
-    interval: tuple[float, float] = (0.0, 1.0),
-    rescale: float = 0.0,
-    num_timesteps: int = 1000,
-) -> Denoise:
-    """Steer a network away from what it answers without some of its conditions.
+def guide(predict: PredictBranches, scales: Sequence[float], interval: tuple[float, float] = (0.0, 1.0),
+          rescale: float = 0.0) -> Predict:
+    """Steer a network away from what it predicts without some of its conditions.
 
-    All branches run as one batch. Each scale moves the answer by (scale - 1) times what the condition changes, so that
-    several conditions have each their own strength, and one with scale 1 needs no branch. With one scale this is plain
-    classifier-free guidance.
+    All branches run as one batch. Each scale moves the prediction by (scale - 1) times what the condition changes, so
+    that several conditions have each their own strength, and one with scale 1 needs no branch. With one scale this is
+    plain classifier-free guidance.
 
     Args:
-        predict: answers for the last n branches (see PredictBranches); branch i does without condition i, the last one
-            has all. Channels beyond those of the latent, a learned variance, are taken from the last one as they are.
+        predict: see PredictBranches; branch i does without condition i. Channels beyond those of x, a learned variance,
+            are taken from the last branch as they are.
         scales: one for every branch but the last.
-        interval: guide only at timesteps in [low, high] * num_timesteps; elsewhere the conditional branch runs alone.
-        rescale: share in [0, 1] of bringing each sample's standard deviation back to that of the conditional answer.
-        num_timesteps: T of the schedule.
+        interval: guide only at levels whose share is within it; elsewhere the conditional branch runs alone.
+        rescale: share in [0, 1] of bringing each sample's standard deviation back to that of the conditional
+            prediction.
 
     Returns:
-        `denoise(latent (B, C, h, w), timestep (B,), the same for all) -> prediction (B, C, h, w)`.
+        `predict(x (B, C, h, w), level)`, its prediction like x, with learned variance twice its channels.
 
     Raises:
         ValueError: if interval or rescale is out of range.
@@ -45,16 +47,14 @@ def guide(
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale: {rescale} is not possible. Expected a value in [0, 1].")
 
-    def denoise(latent: Tensor, timestep: Tensor) -> Tensor:
-        # Samplers hand over timesteps on the CPU: looking at one does not wait for the GPU.
-        is_guided = bool(scales) and low * num_timesteps <= timestep[0].item() <= high * num_timesteps
-        timestep = timestep.to(latent.device)
-        if not is_guided:
-            return predict(latent, timestep, 1)
-        count = len(scales) + 1
-        answers = predict(latent.repeat(count, 1, 1, 1), timestep.repeat(count), count)
-        answers, variance = answers.tensor_split([latent.shape[1]], dim=1)
-        *without, full = answers.chunk(count)
+    def guided(x: Tensor, level: Level) -> Tensor:
+        count = len(scales) + 1 if low <= level.share <= high else 1
+        time = torch.full((count * len(x),), level.time, device=x.device)  # int64 or float32, as level.time is
+        predictions = predict(x.repeat(count, 1, 1, 1) if count > 1 else x, time, count)
+        if count == 1:
+            return predictions
+        predictions, variance = predictions.tensor_split([x.shape[1]], dim=1)
+        *without, full = predictions.chunk(count)
         result = without[0] + scales[0] * (full - without[0])
         for scale, branch in zip(scales[1:], without[1:], strict=True):
             result = result + (scale - 1) * (full - branch)
@@ -63,33 +63,29 @@ def guide(
             result = result * (rescale * spread + 1 - rescale)
         return torch.cat([result, variance.chunk(count)[-1]], dim=1) if variance.shape[1] else result
 
-    return denoise
+    return guided
 
 
-def with_guidance(
-    predict: Callable[..., Tensor],
-    conditions: Mapping[str, Any],
-    null_conditions: Mapping[str, Any],
-    guidance_scale: float,
-) -> Denoise:
-    """Bind conditions to a network and guide it with one scale; nothing is computed in advance.
+def make_denoiser(predict: Predict, kind: str, clip: float | None = None, keep_variance: bool = False) -> Denoise:
+    """What samplers take, from a network.
 
     Args:
-        predict: `predict(latent, timestep, **conditions)`, returns a tensor like latent.
-        conditions: keyword arguments of predict: tensors (B, ...), lists or tuples of such, or None.
-        null_conditions: the same keys with what stands for "not given", e.g. the context of the empty prompt.
-        guidance_scale: 1 = off; larger follows the conditions more strongly.
-
-    Returns:
-        `denoise(latent (B, C, h, w), timestep (B,)) -> prediction (B, C, h, w)`.
-
-    Raises:
-        ValueError: if the two sets of conditions have different keys or cannot be joined.
+        predict: prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance behind.
+        kind: of the prediction (see ldm.diffusion.prediction).
+        clip: keep clean latents within [-clip, clip]; None = leave them. The noise that a sampler takes to go with a
+            clean latent follows from it, so that the two always fit together.
+        keep_variance: hand on a learned variance, for ddpm.
     """
-    if guidance_scale == 1:
-        return guide(lambda latent, timestep, _: predict(latent, timestep, **conditions), [])
-    both = join_branches([null_conditions, conditions])
-    return guide(lambda latent, timestep, _: predict(latent, timestep, **both), [guidance_scale])
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        # Under autocast the network may predict in 16 bits; the sampler itself needs 32.
+        prediction, variance = predict(x, level).to(x.dtype).tensor_split([x.shape[1]], dim=1)
+        clean = to_x0(prediction, x, level.signal, level.noise, kind)
+        if clip is not None:  # an infinite prediction must not pass for black or white
+            clean = torch.where(clean.isfinite(), clean, torch.nan).clamp(-clip, clip)
+        return torch.cat([clean, variance], dim=1) if keep_variance and variance.shape[1] else clean
+
+    return denoise
 
 
 def join_branches(branches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -107,7 +103,7 @@ def join_branches(branches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = {tuple(sorted(branch)) for branch in branches}
     if len(names) > 1:
         raise ValueError(
-            f"with_guidance: branches have the keys {' and '.join(str(list(keys)) for keys in sorted(names))}."
+            f"join_branches: branches have the keys {' and '.join(str(list(keys)) for keys in sorted(names))}."
             " Expected the same in all. Pass a stand-in for each."
         )
     return {name: _join(name, [branch[name] for branch in branches]) for name in branches[-1]}
@@ -122,7 +118,7 @@ def _join(name: str, values: Sequence[Any]) -> Any:
     if all(value is None for value in values):
         return None
     raise ValueError(
-        f"with_guidance: condition {name} is {_describe(values[-1])}, without it {_describe(first)}."
+        f"join_branches: condition {name} is {_describe(values[-1])}, without it {_describe(first)}."
         " Expected tensors of one shape, lists of such, or None throughout. Expand the null to the batch."
     )
 

@@ -5,18 +5,21 @@ Import-light, so that a command line is parsed without waiting for torch.
 
 import argparse
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ldm.diffusion.spacing import ENDS, FROM_ZERO, SPACINGS
+
 SOLVERS = ("ddim", "dpmpp_2m", "unipc", "ddpm")
-SPACINGS = ("leading", "trailing", "uniform_lambda", "uniform", "leading0")
-FROM_ZERO = ("uniform", "leading0")  # spacings that ask the network at timestep 0 too
-ENDS = ("clean", "first")
+# Settings of methods that have a flag, with the values that change nothing; a method says which it has, and checks
+# them (Method.check). Records and fingerprints hold them beside the sampler's own, as they did before methods had any.
+METHOD_SETTINGS = {"hint_scale": 1.0, "reference_scale": 1.0, "share_control": False, "reuse_every": 1}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to walk from noise to a latent.
+    """How to get from noise to a latent.
 
     Args:
         solver: `ddim`, `dpmpp_2m` (DPM-Solver++), `unipc`, or `ddpm` (ancestral, with learned variance where the
@@ -24,17 +27,15 @@ class Sampling:
         num_steps: network evaluations.
         eta: share of fresh noise in each step of ddim, [0, 1].
         spacing: of the timesteps: `leading`, `trailing`, `uniform_lambda`, `uniform` or `leading0` (see
-            spaced_timesteps).
-        end: `first` (variance of timestep 0) or `clean` (none; the only one of ddpm and of spacings from 0).
+            spaced_timesteps); of a flow path `uniform` or `trailing` (see FlowPath).
+        end: `first` (variance of timestep 0) or `clean` (none; the only one of ddpm, of flow paths and of spacings from
+            0).
         guidance_scale: weight of what guidance_drops of the model names, 1 = off; None = the model's own.
-        hint_scale, reference_scale: weight of the mask (with the prompt, which names its classes) and of the reference
-            on top of that; 1 = no branch of its own.
-        guidance_interval: guide only at timesteps within these shares of T.
+        guidance_interval: guide only at levels within these shares of the path.
         guidance_rescale: share of bringing the spread of the guided prediction back, [0, 1].
-        share_control: approximation: run a control branch once for all branches of guidance that have its condition.
-        reuse_every: approximation: run encoder and control branches at every n-th step only; 1 = always.
-        strength: share of the timesteps that is walked, (0, 1]: 1 starts from pure noise; below it a sample starts from
-            its row's own image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
+        strength: share of the path, (0, 1]: 1 starts from pure noise; below it a sample starts from its row's own
+            image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
+        method: settings of the method, by name (see Method.sampling_settings); what is not here is left as it is.
 
     Raises:
         ValueError: naming the field that is not possible.
@@ -46,21 +47,17 @@ class Sampling:
     spacing: str = "leading"
     end: str = "first"
     guidance_scale: float | None = None
-    hint_scale: float = 1.0
-    reference_scale: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
-    share_control: bool = False
-    reuse_every: int = 1
     strength: float = 1.0
+    method: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
-        scales = {name: getattr(self, name) for name in ("guidance_scale", "hint_scale", "reference_scale")}
         for name, is_possible, expected in (
             ("solver", self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
             ("num_steps", self.num_steps >= 1, "at least 1"),
-            *((name, value is None or 0 < value < math.inf, "above 0") for name, value in scales.items()),
+            ("guidance_scale", self.guidance_scale is None or 0 < self.guidance_scale < math.inf, "above 0"),
             ("eta", 0 <= self.eta <= 1, "a value in [0, 1]"),
             ("eta", self.eta == 0 or self.solver == "ddim", "0, since only ddim has random steps"),
             ("spacing", self.spacing in SPACINGS, f"one of {', '.join(SPACINGS)}"),
@@ -69,7 +66,6 @@ class Sampling:
             ("end", self.end == "clean" or self.spacing not in FROM_ZERO, f"clean with spacing {self.spacing}"),
             ("guidance_interval", 0 <= low <= high <= 1, "0 <= low <= high <= 1"),
             ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "a value in [0, 1]"),
-            ("reuse_every", self.reuse_every >= 1, "at least 1"),
             ("strength", 0 < self.strength <= 1, "a value in (0, 1]"),
         ):
             if not is_possible:
@@ -78,20 +74,39 @@ class Sampling:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for records and fingerprints; no strength where it is 1: runs from before it go on."""
         values = asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+        values |= METHOD_SETTINGS | values.pop("method")
         return {key: value for key, value in values.items() if (key, value) != ("strength", 1.0)}
 
 
-# `exact` is upstream's walk, and stands for the walk that a model's config asks for. What `scripts/evaluate.py
+def make_sampling(base: Sampling, changes: Mapping[str, Any]) -> Sampling:
+    """Settings with changes by name, those of the sampler and those of the method alike.
+
+    Args:
+        base: to start from.
+        changes: fields of Sampling, a list for an interval; every other name is a setting of the method.
+
+    Raises:
+        ValueError: if a field is out of range.
+    """
+    known = {field.name for field in fields(Sampling)} - {"method"}
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    own = {name: value for name, value in changes.items() if name in known}
+    others = {name: value for name, value in changes.items() if name not in known}
+    return replace(base, **own, method={**base.method, **others})
+
+
+# `exact` is upstream's, and stands for what a model's config asks for. What `scripts/evaluate.py
 # consistency` said of the others stands in docs/speed.md.
 MODES = {
     "exact": Sampling(),
     "fast": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first"),
-    "turbo": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first", share_control=True, reuse_every=2),
+    "turbo": Sampling(solver="unipc", num_steps=20, spacing="trailing", end="first",
+                      method={"share_control": True, "reuse_every": 2}),
 }
-# What a command line without --mode means: `fast`, which passed that gate. Not where a model's config asks for a walk
-# of its own, and not where flags describe the walk: --ddim_steps and --ddim_eta of an upstream command mean DDIM.
+# What a command line without --mode means: `fast`, which passed that gate. Not where a model's config asks for settings
+# of its own, and not where flags describe the sampler: --ddim_steps and --ddim_eta of an upstream command mean DDIM.
 DEFAULT_MODE = "fast"
-WALK = ("solver", "num_steps", "eta", "spacing", "end")
+SAMPLER = ("solver", "num_steps", "eta", "spacing", "end")
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
@@ -99,8 +114,8 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
     group.add_argument("--mode", choices=list(MODES),
                        help=f"settings to start from ({modes}; exact: as the model's config has it, else as said). "
-                       f"Default: {DEFAULT_MODE}; exact where the config has a walk of its own, and with --ddim_steps, "
-                       "--ddim_eta, --solver, --spacing or --end")  # fmt: skip
+                       f"Default: {DEFAULT_MODE}; exact where the config has settings of its own, and with "
+                       "--ddim_steps, --ddim_eta, --solver, --spacing or --end")  # fmt: skip
 
     def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
         options |= {} if kind is None else {"type": kind}
@@ -141,10 +156,9 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     Raises:
         ValueError: if a flag is out of range.
     """
-    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    has_own_walk = replace(own, guidance_scale=None) != MODES["exact"]
-    is_described = any(given[name] is not None for name in WALK)
-    name = args.mode or ("exact" if has_own_walk or is_described else DEFAULT_MODE)
+    names = [field.name for field in fields(Sampling) if field.name != "method"]
+    given = {name: getattr(args, name) for name in (*names, *METHOD_SETTINGS) if getattr(args, name) is not None}
+    has_own = replace(own, guidance_scale=None) != MODES["exact"]
+    name = args.mode or ("exact" if has_own or given.keys() & set(SAMPLER) else DEFAULT_MODE)
     mode = own if name == "exact" else replace(MODES[name], guidance_scale=own.guidance_scale)
-    return replace(mode, **{name: value for name, value in given.items() if value is not None})
+    return make_sampling(mode, given)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from ldm.methods.base import Method
 from ldm.training.average import AveragedWeights
-from ldm.util import UserError, instantiate_from_config
+from ldm.util import instantiate_from_config
 from ldm.weights.base import open_whole
 from ldm.weights.report import SCHEDULE, Account, fill, required_while_training
 
@@ -26,7 +25,7 @@ class Start:
         origins: our name of a tensor -> weight file that it was filled from.
     """
 
-    method: nn.Module
+    method: Method
     origins: dict[str, str] = field(default_factory=dict)
 
     def take(self, account: Account) -> Account:
@@ -67,7 +66,7 @@ def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequen
         return start
     if is_filled_later:
         return start
-    filled = {name for name in own if has_local_weights(config.model.params, name)}
+    filled = {name for name in own if name.startswith(method.prefilled or ("\0",))}
     for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
         inside = {name for name in own if name.startswith(part + ".")}
         account = fill(method, [file.only(part + ".") for file in open_whole(file, own)], inside.__contains__)
@@ -108,22 +107,11 @@ def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, avera
             callback.start = average
 
 
-def has_local_weights(params: Any, name: str) -> bool:
-    """Whether the text encoder's config names a local folder or file that this tensor was filled from."""
-    text = (params.get("text_encoder") or {}).get("params") or {}
-    return name.startswith("cond_stage_model.") and bool(text.get("weights_dir") or text.get("weights_file"))
-
-
-def cache_latents(method: nn.Module, data: Any, trainer: Any, folder: str) -> None:
+def cache_latents(method: Method, data: Any, trainer: Any, folder: str) -> None:
     """Let the training set hand out latents of the frozen autoencoder instead of images."""
     from ldm.training.latents import build_latent_cache
-    if not hasattr(method, "first_stage_model"):
-        raise UserError(f"cache_latents: {type(method).__name__} has no autoencoder, there is nothing to encode. Set "
-                        "training.cache_latents=null.")
-    if getattr(method, "reference_augment", None) is not None:
-        raise UserError("cache_latents: references are augmented anew in every step and cannot be cached. Set "
-                        "model.params.reference_augment=null or training.cache_latents=null.")
+    encoder = method.cacheable_encoder()
     paths = data.train_set.cacheable_paths()
     data.train_set.latents = build_latent_cache(
-        paths, data.train_set.size, method.first_stage_model, Path(folder), trainer.strategy.root_device,
+        paths, data.train_set.size, encoder, Path(folder), trainer.strategy.root_device,
         num_workers=data.num_workers, autocast=trainer.precision_plugin.forward_context)

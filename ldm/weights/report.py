@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.methods.base import Method, WeightGroup
 from ldm.util import UserError
 from ldm.weights.files import StoredTensor
 
@@ -18,12 +19,6 @@ SCHEDULE = frozenset((
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar",
 ))  # fmt: skip
-UNET, BRANCHES = "model.diffusion_model.", ("control_model.", "ssl_stage_model.")
-GROUPS = {"control_model.": "mask branch", "ssl_stage_model.": "reference branch", "first_stage_model.": "autoencoder",
-          "cond_stage_model.": "text encoder"}
-ENCODER = ("time_embed.", "input_blocks.", "middle_block.")
-TEXT_HINT = ("Give --pretrain_path a file that has the text encoder (an SD1.5 checkpoint, a diffusers folder, a "
-             "folder of CLIP), or set model.params.text_encoder.params.weights_dir to a local folder of CLIP ViT-L/14.")
 
 
 class HasTensors(Protocol):
@@ -39,21 +34,23 @@ class Account:
     """What happened to every tensor of a network and of the files.
 
     Attributes:
+        groups: parts of the network.
         loaded: our name -> file that it came from.
-        copied: names in the branches that were copied from the U-Net's encoder.
+        copied: names that were copied from another part.
         fresh: names that keep the values they were built with.
         unexpected: (file, name) without a place in the network.
         wrong: (file, name) -> "shape in the file, shape in the network".
-        stems: (file, branch) whose hint stem takes another number of channels and was left out.
+        stems: (file, group) whose hint stem takes another number of channels and was left out.
         notes: further remarks.
     """
 
+    groups: Sequence[WeightGroup] = ()
     loaded: dict[str, str] = field(default_factory=dict)
     copied: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     unexpected: list[tuple[str, str]] = field(default_factory=list)
     wrong: dict[tuple[str, str], str] = field(default_factory=dict)
-    stems: list[tuple[str, str]] = field(default_factory=list)
+    stems: list[tuple[str, WeightGroup]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -61,23 +58,28 @@ class Account:
         names = {*self.loaded, *self.copied, *self.fresh, *(n for _, n in self.unexpected), *(n for _, n in self.wrong)}
         columns = ("loaded", "copied", "missing", "unexpected", "wrong shape")
         lines = [f"{'group':<18}" + "".join(f"{title:>12}" for title in columns) + "  from"]
-        for group in sorted({group_of(name) for name in names}):
-            own = [name for name in self.loaded if group_of(name) == group]
-            counts = (len(own), *(sum(group_of(name) == group for name in kind) for kind in (
+        group_of = {name: group_name(name, self.groups) for name in names}
+        for group in sorted(set(group_of.values())):
+            own = [name for name in self.loaded if group_of[name] == group]
+            counts = (len(own), *(sum(group_of[name] == group for name in kind) for kind in (
                 self.copied, self.fresh, [n for _, n in self.unexpected], [n for _, n in self.wrong])))
-            sources = sorted({self.loaded[name] for name in own}) + (["the U-Net's encoder"] if counts[1] else [])
+            origins = [group_name(g.copy_of, self.groups) for g in self.groups if g.name == group and counts[1]]
+            sources = sorted({self.loaded[name] for name in own}) + [f"copied from the {name}" for name in origins]
             numbers = "".join(f"{count:>12}" for count in counts)
             lines.append(f"{group:<18}{numbers}  {', '.join(sources) or '-'}")
         return "\n".join([*lines, *self.notes])
 
 
-def group_of(name: str) -> str:
-    """Group of a tensor in the account."""
-    if name.startswith(UNET):
-        return "all-in-attention" if "trainable" in name else "U-Net"
+def group_name(name: str, groups: Sequence[WeightGroup]) -> str:
+    """Name of the part of the network that a tensor belongs to; what no group has is called by its first word."""
     if name in SCHEDULE:
         return "schedule"
-    return next((group for prefix, group in GROUPS.items() if name.startswith(prefix)), name.split(".")[0])
+    return next((group.name for group in groups if group.has(name)), name.split(".")[0])
+
+
+def groups_of(module: nn.Module) -> tuple[WeightGroup, ...]:
+    """Parts of a network; a module that is no method has none."""
+    return module.weight_groups() if isinstance(module, Method) else ()
 
 
 def fill(module: nn.Module, files: Sequence[HasTensors], is_required: Callable[[str], bool] = lambda name: True,
@@ -91,7 +93,7 @@ def fill(module: nn.Module, files: Sequence[HasTensors], is_required: Callable[[
         files: weights by our names; read one tensor at a time.
         is_required: says of a name whether it must come from a file.
         allow_partial: go on where it would stop.
-        initialise_branches: copy the U-Net's encoder into control branches that no file has.
+        initialise_branches: let parts that no file has start as copies of others (see WeightGroup.copy_of).
         place: how tensors enter a network that was built without memory; None = copy into the memory it has.
     Returns:
         The account.
@@ -100,24 +102,23 @@ def fill(module: nn.Module, files: Sequence[HasTensors], is_required: Callable[[
             differ; the text holds the account.
     """
     own = module.state_dict()
-    account, problems = Account(), []
+    account, problems = Account(groups_of(module)), []
     chosen: dict[str, StoredTensor] = {}
     for file in files:
         account.notes += [f"{file.name}: {note}" for note in file.notes]
         problems += choose(file, own, chosen, account)
-    if initialise_branches and any(name.startswith(UNET) for name in chosen):
-        account.copied = [name for branch in BRANCHES for name in encoder_names(branch, own)
-                          if not any(other.startswith(branch) for other in chosen)]
+    copies = find_copies(account.groups, own, chosen) if initialise_branches else {}
+    account.copied = list(copies)
     known = {*chosen, *account.copied, *(SCHEDULE & set(own))}
     account.fresh = [name for name in own if name not in known]
     account.notes += [
-        f"{file}: its {GROUPS[branch]} takes another kind of hint ({account.wrong[file, branch + STEM]}); the "
-        "hint stem starts fresh, at zero effect" for file, branch in account.stems]
+        f"{file}: its {group.name} takes another kind of hint ({account.wrong[file, first_of_stem(group)]}); the "
+        "hint stem starts fresh, at zero effect" for file, group in account.stems]
     missing = [name for name in account.fresh if is_required(name)]
     if missing:
-        groups = sorted({group_of(name) for name in missing})
-        problems.append(f"{len(missing)} tensors have no values, in: {', '.join(groups)} (first: {missing[0]})")
-        problems += [TEXT_HINT] if "text encoder" in groups else []
+        names = sorted({group_name(name, account.groups) for name in missing})
+        problems.append(f"{len(missing)} tensors have no values, in: {', '.join(names)} (first: {missing[0]})")
+        problems += [group.remedy for group in account.groups if group.name in names and group.remedy]
     if problems and not allow_partial:
         raise UserError("\n".join([
             f"checkpoint {', '.join(file.name for file in files)}: does not fit the model. Expected every tensor of "
@@ -129,13 +130,10 @@ def fill(module: nn.Module, files: Sequence[HasTensors], is_required: Callable[[
         for name, stored in chosen.items():
             if place is not None or not own[name].is_meta:  # a skeleton is accounted for, not filled
                 put(module, own, name, stored.read(), place)
-        for name in account.copied:
-            own[name].copy_(own[UNET + name.partition(".")[2]])
-    account.notes += find_silent_branches(module)
+        for name, origin in copies.items():
+            own[name].copy_(own[origin])
+    account.notes += module.weight_notes() if isinstance(module, Method) else []
     return account
-
-
-STEM = "input_hint_block.0.weight"
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ def choose(file: HasTensors, own: Mapping[str, Tensor], chosen: dict[str, Stored
     problems = compare_schedule(file, own)
     wrong = {name: stored for name, stored in file.tensors.items()
              if name in own and name not in SCHEDULE and tuple(stored.shape) != tuple(own[name].shape)}
-    stems = [branch for branch in BRANCHES if branch + STEM in wrong]
-    skipped = tuple(f"{branch}input_hint_block." for branch in stems)
+    stems = [group for group in account.groups if group.stem and first_of_stem(group) in wrong]
+    skipped = tuple(group.prefix + group.stem for group in stems)
     used = unknown = 0
     for name, stored in file.tensors.items():
         if name in SCHEDULE or (skipped and name.startswith(skipped)):
@@ -171,7 +169,7 @@ def choose(file: HasTensors, own: Mapping[str, Tensor], chosen: dict[str, Stored
             chosen[name] = stored
             account.loaded[name] = file.name
             used += 1
-    account.stems += [(file.name, branch) for branch in stems]
+    account.stems += [(file.name, group) for group in stems]
     for name, stored in wrong.items():
         account.wrong[file.name, name] = f"file {stored.shape}, model {tuple(own[name].shape)}"
     failed = sum(not name.startswith(skipped or ("\0",)) for name in wrong)
@@ -196,11 +194,29 @@ def compare_schedule(file: HasTensors, own: Mapping[str, Tensor]) -> list[str]:
             f"{float(theirs[-1]):.3g}; the config's has {len(ours)}, {float(ours[-1]):.3g}). Set model.params.schedule"]
 
 
-def encoder_names(branch: str, own: Mapping[str, Tensor]) -> list[str]:
-    """Names in a branch that the U-Net's encoder has in the same shape."""
-    starts = tuple(branch + part for part in ENCODER)
-    return [name for name in own if name.startswith(starts) and UNET + name[len(branch):] in own
-            and own[UNET + name[len(branch):]].shape == own[name].shape]
+def first_of_stem(group: WeightGroup) -> str:
+    """Name of the first weight that sees a group's hint."""
+    return f"{group.prefix}{group.stem}0.weight"
+
+
+def find_copies(groups: Sequence[WeightGroup], own: Mapping[str, Tensor], chosen: Collection[str]) -> dict[str, str]:
+    """Names of tensors that start as copies -> those that they are copies of (see WeightGroup.copy_of).
+
+    Args:
+        groups: of the network.
+        own: all its tensors.
+        chosen: names that a file has.
+    """
+    copies: dict[str, str] = {}
+    for group in groups:
+        if not group.copy_of or any(name.startswith(group.prefix) for name in chosen) or not any(
+                name.startswith(group.copy_of) for name in chosen):
+            continue
+        starts = tuple(group.prefix + part for part in group.copied)
+        pairs = {name: group.copy_of + name.removeprefix(group.prefix) for name in own if name.startswith(starts)}
+        copies |= {name: origin for name, origin in pairs.items()
+                   if origin in own and own[origin].shape == own[name].shape}
+    return copies
 
 
 def put(module: nn.Module, own: Mapping[str, Tensor], name: str, value: Tensor, place: Placement | None) -> None:
@@ -219,24 +235,6 @@ def put(module: nn.Module, own: Mapping[str, Tensor], name: str, value: Tensor, 
         owner._buffers[leaf] = value
 
 
-def find_silent_branches(module: nn.Module) -> list[str]:
-    """A remark on every control branch whose zero-initialised layers let nothing through yet."""
-    own = dict(module.named_parameters())
-    notes = []
-    for branch, attention, what in ((BRANCHES[0], "attn01_ssl_trainable", "mask"),
-                                    (BRANCHES[1], "attn00_ls_trainable", "reference image")):
-        layers = (f"{branch}zero_convs.", f"{branch}middle_block_out.")
-        gates = [p for name, p in own.items() if name.startswith(layers)]
-        # Where the decoder attends to features in front of the zero-convolutions, its own outputs must be zero too.
-        outputs = [p for name, p in own.items() if f"{attention}.to_out." in name]
-        if any("hint_norm_trainable" in name for name in own):
-            gates += outputs if gates else []
-        if gates and not any(p.is_meta or p.any() for p in gates):
-            notes.append(f"warning: all zero-convolutions of the {GROUPS[branch]} are zero: the {what} has no effect "
-                         "yet")
-    return notes
-
-
 def describe_wrong(account: Account, count: int = 5) -> list[str]:
     """The first tensors of another shape, a line each."""
     return [f"  {file}: {name}: {what}" for (file, name), what in list(account.wrong.items())[:count]]
@@ -251,7 +249,7 @@ def required_while_training(module: nn.Module, trained: Collection[nn.Parameter]
         trained: its parameters that train.
         filled: names that have their values already.
     """
-    ids = {id(parameter) for parameter in trained}
-    free = {group_of(name) for name, parameter in module.named_parameters() if id(parameter) in ids}
+    ids, groups = {id(parameter) for parameter in trained}, groups_of(module)
+    free = {group_name(name, groups) for name, parameter in module.named_parameters() if id(parameter) in ids}
     filled = set(filled)
-    return lambda name: group_of(name) not in free and name not in filled
+    return lambda name: group_name(name, groups) not in free and name not in filled

@@ -14,13 +14,57 @@ from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
 from ldm.data.images import read_image
+from ldm.files import atomic_write, write_json
+from post_processing.gain.plan import LABELS, Plan
 from post_processing.run_index import read_mask_at, read_run
 
 BASELINE = "real"
 MEASURES = ("OA", "mIoU", "mAcc")
-LETTER = 7.5  # width in an SVG of 12 px letters, rather too much than too little: fonts differ
-COLOURS = ("#222222", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
 Scores = Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+
+def write_report(plan: Plan) -> str:
+    """Gather the scores and write results.json, table.md and report.html; returns the table."""
+    args, stages = plan.args, {stage.name for stage in plan.stages()}  # an earlier plan's may lie in the folder as well
+    scores: dict[str, dict[int, Any]] = {arm: {} for arm in args.arms}
+    for arm in args.arms:
+        for seed in args.seeds:
+            path = plan.outdir / f"{arm}/seed_{seed}/test/results.json"
+            scores[arm][seed] = json.loads(path.read_text(encoding="utf-8"))
+    summary = summarise(scores)
+    table = make_table(summary, LABELS)
+    settings = {key: value for key, value in vars(args).items() if key not in ("debug", "dry_run", "overwrite")}
+    write_json(plan.outdir / "results.json", {"summary": summary, "scores": scores, "settings": settings})
+    atomic_write(plan.outdir / "table.md", table)
+    tiles = scores["real"][args.seeds[0]]["images"]
+    real, resampled = plan.manifests["real"], plan.manifests["resampled"]
+    facts = [
+        f"Real pairs: {count_lines(real)} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}."
+        " Scores: mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
+        f" {', '.join(map(str, args.seeds))}; gains are paired by seed.",
+        f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized pictures for each"
+        f" real one in a batch: {args.synthetic_ratio:g}.",
+    ]
+    if "synthesis" in stages:
+        kept = f"{count_lines(resampled)} kept" if "resample" in stages else "not filtered"
+        painted = count_lines(plan.outdir / "synthesis/index.jsonl")
+        what = "pictures of mixed masks" if args.mix_masks else "pictures"
+        facts.append(f"Generator {Path(args.ckpt).name}: {painted} {what} painted, {kept}. The labels that it was "
+                     "trained with are labels too; --real_fraction does not take those away.")
+    folders = {arm: [plan.outdir / f"{arm}/seed_{seed}" for seed in args.seeds] for arm in args.arms}
+    drawings = [draw_curves(read_curves(folders, key), title, LABELS)
+                for key, title in (("mIoU", "validation mIoU, mean of the seeds"), ("loss", "loss"))]  # fmt: skip
+    examples = None
+    if "filter" in stages:
+        filtered = plan.outdir / "filter/masks"
+        examples = draw_examples(plan.outdir / "synthesis", filtered, 8, ClassTable.load(plan.table))
+    atomic_write(plan.outdir / "report.html", make_page(table, facts, drawings, examples))
+    return table
+
+
+def count_lines(path: str | Path) -> int:
+    """Number of rows of a manifest or an index."""
+    return len(Path(path).read_text(encoding="utf-8").splitlines())
 
 
 def summarise(scores: Scores) -> dict[str, Any]:
@@ -98,24 +142,19 @@ def read_curves(work_dirs: Mapping[str, Sequence[Path]], key: str) -> dict[str, 
 
 
 def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, labels: Mapping[str, str]) -> str:
-    """Curves as an SVG picture with axes and legend; "" if there are none."""
+    """Curves as an SVG image with axes and legend; "" if there are none."""
     if not curves:
         return ""
-    points = [point for curve in curves.values() for point in curve]
-    last = max(step for step, _ in points)
-    low, high = min(value for _, value in points), max(value for _, value in points)
-    scale = (high - low) or 1.0
-    width = 470 + int(LETTER * max(len(labels[arm]) for arm in curves))
-    parts = [f'<svg viewBox="0 0 {width} 300" width="{width}"><text x="50" y="16">{html.escape(title)}</text>'
-             '<path d="M50 30V260H450" fill="none" stroke="#999"/>'
-             f'<text x="4" y="36">{high:.3g}</text><text x="4" y="260">{low:.3g}</text>'
-             f'<text x="400" y="280">{last} steps</text>']  # fmt: skip
-    for place, (arm, curve) in enumerate(curves.items()):
-        colour = COLOURS[place % len(COLOURS)]
-        path = " ".join(f"{50 + 400 * step / last:.1f},{260 - 230 * (y - low) / scale:.1f}" for step, y in curve)
-        label = f'<text x="460" y="{44 + 18 * place}" fill="{colour}">{html.escape(labels[arm])}</text>'
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>{label}')
-    return "".join(parts) + "</svg>"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5))
+    axes = figure.add_subplot(title=title, xlabel="steps")
+    for arm, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), label=labels[arm])
+    figure.legend(loc="outside right upper")
+    content = io.StringIO()
+    figure.savefig(content, format="svg", bbox_inches="tight")
+    return content.getvalue().partition("<svg")[1] + content.getvalue().partition("<svg")[2]
 
 
 def draw_examples(run_folder: Path, filtered: Path, count: int, class_table: ClassTable) -> Image.Image:
@@ -152,7 +191,7 @@ def make_page(table: str, facts: Sequence[str], drawings: Sequence[str], example
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     parts = ["<!doctype html><meta charset='utf-8'><title>Gain</title><style>body{font:14px sans-serif;margin:2em}"
              "td,th{padding:.3em .6em;border-bottom:1px solid #ccc;text-align:right}td:first-child{text-align:left}"
-             "svg text{font-size:12px}</style><h1>Gain of synthesized pairs</h1>",
+             "</style><h1>Gain of synthesized pairs</h1>",
              "".join(f"<p>{html.escape(fact)}</p>" for fact in facts), f"<table><tr>{head}</tr>{body}</table>",
              *drawings]  # fmt: skip
     if examples is not None:

@@ -1,7 +1,11 @@
 """What a measurement of the gain trains on and paints: labelled real pairs, masks with references, mixed masks."""
 
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -9,19 +13,77 @@ from PIL import Image
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, read_image
 from ldm.data.manifest import Row, read_manifest, write_manifest
-from ldm.files import link_or_copy
+from ldm.data.prepare.pairing import choose_groups
+from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
+from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import class_weights
+from post_processing.segmentation.loading import Item, load_item
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
 
+if TYPE_CHECKING:
+    from post_processing.gain.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to the name of an image
 SPLIT_SEED = 23
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
 
 
-def write_real(path: str, real: Sequence[Row], root: str) -> None:
-    """Write the manifest of the real pairs."""
-    write_manifest(path, [{"source": row.mask_name, "target": str(relative(row.image, root))} for row in real])
+def split_real(manifest: str, root: str, table: ClassTable, fraction: float) -> tuple[list[Row], list[Row]]:
+    """Real pairs that keep their labels, and those that do not, in whole pictures; each pair once."""
+    rows = read_manifest(manifest, root, need=("image",), table=table)
+    rows = list({(row.image, row.mask): row for row in rows}.values())  # rows may differ in the reference only
+    if fraction == 1:
+        return rows, []
+    tiles = [SimpleNamespace(group=TILE_OFFSET.sub("", Path(row.mask_name).stem)) for row in rows]
+    groups = choose_groups(tiles, fraction, np.random.default_rng([SPLIT_SEED, 0]))
+    is_labelled = [tile.group in groups for tile in tiles]
+    return ([row for row, is_kept in zip(rows, is_labelled, strict=True) if is_kept],
+            [row for row, is_kept in zip(rows, is_labelled, strict=True) if not is_kept])  # fmt: skip
+
+
+def write_real_set(plan: "Plan") -> None:
+    """Write the manifest of the labelled real pairs."""
+    real, others = split_real(plan.real, plan.root, ClassTable.load(plan.table), plan.args.real_fraction)
+    entries = [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in real]
+    write_manifest(plan.manifests["real"], entries)
+    logger.info("%d of %d real pairs are labelled", len(real), len(real) + len(others))
+
+
+def write_masks(plan: "Plan") -> None:
+    """Write the manifest of the masks to paint with their references; with --mix_masks also the masks themselves."""
+    args, table = plan.args, ClassTable.load(plan.table)
+    real, others = split_real(plan.real, plan.root, table, args.real_fraction)
+    pool = find_references(args.references, Path(plan.root))
+    pool += [str(relative(row.image, plan.root)) for row in others]
+    if plan.has_references and len(pool) < args.num_per_mask:
+        raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
+    items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask)
+    if args.mix_masks:
+        items = write_mixtures(Path(plan.paint_root), items, pairs, plan.root, table)
+    write_manifest(plan.manifests["painted"], items)
+    logger.info("%d rows to paint, %d references", len(items), len(pool))
+
+
+def write_unfiltered(plan: "Plan") -> None:
+    """Write all synthesized pictures with their whole masks as a training set; pictures are linked, not copied."""
+    folder = plan.outdir / "unfiltered"
+    samples, run = read_run(plan.outdir / "synthesis")
+    table = ClassTable.load(run["class_table"]) if run.get("class_table") else ClassTable.load(plan.table)
+    for name in ("images", "masks"):
+        (folder / name).mkdir(exist_ok=True)
+    rows = []
+    for sample in samples:
+        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
+        atomic_write(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
+        (folder / image).unlink(missing_ok=True)
+        link_or_copy(sample.image, folder / image)
+        rows.append({"source": mask, "target": image})
+    write_manifest(plan.manifests["unfiltered"], rows)
 
 
 def list_items(

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ldm.data.classes import ClassTable
 from post_processing.selection.choice import Candidate
 
 STAGES = {"painted": "all pictures, masks as painted", "filtered": "all pictures, filtered masks",
           "resampled": "chosen pictures, filtered masks"}  # fmt: skip
-BAR_COLOURS = {"painted": (190, 190, 190), "filtered": (120, 160, 210), "resampled": (30, 90, 170)}
-ROW_HEIGHT, BAR_HEIGHT, BAR_WIDTH, NAME_WIDTH = 40, 11, 420, 190
+BAR_COLOURS = {"painted": "silver", "filtered": "#78a0d2", "resampled": "#1e5aaa"}
 
 
 def balance_of(candidates: Sequence[Candidate], kept: Sequence[Candidate], table: ClassTable) -> dict[str, Any]:
@@ -53,23 +52,24 @@ def describe_balance(summary: Mapping[str, Any]) -> str:
 
 
 def draw_balance(summary: Mapping[str, Any], table: ClassTable) -> Image.Image:
-    """Bars of the class shares at the three stages, one row a class, with the class's colour before its name."""
-    legend = 22 * len(STAGES) + 14
-    picture = Image.new("RGB", (NAME_WIDTH + BAR_WIDTH + 70, legend + ROW_HEIGHT * table.num_classes + 8), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
-    for place, (stage, text) in enumerate(STAGES.items()):
-        top = 8 + 22 * place
-        draw.rectangle((8, top, 22, top + 14), fill=BAR_COLOURS[stage])
-        draw.text((30, top + 1), f"{text} ({summary['pictures'][stage]})", fill="black", font=font)
-    longest = max(row[stage]["share"] for row in summary["classes"].values() for stage in STAGES) or 1
-    for place, (name, colour) in enumerate(zip(table.names, table.colours, strict=True)):
-        top = legend + ROW_HEIGHT * place
-        draw.rectangle((8, top + 10, 22, top + 24), fill=colour, outline="black")
-        draw.text((30, top + 11), name[:26], fill="black", font=font)
-        for number, stage in enumerate(STAGES):
-            share = summary["classes"][name][stage]["share"]
-            left, upper = NAME_WIDTH, top + 1 + BAR_HEIGHT * number
-            right = left + round(BAR_WIDTH * share / longest)
-            draw.rectangle((left, upper, right, upper + BAR_HEIGHT - 2), fill=BAR_COLOURS[stage])
-            draw.text((right + 5, upper - 2), f"{share:.1%}", fill="black", font=font)
-    return picture
+    """Bars of the class shares at the three stages, a group of bars a class, its name in the class's colour."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.5 + 0.5 * table.num_classes), layout="constrained")
+    axes = figure.add_subplot(xlabel="share of the labelled pixels")
+    places = np.arange(table.num_classes)
+    for number, (stage, text) in enumerate(STAGES.items()):
+        shares = [summary["classes"][name][stage]["share"] for name in table.names]
+        bars = axes.barh(places + 0.27 * number, shares, 0.25, color=BAR_COLOURS[stage],
+                         label=f"{text} ({summary['pictures'][stage]})")  # fmt: skip
+        axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=7)
+    axes.set_yticks(places + 0.27, table.names)
+    for label, colour in zip(axes.get_yticklabels(), table.colours, strict=True):
+        label.set_bbox({"facecolor": np.array(colour) / 255, "alpha": 0.4, "linewidth": 0})
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    figure.legend(loc="outside upper left", frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])

@@ -1,0 +1,161 @@
+"""The plan of a gain measurement: what can be trained on (the table of arms), and the stages that lead there."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from post_processing.gain.sets import write_masks, write_real_set, write_unfiltered
+from post_processing.gain.stages import Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a segmentor; a new one is a row of ARMS.
+
+    Attributes:
+        name: on the command line and as a folder.
+        label: in tables and figures.
+        data: flags of train_segmentor.py; {real}, {painted}, {unfiltered}, {resampled} stand for the manifests of the
+            real pairs, of the masks to generate from, and of the synthesized pairs before and after filter and
+            resample, {synthetic_ratio} for the flag's value.
+        needs: stages that must be finished before, besides `sets`.
+        first: flags for the first half of the steps, if that is a training of its own; the second half goes on from
+            its weights.
+    """
+
+    name: str
+    label: str
+    data: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+
+
+REAL = ("--train_txt_file", "{real}")
+RATIO = ("--synthetic_ratio", "{synthetic_ratio}")
+ARMS = {arm.name: arm for arm in (
+    Arm("real", "real", REAL),
+    Arm("joint", "real + synthesized, filtered and resampled", (*REAL, "--synthetic_txt_file", "{resampled}", *RATIO),
+        ("resample",)),
+    Arm("synthetic", "synthesized only, filtered and resampled", ("--synthetic_txt_file", "{resampled}"),
+        ("resample",)),
+    Arm("unfiltered", "real + synthesized, neither filtered nor resampled",
+        (*REAL, "--synthetic_txt_file", "{unfiltered}", *RATIO), ("unfiltered",)),
+    Arm("copy_paste", "real, with copy-paste", (*REAL, "--augment", "copy_paste")),
+    Arm("cutmix", "real, with CutMix", (*REAL, "--augment", "cutmix")),
+    Arm("mixed", "real + the mixtures themselves, not painted", (*REAL, "--synthetic_txt_file", "{painted}", *RATIO),
+        ("masks",)),
+    Arm("pretrain", "half the steps on synthesized, then half on real", REAL, ("resample",),
+        first=("--synthetic_txt_file", "{resampled}")),
+)}  # fmt: skip
+LABELS = {arm.name: arm.label for arm in ARMS.values()}
+DEFAULT_ARMS = "real,joint,synthetic,unfiltered,copy_paste,cutmix"
+
+
+class Plan:
+    """The stages of a measurement and where their results lie.
+
+    Args:
+        args: parsed command line of measure_gain.py.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.outdir = Path(args.outdir).absolute()
+        root = Path(args.data_root).absolute()
+        self.root = str(root)
+        self.real = args.real_txt_file or str(root / "train_set_items.json")
+        self.test = os.path.abspath(args.test_txt_file or root / "test_set_items.json")
+        self.val = args.val_txt_file and os.path.abspath(args.val_txt_file)
+        is_file = Path(args.class_table).is_file()
+        self.table = os.path.abspath(args.class_table) if is_file else args.class_table
+        self.config = os.path.abspath(args.config if Path(args.config).is_file() else ROOT / args.config)
+        self.paint_root = str(self.outdir / "masks") if args.mix_masks else self.root
+        self.has_references = bool(args.references) or args.real_fraction < 1
+        self.manifests = {
+            "real": str(self.outdir / "sets/real.json"),
+            "painted": str(self.outdir / "masks/synthesis.json"),
+            "unfiltered": str(self.outdir / "unfiltered/train_set_items.json"),
+            "resampled": str(self.outdir / "resample/set/train_set_items.json"),
+        }
+        self.first = f"real/seed_{args.seeds[0]}"  # its segmentor filters
+
+    def stages(self) -> list[Stage]:
+        """All stages that the arms need, each after what it needs."""
+        preparations = {stage.name: stage for stage in self.preparations()}
+        wanted, open_names = {"sets"}, [name for arm in self.args.arms for name in ARMS[arm].needs]
+        while open_names:
+            name = open_names.pop()
+            if name in preparations and name not in wanted:
+                wanted.add(name)
+                open_names += preparations[name].needs
+        stages = [stage for name, stage in preparations.items() if name in wanted]
+        trainings = [self.training(arm, seed) for seed in self.args.seeds for arm in self.args.arms]
+        trainings.sort(key=lambda stage: stage.name != self.first)
+        return [stages[0], trainings[0], *stages[1:], *trainings[1:]]
+
+    def preparations(self) -> list[Stage]:
+        """The stages before trainings, whether an arm needs them or not."""
+        args, first = self.args, self.outdir / self.first
+        base = [str(first / name) for name in ("config.json", "segmentor.pth")]
+        given = [os.path.abspath(path) for path in args.references if Path(path).is_file()]
+        run, masks, iou, chosen = (
+            str(self.outdir / name) for name in ("synthesis", "filter/masks", "resample/iou", "resample/set"))
+        copies = () if self.has_references else ("--num_per_mask", str(args.num_per_mask))
+        generate = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.paint_root,
+                    "--txt_file", self.manifests["painted"], "--outdir", run, *copies,
+                    *shlex.split(args.inference_args))  # fmt: skip
+        filter_command = (
+            args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *base, "--run", run, "--real_txt_file",
+            self.manifests["real"], "--data_root", self.root, "--filtered-mask-path", masks, "--classes", self.table,
+            *shlex.split(args.filter_args),
+        )  # fmt: skip
+        resample_command = (
+            args.python_seg, "-W", "ignore", "-m", "post_processing.resample", "--filtered-mask-path", masks, "--iou",
+            f"{iou}/results.json", "--out-dir", chosen, "--overwrite", *shlex.split(args.resample_args),
+        )  # fmt: skip
+        # Which classes are poor must not be read off the test tiles.
+        score = self.scoring(base, self.val or self.manifests["real"], iou)
+        keys = ("references", "num_masks", "balance", "num_per_mask", "mix_masks")
+        return [
+            Stage("sets", action=lambda: write_real_set(self), inputs=(self.real,),
+                  settings={key: getattr(args, key) for key in ("real_fraction", "class_table")}),
+            Stage("masks", (), ("sets",), tuple(given), action=lambda: write_masks(self),
+                  settings={key: getattr(args, key) for key in keys}),
+            Stage("synthesis", (generate,), ("masks",), (args.ckpt,), is_sharded=True),
+            Stage("filter", (filter_command,), ("synthesis", self.first)),
+            Stage("resample", (score, resample_command), ("filter",)),
+            Stage("unfiltered", needs=("synthesis",), action=lambda: write_unfiltered(self)),
+        ]  # fmt: skip
+
+    def scoring(self, segmentor: Sequence[str], manifest: str, outdir: str) -> tuple[str, ...]:
+        """Command that scores a segmentor on real pairs."""
+        return (self.args.python_seg, "-W", "ignore", "scripts/evaluate.py", "segmentor", "--segmentor", *segmentor,
+                "--real", manifest, "--real_root", self.root, "--outdir", outdir)  # fmt: skip
+
+    def training(self, arm_name: str, seed: int) -> Stage:
+        """Training of one segmentor, and its scores on the test tiles."""
+        args, arm, name = self.args, ARMS[arm_name], f"{arm_name}/seed_{seed}"
+        folder = self.outdir / name
+        half = args.steps // 2 if arm.first else 0
+        halves = [(folder / "first_half", half, arm.first)] if half else []
+        start = ("--init_from", str(folder / "first_half/segmentor.pth")) if half else ()
+        validate = ["--val_txt_file", self.val, "--val_interval", str(max(1, args.steps // 4))] if self.val else []
+        values = {**self.manifests, "synthetic_ratio": args.synthetic_ratio}
+        commands = [
+            (args.python_seg, "-W", "ignore", "scripts/train_segmentor.py", "--config", self.config, "--class_table",
+             self.table, "--data_root", self.root, *(flag.format(**values) for flag in data), *extra, *validate,
+             "--work_dir", str(place), "--max_steps", str(steps), "--batch_size", str(args.batch_size), "--seed",
+             str(seed), "--resume", *shlex.split(args.train_args))
+            for place, steps, data, extra in [*((*it, ()) for it in halves),
+                                              (folder, args.steps - half, arm.data, start)]
+        ]  # fmt: skip
+        segmentor = [str(folder / part) for part in ("config.json", "segmentor.pth")]
+        commands.append(self.scoring(segmentor, self.test, str(folder / "test")))
+        inputs = [self.config, self.test] + ([self.val] if self.val else [])
+        inputs += [self.table] if Path(self.table).is_file() else []
+        return Stage(name, tuple(commands), ("sets", *arm.needs), tuple(inputs))
