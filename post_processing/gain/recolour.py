@@ -1,15 +1,18 @@
 """Real pairs in the colours of unlabelled references: the strongest competitor of a generator that follows them."""
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ldm.data.images import read_image
+from ldm.data.manifest import read_manifest, write_manifest
 from ldm.data.transforms import match_colours
 from ldm.files import link_or_copy
 from post_processing.evaluation.scores import lab_to_rgb, rgb_to_lab
+
+if TYPE_CHECKING:
+    from post_processing.gain.plan import Plan
 
 
 def recolour(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -28,24 +31,21 @@ def recolour(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return lab_to_rgb(changed)[0].permute(1, 2, 0).numpy()
 
 
-def write_recoloured(folder: Path, items: Sequence[dict[str, str]], root: Path) -> list[dict[str, str]]:
-    """Write the images of a manifest in the colours of their references, and their masks beside them.
+def write_recoloured_set(plan: "Plan") -> None:
+    """Write the pairs that the generator starts from (mixed ones with --mix_masks) in the colours of their references.
 
-    Args:
-        folder: gets images/ and masks/.
-        items: rows with source, target and ref_image.
-        root: where their paths start.
-    Returns:
-        Rows of a manifest, paths below the folder.
+    One image for each that the generator makes: the same masks, the same references, without it.
     """
+    folder = plan.outdir / "recolour"
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    items = read_manifest(plan.manifests["painted"], plan.paint_root, need=("image", "reference"), check_files=False)
     rows = []
     for number, item in enumerate(items):
-        image = recolour(read_image(root / item["target"], None), read_image(root / item["ref_image"], None))
-        row = {"source": f"masks/{number:06d}{Path(item['source']).suffix}", "target": f"images/{number:06d}.png"}
+        image = recolour(read_image(item.image, None), read_image(item.reference, None))
+        row = {"source": f"masks/{number:06d}{item.mask.suffix}", "target": f"images/{number:06d}.png"}
         Image.fromarray(image).save(folder / row["target"])
         (folder / row["source"]).unlink(missing_ok=True)
-        link_or_copy(root / item["source"], folder / row["source"])
+        link_or_copy(item.mask, folder / row["source"])
         rows.append(row)
-    return rows
+    write_manifest(plan.manifests["recoloured"], rows)
