@@ -34,6 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
     )
+    model.add_argument(
+        "--vectors", default=None,
+        help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the training's",
+    )  # fmt: skip
     model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--precision", choices=["auto", "full", "autocast"], default="auto",
@@ -148,7 +152,8 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
     if args.shard is None:
         args.shard = find_share() if args.engine == "local" else (0, 1)
     return RunSettings(
-        ckpt=args.ckpt, config=args.config, tokenizer_dir=args.tokenizer_dir, device=args.device,
+        ckpt=args.ckpt, config=args.config, tokenizer_dir=args.tokenizer_dir, vectors_dir=args.vectors,
+        device=args.device,
         precision=args.precision, compile=args.compile, latent_channels=args.C, downsampling=args.f,
         data_root=args.data_root, txt_file=args.txt_file, dataset=args.dataset, height=args.H, width=args.W,
         bad_rows=args.bad_rows, follow_links=args.follow_links, num_workers=args.num_workers, seed=args.seed,

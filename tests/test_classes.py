@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.classes import TABLE_DIR, ClassTable, read_mask
+from ldm.data.classes import ClassTable, read_mask
+from ldm.data.tables import TABLE_DIR
 from ldm.util import UserError
 
 IDS = np.array([[0, 1, 2, 3], [4, 4, 255, 0]], np.uint8)

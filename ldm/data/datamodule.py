@@ -157,6 +157,10 @@ class DataModule(LightningDataModule):
                            recolour_share=self.recolour_share if is_training else 0.0,
                            centre_crop=self.random_crop and not is_training)
 
+    def prompts(self) -> set[str]:
+        """Distinct prompts of all rows."""
+        return {row.prompt for dataset in (self.train_set, self.val_set) if dataset for row in dataset.rows}
+
     def train_dataloader(self) -> Stream:
         """Endless stream of shuffled full batches, beginning where the training stands (see RowSampler)."""
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -11,7 +11,7 @@ from ldm.data.classes import ClassTable
 from ldm.util import UserError
 
 DRAWS = ("flip", "recolour", "colour", "own_reference")  # what PairDataset draws and leaves to the device
-HINT_MODES = ("rgb_id", "palette", "one_hot", "single255")
+HINT_MODES = ("rgb_id", "palette", "one_hot", "single255", "levels", "grey_upstream")
 
 
 def hint_channels(mode: str, table: ClassTable) -> int:
@@ -34,7 +34,10 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         mode: `single255`: id / 255 in one channel, ignore = 0 (published weights of segmentation-guided diffusion);
             `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
             `palette`: the table's colours / 255, ignore = the table's ignore colour (black, all zero, by default);
-            `one_hot`: K channels, ignore = all zero.
+            `one_hot`: K channels, ignore = all zero;
+            `levels`: K + 1 equally spaced greys in three equal channels, ignore = white (1.0);
+            `grey_upstream`: greys as the public code of CRFM makes them, floor(id * 255 / (K + 1)) / 255 in a byte:
+            ignore overflows to the grey of another class. Only for weights that were trained so.
         table: gives K and the colours.
     Returns:
         Hint, (B, hint_channels, H, W) float32 in [0, 1], on the mask's device.
@@ -49,6 +52,14 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         return (mask.masked_fill(mask == 255, 0).float() / 255)[:, None]  # (B, 1, H, W)
     if mode == "rgb_id":
         return (mask.float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
+    if mode in ("levels", "grey_upstream"):
+        grey = torch.arange(256, dtype=torch.float64, device=mask.device) * 255
+        if mode == "levels":
+            grey = (grey / table.num_classes).round()
+            grey[255] = 255
+        else:
+            grey = (grey / (table.num_classes + 1)).floor() % 256
+        return (grey[mask].float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
     if mode == "palette":
         palette = torch.from_numpy(table.palette()).to(mask.device)  # (256, 3)
         return palette[mask].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, 3, H, W)

@@ -37,6 +37,7 @@ class RunSettings:
     ckpt: str
     config: str | None
     tokenizer_dir: str | None
+    vectors_dir: str | None
     device: str
     precision: str
     compile: bool
@@ -208,6 +209,8 @@ def make_plan(
     config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
+    if settings.vectors_dir:
+        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors_dir
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
@@ -225,7 +228,7 @@ def make_plan(
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
     if "prompt" in method.takes:
         method.check_prompts({row.prompt for row in rows})
-    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
+    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling) | method.fingerprint()
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     check_run(plan.folder, fingerprint, plan.details())
     return plan
@@ -338,6 +341,13 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
+def without_places(node: Any) -> Any:
+    """A config without folders that decide nothing by their name (see Method.fingerprint)."""
+    if isinstance(node, dict):
+        return {key: without_places(value) for key, value in node.items() if key != "vectors_dir"}
+    return node
+
+
 def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
                      use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
     """What decides the pictures; two runs may share an output folder only if they agree in it.
@@ -351,7 +361,7 @@ def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: Class
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),
-        "config_sha256": hash_of(config),
+        "config_sha256": hash_of(without_places(config)),
         "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
         "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,

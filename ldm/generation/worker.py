@@ -21,7 +21,7 @@ from ldm.generation.plan import Plan, is_unfinished
 from ldm.generation.run import open_run
 from ldm.generation.store import Claim, ShardStore, mask_name
 from ldm.generation.writer import ImageWriter
-from ldm.util import UserError
+from ldm.util import UserError, locate
 from ldm.weights.load import load_method
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class Worker:
         is_cuda = self.device.type == "cuda"
         # Full precision means it: convolutions on CUDA would otherwise round their inputs to TF32.
         torch.backends.cudnn.allow_tf32 = settings.precision != "full"
-        method = load_method(settings.ckpt, plan.config, self.device)
+        kept = locate(plan.config["model"]["target"]).autocast_dtype if plan.use_autocast else torch.float32
+        method = load_method(settings.ckpt, plan.config, self.device, kept)
         if settings.compile:
             compile_blocks(method)
         self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
