@@ -160,6 +160,7 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
         fixed_code=args.fixed_code, num_per_mask=args.num_per_mask, batch_size=args.batch_size, outdir=args.outdir,
         extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
         overwrite=args.overwrite, engine=args.engine, allow_modules=tuple(args.allow_modules),
+        guide=tuple(args.guide or ()),
     )  # fmt: skip
 
 

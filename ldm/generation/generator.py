@@ -18,6 +18,7 @@ from ldm.data.transforms import normalize_batch
 from ldm.generation.machine import is_out_of_memory
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
+from ldm.sampling.rectify import Rectifier
 from ldm.util import UserError, leave_signals_to_main
 
 logger = logging.getLogger(__name__)
@@ -149,11 +150,13 @@ class Painter:
         use_autocast: bfloat16 where it is safe; False computes in float32 throughout.
         batch_size: images at once; on a CPU CPU_BATCH.
         is_compiled: the method's blocks are compiled, for batches of one size.
+        rectifier: corrects clean latents while sampling.
     """
 
     def __init__(self, method: nn.Module, sampling: Sampling, device: torch.device, use_autocast: bool,
-                 batch_size: int, is_compiled: bool = False) -> None:
+                 batch_size: int, is_compiled: bool = False, rectifier: Rectifier | None = None) -> None:
         self.method, self.sampling, self.device, self.use_autocast = method, sampling, device, use_autocast
+        self.rectifier = rectifier
         self.batch_size = CPU_BATCH if device.type == "cpu" else batch_size
         self.is_padded = is_compiled or device.type == "cpu"
 
@@ -240,7 +243,9 @@ def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int],
         method.condition_cache = None  # it holds what was computed in the other precision
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
-            images = method.sample(conditions, noise, painter.sampling, draw)
+            images = method.sample(conditions, noise, painter.sampling, draw, painter.rectifier)
     finally:
         method.condition_cache = cache
+    if painter.rectifier is not None:
+        painter.rectifier.settle(len(chosen))
     return images[: len(chosen)].float().clone()

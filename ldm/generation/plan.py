@@ -16,6 +16,7 @@ from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
 from ldm.files import Record, file_sha256
 from ldm.generation.generator import Job
+from ldm.generation.guide import guide_fingerprint, load_guide
 from ldm.generation.run import check_run, read_run
 from ldm.generation.store import ShardStore
 from ldm.methods.base import Method
@@ -63,6 +64,7 @@ class RunSettings:
     overwrite: bool
     engine: str
     allow_modules: tuple[str, ...] = ()
+    guide: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -257,6 +259,8 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: Method) ->
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
     method.check(sampling)
+    if settings.guide:
+        load_guide(settings.guide, method, "cpu", settings.allow_modules)
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
@@ -366,5 +370,5 @@ def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: Class
         "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,
         "fixed_code": settings.fixed_code, "ext": settings.extension, "format": settings.format,
-        **sampling.to_dict(),
+        **sampling.to_dict(), **(guide_fingerprint(settings.guide, settings.allow_modules) if settings.guide else {}),
     }  # fmt: skip

@@ -16,11 +16,13 @@ from ldm.cli import choose_device
 from ldm.data.transforms import to_uint8
 from ldm.files import Record, read_lines
 from ldm.generation.generator import ConditionDataset, Job, Painter, make_loader, plan_batches
+from ldm.generation.guide import load_guide
 from ldm.generation.machine import compile_blocks
 from ldm.generation.plan import Plan, is_unfinished
 from ldm.generation.run import open_run
 from ldm.generation.store import Claim, ShardStore, mask_name
 from ldm.generation.writer import ImageWriter
+from ldm.sampling.rectify import Rectifier
 from ldm.util import UserError, locate
 from ldm.weights.load import load_method
 
@@ -49,8 +51,12 @@ class Worker:
         method = load_method(settings.ckpt, plan.config, self.device, kept)
         if settings.compile:
             compile_blocks(method)
+        self.rectifier = None
+        if plan.sampling.rectify is not None:
+            guide = load_guide(settings.guide, method, self.device, settings.allow_modules)
+            self.rectifier = Rectifier(plan.sampling.rectify, guide)
         self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
-                               is_compiled=settings.compile)  # fmt: skip
+                               settings.compile, self.rectifier)  # fmt: skip
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
         dataset = ConditionDataset(plan.rows, plan.table, settings.size, method.image_channels)
@@ -90,6 +96,7 @@ class Worker:
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
                        "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.device),
                        "batch_size": self.painter.batch_size, "torch": torch.__version__}  # fmt: skip
+            details |= {"rectified": self.rectifier.report()} if self.rectifier else {}
             self.store.publish(claim, [r for r in records if r["image"] in claim.files], failures, details)
         return True
 
