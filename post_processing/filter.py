@@ -357,7 +357,8 @@ def write_report(
         share = "-" if row["share"] is None else f"{row['share']:.1%}"
         lines.append(f"| {name} | {row['real_pixels']:,} | {loss} | {row['pictures']} | {row['pixels']:,} | {share} |")
     lines.append(f"| all | | | | {len(records)} | {everything:,} | {report['share']:.1%} |")
-    text = "\n".join(lines) + f"\n\n{len(records)} pictures filtered, {len(failed)} failed (failures.jsonl).\n"
+    where = " (failures.jsonl)" if failed else ""
+    text = "\n".join(lines) + f"\n\n{len(records)} pictures filtered, {len(failed)} failed{where}.\n"
     with lock(folder / ".lock"):
         write_json(folder / "report.json", report)
         atomic_write(folder / "report.md", text)

@@ -213,6 +213,54 @@ def test_training_moves_what_it_names(root: Path, tmp_path: Path, groups: list[s
     assert image.isfinite().all()
 
 
+def test_frozen_weights_stay_in_the_folder_of_sd35(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("ldm.training.build.WHOLE_BELOW", 0)
+    folder = run_train(root, tmp_path / "run", "--pretrain_path", str(root / "sd35"), "model.params.train=[lora,mask]",
+                       "training.ema_decay=0.9")  # fmt: skip
+    exported, own = read_state(folder / "last.safetensors"), make(root).state_dict()
+    changed = {name for name in exported if not name.startswith("network.mask_")}
+    assert changed < set(own) and not any("norm1_context" in name or "context_embedder" in name for name in changed)
+    assert all(".attn" in name or ".ff.net." in name for name in changed)  # adapters are in them
+    method = load_method(folder / "last.safetensors", read_model_config(folder / "last.safetensors"), "cpu")
+    loaded = method.state_dict()
+    assert all(torch.equal(loaded[name], exported.get(name, own[name])) for name in own)
+    train.main(["-r", str(folder.parent), "--gpus", "", "lightning.trainer.max_steps=3"])
+    (root / "sd35").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="holds only what was trained"):
+        read_model_config(folder / "last.safetensors")
+    (tmp_path / "gone").rename(root / "sd35")
+    train.main(["--config_model", "configs/model/sd35_tiny.yaml", "-b", str(root / "train.yaml"), "--data_root",
+                str(root), "--gpus", "", "-p", str(tmp_path / "on"), f"model.params.vectors_dir={root / 'vectors'}",
+                "model.params.train=[lora,mask]", "training.ema_decay=0.9", "--finetune",
+                str(folder / "last.safetensors")])  # fmt: skip
+    assert (tmp_path / "on/checkpoints/last.safetensors").is_file()
+
+
+def test_published_weights_are_one_file_with_the_folder(root: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch):
+    from safetensors.torch import save_file
+    from test_sd3 import make_inputs, make_network, upstream_state
+
+    from scripts import convert_checkpoint
+
+    monkeypatch.chdir(ROOT)
+    network, method = make_network(), make(root)
+    published = {name: value.detach().contiguous() for name, value in upstream_state(network).items()}
+    save_file(published, tmp_path / "up.safetensors")
+    convert_checkpoint.main([str(root / "sd35"), str(tmp_path / "up.safetensors"), str(tmp_path / "crfm.safetensors"),
+                             "--config", "configs/model/sd35_tiny.yaml"])  # fmt: skip
+    loaded = load_method(tmp_path / "crfm.safetensors", read_model_config(tmp_path / "crfm.safetensors"), "cpu")
+    trained = {f"base.{name}" for name in network.image_parameters()} | {
+        name for name, _ in network.named_parameters() if name.startswith("mask_")}
+    published = {name: value for name, value in network.state_dict().items() if name in trained}
+    method.network.load_state_dict(method.network.state_dict() | published)
+    with torch.no_grad():
+        inputs = make_inputs()
+        assert torch.equal(loaded.network(*inputs), method.network.eval()(*inputs))
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_latents_are_kept(root: Path, tmp_path: Path):
     script = tmp_path / "two.py"
@@ -277,6 +325,32 @@ def test_tiles_become_a_generator_images_and_a_gain(root: Path, tmp_path: Path, 
     measure_gain.main([str(flag) for flag in flags])
     assert list(json.loads((tmp_path / "gain/results.json").read_text())["summary"]) == ["real", "joint"]
     assert len(list((tmp_path / "gain/synthesis/images").iterdir())) == 3
+
+
+def test_a_guide_rectifies_as_published_and_as_we_do(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("mmseg")
+    from segmentors import make_segmentor
+
+    monkeypatch.chdir(ROOT)
+    guide = make_segmentor(tmp_path / "guide", ClassTable.load("mini"))
+    checkpoint = run_train(root, tmp_path / "run", "--pretrain_path", str(root / "sd35")) / "last.safetensors"
+    plain = generate(root, checkpoint, tmp_path / "plain", "--num_steps", "6")
+    flags = ["--num_steps", "6", "--guide", *map(str, guide)]
+    found = {name: generate(root, checkpoint, tmp_path / name, *flags, *extra) for name, extra in (
+        ("upstream", ["--rectify_preset", "upstream"]), ("ours", ["--rectify_log"]))}  # fmt: skip
+    assert found["upstream"].keys() == found["ours"].keys() == plain.keys()
+    assert all(found[name][image] != plain[image] for name in found for image in plain)
+    for part in ("1/2", "0/2"):
+        parts = generate(root, checkpoint, tmp_path / "parts", *flags, "--rectify_preset", "upstream", "--shard", part)
+    assert parts == found["upstream"]
+    records = {name: [record for file in sorted((tmp_path / name / "shards").glob("*.json"))
+                      for record in json.loads(file.read_text())["rectified"]] for name in found}  # fmt: skip
+    upstream, ours = records["upstream"], records["ours"]
+    assert [record["time"] for record in upstream] == [pytest.approx(1000 * 3 * u / (1 + 2 * u)) for u in
+                                                       np.linspace(1, 0.001, 6)[:4]]
+    assert [record["scale"] for record in upstream] == [pytest.approx(0.1 * (1 - (i + 1) / 6)) for i in range(4)]
+    assert all(0 < record["clamped"] < 1 and record["skipped"] == 0 for record in upstream)
+    assert ours and all(record["loss_after"] < record["loss"] for record in ours)
 
 
 def test_mistakes_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
