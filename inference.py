@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--vectors", default=None,
         help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the training's",
     )  # fmt: skip
+    model.add_argument("--prompt_pieces", type=positive_int, default=None, help="read prompts that are longer than the "
+                       "text encoder's limit in up to so many pieces (of 75 tokens for CLIP); default: the model's own")
     model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--precision", choices=["auto", "full", "autocast"], default="auto",
@@ -160,6 +162,7 @@ def make_settings(args: argparse.Namespace) -> "RunSettings":
         fixed_code=args.fixed_code, num_per_mask=args.num_per_mask, batch_size=args.batch_size, outdir=args.outdir,
         extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
         overwrite=args.overwrite, engine=args.engine, allow_modules=tuple(args.allow_modules),
+        prompt_pieces=args.prompt_pieces,
         guide=tuple(args.guide or ()),
     )  # fmt: skip
 

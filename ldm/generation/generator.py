@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -118,21 +118,24 @@ def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> D
     )  # fmt: skip
 
 
-def plan_batches(jobs: Sequence[Job], slots: Iterable[int], batch_size: int) -> list[list[Request]]:
+def plan_batches(jobs: Sequence[Job], slots: Iterable[int], batch_size: int,
+                 kind: Callable[[str], Hashable] = lambda prompt: None) -> list[list[Request]]:
     """Split jobs into batches whose images have one size, in the order of the jobs within each size.
 
     Args:
         jobs: of a shard.
         slots: numbers of those to paint.
         batch_size: most jobs in a batch.
+        kind: of a prompt; a batch has prompts of one kind (see Method.batch_kind).
 
     Returns:
         Requests, each slot in exactly one batch.
     """
-    groups: dict[tuple[int, int], list[Request]] = {}
+    groups: dict[Hashable, list[Request]] = {}
     for slot in slots:
         size = jobs[slot].record["height"], jobs[slot].record["width"]
-        groups.setdefault(size, []).append(Request(jobs[slot].position, slot, size))
+        group = groups.setdefault((size, kind(jobs[slot].row.prompt)), [])
+        group.append(Request(jobs[slot].position, slot, size))
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 

@@ -64,6 +64,7 @@ class RunSettings:
     overwrite: bool
     engine: str
     allow_modules: tuple[str, ...] = ()
+    prompt_pieces: int | None = None
     guide: tuple[str, ...] = ()
 
     @property
@@ -209,8 +210,9 @@ def make_plan(
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
     """
     config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
-    if settings.tokenizer_dir:
-        use_tokenizer(config, settings.tokenizer_dir)
+    for flag, argument in (("tokenizer_dir", "tokenizer_dir"), ("prompt_pieces", "max_pieces")):
+        if getattr(settings, flag):
+            set_text_encoder(config, flag, argument, getattr(settings, flag))
     if settings.vectors_dir:
         config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors_dir
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
@@ -236,12 +238,12 @@ def make_plan(
     return plan
 
 
-def use_tokenizer(config: dict[str, Any], folder: str) -> None:
-    """Put the folder of --tokenizer_dir into the config of the model."""
+def set_text_encoder(config: dict[str, Any], flag: str, argument: str, value: Any) -> None:
+    """Put the value of a flag into the config of the model's text encoder."""
     text = config["model"].get("params", {}).get("text_encoder")
     if text is None:
-        raise UserError(f"--tokenizer_dir: {folder} is of no use, the model has no text encoder. Leave the flag out.")
-    text.setdefault("params", {})["tokenizer_dir"] = folder
+        raise UserError(f"--{flag}: {value} is of no use, the model has no text encoder. Leave the flag out.")
+    text.setdefault("params", {})[argument] = value
 
 
 def check_settings(settings: RunSettings, sampling: Sampling, method: Method) -> None:

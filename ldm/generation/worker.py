@@ -105,7 +105,8 @@ class Worker:
         todo = [slot for slot, job in enumerate(jobs) if job.record["image"] not in claim.files]
         if not todo:
             return []
-        self.loader.batch_sampler.batches = plan_batches(jobs, todo, self.plan.settings.batch_size)
+        self.loader.batch_sampler.batches = plan_batches(jobs, todo, self.plan.settings.batch_size,
+                                                              self.painter.method.batch_kind)
         failures: list[Record] = []
         claim.report(len(jobs) - len(todo), len(jobs))
         bar = tqdm(total=len(todo), unit="image", desc=f"shard {claim.number}")
