@@ -9,30 +9,20 @@ interrupted run, started again, goes on where it ended.
 import argparse
 import logging
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ldm.cli import choose_device
+from ldm import ray_pool
+from ldm.cli import choose_device, natural, positive_float, positive_int, shard
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.manifest import read_manifest
-from ldm.files import (
-    Record,
-    atomic_write,
-    find_changes,
-    lock,
-    read_lines,
-    read_settings,
-    take_lock,
-    write_json,
-    write_lines,
-)
+from ldm.files import Record, atomic_write, lock, write_json
+from ldm.run_folder import RunFolder
 from ldm.util import UserError, run_entry_point
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import match_folders
@@ -44,6 +34,7 @@ from post_processing.selection.rules import PixelFilter, draw_overlay, is_finish
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_OUTPUT = 3, 4
+BATCHES_A_TASK = 8  # of an actor: enough to read ahead, few enough to share the work evenly
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,14 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run_root", help="where the masks of --run are; default: as noted by inference.py")
     add("--filtered-mask-path", required=True, help="output folder")
     add("--hardness", help="file that keeps the class means; default: hardness.json in the output folder")
-    add("--tolerance-margin", type=float, default=1.25, help="drop pixels above this many class means")
-    add("--batch_size", type=int, default=16, help="pictures at once; halved where memory ends")
-    add("--num_workers", type=int, default=4, help="threads that read, and as many that write")
+    add("--tolerance-margin", type=positive_float, default=1.25, help="drop pixels above this many class means")
+    add("--batch_size", type=positive_int, default=16, help="pictures at once; halved where memory ends")
+    add("--num_workers", type=positive_int, default=4, help="threads that read, and as many that write")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
-    add("--shard", default="0/1", help="i/n: filter pictures i, i+n, ... (i from 0), for n processes on one folder")
+    add("--shard", type=shard, default="0/1",
+        help="i/n: filter pictures i, i+n, ... (i from 0), for n processes on one folder")
     add("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
-    add("--ray_workers", type=int, default=2, help="number of actors, each with a GPU where there are any")
-    add("--overlays", type=int, default=0, help="draw this many pictures with their dropped pixels")
+    add("--ray_workers", type=positive_int, help="number of actors; default: one a GPU, else 1")
+    add("--overlays", type=natural, default=0, help="draw this many pictures with their dropped pixels")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -104,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_filter(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
-    shard, shards = check_arguments(args)
+    check_arguments(args)
+    number, count = args.shard
     items, run, images = find_synthesized(args)
     pairs = find_real(args)
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else None
@@ -116,8 +109,6 @@ def run_filter(args: argparse.Namespace) -> int:
             f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
             "Expected the same ones. Leave --classes out."
         )
-    folder = Path(args.filtered_mask_path)
-    folder.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_of(args.config, args.checkpoint, segmentor.class_table, pairs)
     settings = {
         "images": str(images.absolute()),
@@ -125,59 +116,84 @@ def run_filter(args: argparse.Namespace) -> int:
         "tolerance_margin": args.tolerance_margin,
         **fingerprint,
     }
-    claim_folder(folder, settings, len(items))
-    with claim_shard(folder, shard, shards) as work:
+    run_folder = output_folder(args, settings)
+    folder, part = run_folder.folder, f".shard-{number}-of-{count}"
+    run_folder.open(lambda _: {"pictures": len(items)})  # by which resample.py sees an end
+    with run_folder.claim(part) as held:
+        if held is None:
+            raise FileExistsError(f"--shard: another process filters {number}/{count} of {folder}. Expected one a "
+                                  "shard. Wait for it, or give every process its own --shard.")
         hardness = get_hardness(
             Path(args.hardness or folder / "hardness.json"), fingerprint, segmentor, pairs, args.batch_size,
             args.num_workers,
         )  # fmt: skip
         warn_of_unknown(hardness, args.tolerance_margin)
-        records = read_lines(folder / "items.jsonl", "image")
-        own = items[shard::shards]
+        records, work = run_folder.done(), run_folder.work(part)
+        own = items[number::count]
         todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder)]
         logger.info("%d pictures, %d of them finished", len(own), len(own) - len(todo))
         limits = hardness.limits(args.tolerance_margin)
         if args.engine == "ray":
-            failures = filter_on_ray(args, todo, limits, segmentor.class_table, table, folder, work)
+            config, checkpoint = os.path.abspath(args.config), os.path.abspath(args.checkpoint)
+            own_table, absolute = segmentor.class_table, folder.absolute()
+
+            def build(place: Path) -> PixelFilter:  # without the segmentor, which each actor loads
+                judge = load_segmentor(config, checkpoint, choose_device(args.device), own_table)
+                return PixelFilter(judge, limits, table, absolute, place, args.batch_size, args.num_workers)
+
+            todo = [Item(item.image.absolute(), item.mask.absolute(), item.is_resized) for item in todo]
+            failures = filter_on_ray(args, todo, build, work.absolute()) if todo else []
         else:
             worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers)
             failures = worker.run(todo)
-    failed = settle(folder, items, failures)
-    records = read_lines(folder / "items.jsonl", "image")
+    failed = run_folder.finish([item.image.name for item in items], failures)
+    records = run_folder.done()
     write_report(folder, records, failed, hardness, args.tolerance_margin)
     draw_overlays(folder, items[: args.overlays], records, table)
     return EXIT_FAILED if failures else 0
 
 
-def filter_on_ray(
-    args: argparse.Namespace, items: Sequence[Item], limits: torch.Tensor, own: ClassTable, table: ClassTable,
-    folder: Path, work: Path,
-) -> list[Record]:  # fmt: skip
-    """Let actors filter pictures, each with a segmentor of its own; returns the failures."""
-    from post_processing.filter_ray import run_on_ray
-
-    config, checkpoint, device = os.path.abspath(args.config), os.path.abspath(args.checkpoint), args.device
-    size, workers, folder = args.batch_size, args.num_workers, folder.absolute()
-    items = [Item(item.image.absolute(), item.mask.absolute(), item.is_resized) for item in items]
-
-    def build(place: Path) -> PixelFilter:
-        segmentor = load_segmentor(config, checkpoint, choose_device(device), own)
-        return PixelFilter(segmentor, limits, table, folder, place, size, workers)
-
-    is_cuda = choose_device(device).type == "cuda"
-    return run_on_ray(build, work.absolute(), items, size, args.ray_workers, is_cuda) if items else []
+def output_folder(args: argparse.Namespace, settings: dict[str, Any]) -> RunFolder:
+    """The folder of filtered masks, with lists of what is judged and what could not be."""
+    return RunFolder(Path(args.filtered_mask_path), settings, "--filtered-mask-path", "filter.json")
 
 
-def check_arguments(args: argparse.Namespace) -> tuple[int, int]:
-    """Check what argparse cannot; returns the shard and the number of shards."""
-    first, _, count = args.shard.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise UserError(f"--shard: {args.shard} is not possible. Expected i/n with 0 <= i < n, such as 0/4.")
-    for flag, least in (("batch_size", 1), ("num_workers", 1), ("ray_workers", 1), ("overlays", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least {least}.")
-    if not args.tolerance_margin > 0 or not np.isfinite(args.tolerance_margin):
-        raise UserError(f"--tolerance-margin: {args.tolerance_margin} is not possible. Expected a number above 0.")
+def filter_on_ray(args: argparse.Namespace, items: Sequence[Item], build: Callable[[Path], PixelFilter],
+                  work: Path) -> list[Record]:  # fmt: skip
+    """Let actors filter images; returns the failures.
+
+    Args:
+        args: of the command line.
+        items: to filter.
+        build: makes the filter, given a folder for unfinished files.
+        work: where each actor makes that folder of its own; absolute, as all paths.
+    """
+    ray = ray_pool.connect()
+    failures: list[Record] = []
+
+    def give_up(unit: Sequence[Item], reason: str) -> None:
+        failures.extend({"image": item.image.name, "mask": str(item.mask), "reason": reason} for item in unit)
+
+    try:
+        gpus = ray_pool.count_gpus(args.device, ray.cluster_resources())
+        size = args.batch_size * BATCHES_A_TASK
+        units = [items[start : start + size] for start in range(0, len(items), size)]
+        actors = min(ray_pool.count_actors(args.ray_workers, gpus), len(units))
+        pool = ray_pool.ActorPool(ray, partial(build_in_actor, build, work), actors, gpus > 0)
+        return sum(pool.run(units, give_up), failures)
+    finally:
+        ray.shutdown()
+
+
+def build_in_actor(build: Callable[[Path], PixelFilter], work: Path) -> Callable[[Sequence[Item]], list[Record]]:
+    """The filter of a process of Ray's, with a folder of its own for unfinished files."""
+    own = work / f"{os.uname().nodename}-{os.getpid()}"
+    own.mkdir(exist_ok=True)
+    return build(own).run
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """UserError where neither or both of two sources are given."""
     for one, (first_folder, second_folder) in (
         ("real_txt_file", ("real_img_path", "real_mask_path")),
         ("run", ("syn_img_path", "syn_mask_path")),
@@ -186,7 +202,6 @@ def check_arguments(args: argparse.Namespace) -> tuple[int, int]:
         if (getattr(args, one) is None) != all(folders) or (getattr(args, one) and any(folders)):
             names = f"--{first_folder.replace('_', '-')} and --{second_folder.replace('_', '-')}"
             raise UserError(f"--{one}: expected it, or both {names}. Give one of the two.")
-    return int(first), int(count)
 
 
 def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, Any], Path]:
@@ -198,7 +213,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
     run: dict[str, Any] = {}
     if args.run:
         samples, run = read_run(args.run, args.run_root, check_files=False)
-        settings = run.get("fingerprint", {})
+        settings = run.get("settings", {})
         is_resized = settings.get("H") is not None or settings.get("W") is not None
         items = sorted((Item(sample.image, sample.mask, is_resized) for sample in samples), key=lambda i: i.image.name)
         if not any(item.mask.is_file() for item in items):
@@ -233,52 +248,6 @@ def find_real(args: argparse.Namespace) -> list[Item]:
     return [Item(image, mask) for image, mask in pairs]
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], pictures: int) -> None:
-    """Note the settings in an output folder, and how many pictures the run has, by which resample.py sees an end.
-
-    Raises:
-        FileExistsError: if it holds masks that were made with other settings.
-    """
-    path = folder / "filter.json"
-    with lock(folder / ".lock"):
-        old = read_settings(path)
-        changes = find_changes(old, settings) if old else ""
-        if changes:
-            raise FileExistsError(
-                f"--filtered-mask-path: {folder} holds masks of other settings ({changes}). Expected the "
-                "same settings to go on. Choose another folder."
-            )
-        if not old and any(folder.glob("*.png")):
-            raise FileExistsError(
-                f"--filtered-mask-path: {folder} has masks but no filter.json. Expected a new folder or one of an "
-                "earlier run. Choose another folder."
-            )
-        write_json(path, {"settings": settings, "pictures": pictures})
-
-
-@contextmanager
-def claim_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
-    """Keep a shard for this process; gives a folder for unfinished files, which a killed process may have left some in.
-
-    Raises:
-        FileExistsError: if a living process works on the same shard.
-    """
-    work = folder / f".work-{shard}-of-{shards}"
-    work.mkdir(exist_ok=True)
-    held = take_lock(work / "lock")
-    if held is None:
-        raise FileExistsError(
-            f"--shard: another process filters {shard}/{shards} of {folder}. Expected one a shard. Wait for it, or "
-            "give every process its own --shard."
-        )
-    with held:
-        for stale in work.iterdir():
-            if stale.name != "lock":
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        yield work
-        shutil.rmtree(work)
-
-
 def warn_of_unknown(hardness: Hardness, margin: float) -> None:
     """Say which classes have no statistics, and the limits of the others."""
     unknown = [name for name, pixels in zip(hardness.names, hardness.pixels, strict=True) if not pixels]
@@ -287,26 +256,6 @@ def warn_of_unknown(hardness: Hardness, margin: float) -> None:
     known = zip(hardness.names, hardness.mean, hardness.pixels, strict=True)
     limits = (f"{name} {margin * mean:.4f}" for name, mean, pixels in known if pixels)
     logger.info("loss above which a pixel is dropped: %s", ", ".join(limits))
-
-
-def settle(folder: Path, items: Sequence[Item], failures: Sequence[Record]) -> list[Record]:
-    """Leave items.jsonl and failures.jsonl with one line for each picture of the run, in order, and no others.
-
-    Returns:
-        All failures of all shards.
-    """
-    append_failures = {record["image"]: record for record in failures}
-    names = {item.image.name for item in items}
-    path, records_path = folder / "failures.jsonl", folder / "items.jsonl"
-    with lock(folder / ".lock"):
-        records = read_lines(records_path, "image")
-        old = read_lines(path, "image")
-        old = {name: record for name, record in old.items() if name in names and name not in records}
-        failed = dict(sorted({**old, **append_failures}.items()))
-        finished = [record for name, record in records.items() if name in names and name not in append_failures]
-        write_lines(records_path, finished)
-        write_lines(path, failed.values())
-    return list(failed.values())
 
 
 def write_report(

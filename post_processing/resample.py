@@ -8,8 +8,6 @@ after as summary.json, summary.md and summary.png. The folder appears complete o
 import argparse
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 
 from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.data.manifest import write_manifest
-from ldm.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
+from ldm.files import atomic_folder, digest_of, link_or_copy, write_json
+from ldm.run_folder import RunFolder
 from ldm.util import UserError, nearest, run_entry_point
 from post_processing.segmentation.loading import find_items
 from post_processing.selection.balance import balance_of, describe_balance, draw_balance
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.valid_ratio <= 1:
         raise UserError(f"--valid-ratio: {args.valid_ratio} is not possible. Expected a share between 0 and 1.")
     filtered = Path(args.filtered_mask_path)
-    settings = read_settings(filtered / "filter.json")
+    settings = RunFolder(filtered, record="filter.json").read().get("settings", {})
     if not settings and not args.classes:
         raise UserError(
             f"--filtered-mask-path: {filtered} has no filter.json. Expected the output of filter.py. For other masks "
@@ -137,7 +136,7 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         UserError: if there are none, or the filter has not finished.
     """
     folder = Path(args.filtered_mask_path)
-    records = read_lines(folder / "items.jsonl", "image")
+    records = RunFolder(folder).done()
     if records and not args.syn_mask_path:
         check_finished(folder, records)
         images = Path(args.syn_img_path or settings["images"])
@@ -176,9 +175,8 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
 
 def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
     """Raise UserError if the filter has not judged all pictures of its run; folders that do not say how many pass."""
-    note = folder / "filter.json"
-    pictures = json.loads(note.read_text(encoding="utf-8")).get("pictures", 0) if note.is_file() else 0
-    judged = len({*records, *read_lines(folder / "failures.jsonl", "image")})
+    filtered = RunFolder(folder, record="filter.json")
+    pictures, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
     if judged < pictures:
         raise UserError(
             f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} pictures are judged). Expected "
@@ -270,13 +268,9 @@ def write_out(
         FileExistsError: if the folder holds another choice (unless overwritten) or files of somebody else.
     """
     check_folder(out, choice, is_overwritten)
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    old = partial.with_suffix(".old")
-    for stale in (partial, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
+    with atomic_folder(out) as partial:
         for name in ("images", "masks"):
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
         for one in kept:
             link_or_copy(one.image, partial / "images" / one.image.name)
             link_or_copy(one.filtered, partial / "masks" / one.filtered.name)
@@ -288,20 +282,13 @@ def write_out(
         write_json(partial / "summary.json", summary)
         (partial / "summary.md").write_text(describe_balance(summary), encoding="utf-8")
         draw_balance(summary, table).save(partial / "summary.png")
-        write_json(partial / "resample.json", {"settings": choice})
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    finally:
-        for stale in (partial, old):
-            shutil.rmtree(stale, ignore_errors=True)
+        RunFolder(partial, choice, record="resample.json").write()
     logger.info("%s\nwritten to %s", describe_balance(summary), out)
 
 
 def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> None:
     """Raise FileExistsError if an output folder holds what must not be replaced (see write_out)."""
     if not out.exists():
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN_FILES) if out.is_dir() else [out.name]
     if foreign:
@@ -309,8 +296,9 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
             f"--out-dir: {out} holds files that this command did not write ({', '.join(foreign[:3])}). Expected a new "
             "folder or an earlier choice. Choose another folder."
         )
-    changes = find_changes(read_settings(out / "resample.json"), choice)
-    if changes and any(out.iterdir()) and not is_overwritten:
+    earlier = RunFolder(out, choice, "--out-dir", "resample.json")
+    record = earlier.read() or {"settings": {}}
+    if (changes := earlier.changes(record)) and any(out.iterdir()) and not is_overwritten:
         raise FileExistsError(
             f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose another "
             "folder, or replace it with --overwrite."

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import read_image
+from ldm.run_folder import RunFolder
 from ldm.util import UserError
 
 Item = TypeVar("Item")
@@ -54,9 +55,9 @@ def read_run(
     index = folder / "index.jsonl"
     if not index.is_file():
         raise FileNotFoundError(f"index not found: {index}. Expected the --outdir of inference.py. Check the path.")
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
-    if run.get("fingerprint", {}).get("format") == "tar":
-        raise UserError(f"{folder}: its images are in tars. Expected files. Paint with --format folder.")
+    run = RunFolder(folder).read()
+    if run.get("settings", {}).get("format") == "tar":  # of revisions before December 2026
+        raise UserError(f"{folder}: its images are in tars. Expected files. Generate them again.")
     root = Path(data_root if data_root is not None else run.get("data_root", "."))
     samples: list[Sample] = []
     wrong: list[str] = []

@@ -149,7 +149,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
         "images": {"real": len(rows), "synthesized": len(samples), "masks": len({(s.mask, s.size) for s in samples})},
         "sizes": sorted({sample.size for sample in samples}),
         "arguments": plain_arguments(args),
-        "checkpoint": run.get("fingerprint", {}),
+        "checkpoint": run.get("settings", {}),
     }
     return results, mask_table(results)
 
@@ -282,7 +282,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     exact = order_pairs(samples)
     exact_areas = measure_areas(exact.values(), segmentor, args)
     metric = "paired drop of IoU in points, 95 % bootstrap interval"
-    fingerprint = exact_run.get("fingerprint", {})
+    fingerprint = exact_run.get("settings", {})
     results: dict[str, Any] = {"measure": "consistency", "metric": metric, "exact": fingerprint, "runs": {}}
     for folder in args.run:
         others, run = read_run(folder, args.data_root)
@@ -297,7 +297,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         groups = [sample.mask for sample in exact.values()]
         line = judge(exact_areas, areas, groups, segmentor.class_table.names, args.max_drop, args.rare,
                      args.max_rare_drop, args.draws, args.seed)  # fmt: skip
-        results["runs"][folder] = line | {"fingerprint": run.get("fingerprint", {})}
+        results["runs"][folder] = line | {"fingerprint": run.get("settings", {})}
     results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()}),
                 "arguments": plain_arguments(args)}  # fmt: skip
     return results, consistency_table(results, args)
@@ -310,7 +310,7 @@ def order_pairs(samples: Sequence["Sample"]) -> dict[Any, "Sample"]:
 
 def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any]) -> None:
     """UserError if a run differs from the exact one in anything but how it sampled."""
-    one, other = exact.get("fingerprint", {}), run.get("fingerprint", {})
+    one, other = exact.get("settings", {}), run.get("settings", {})
     names = ("checkpoint_sha256", "config_sha256", "inputs_sha256", "dataset", "H", "W", "seed", "fixed_code")
     different = [name for name in names if one.get(name) != other.get(name)]
     if different:

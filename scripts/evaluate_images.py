@@ -101,7 +101,7 @@ def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]
     results = compare_sets(real, synthesized, args.seed, subsets=args.subsets, subset_size=args.subset_size)
     note = ("Comparable with FIDs and KIDs of this network on the same real images only." if args.inception else
             "These are not the published FID and KID: another network. Compare them with each other only.")  # fmt: skip
-    fingerprint = run.get("fingerprint", {})
+    fingerprint = run.get("settings", {})
     results = {"measure": "distribution", "features": name, "columns": real.shape[1], "note": note, **results,
                "sizes": {"real": real_sizes, "synthesized": sizes},
                "arguments": {key: value for key, value in vars(args).items() if key != "measure"},
@@ -157,7 +157,7 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     results = {"measure": "diversity", "metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
                "standard_error": error, "groups": len(means), "pairs": pairs,
                "arguments": {key: value for key, value in vars(args).items() if key != "measure"},
-               "checkpoint": run.get("fingerprint", {})}  # fmt: skip
+               "checkpoint": run.get("settings", {})}  # fmt: skip
     plus = "" if error is None else f" ± {error:.4f} (standard error over masks)"
     return results, (f"LPIPS diversity {results['lpips']:.4f}{plus}: {pairs} pairs of samples of {len(means)} masks "
                      "with one reference each. 0 = all samples are the same; VGG16, not AlexNet.\n")  # fmt: skip

@@ -10,13 +10,12 @@ into tiles first (scripts/prepare_dataset.py).
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -28,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.images import find_images, image_size  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
-from ldm.files import atomic_write, file_sha256, read_json, write_json  # noqa: E402
+from ldm.files import atomic_write, file_sha256  # noqa: E402
+from ldm.run_folder import RunFolder  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import find_class, repeated_stems  # noqa: E402
 
@@ -92,24 +92,16 @@ def read_known(args: argparse.Namespace, paths: Sequence[Path]) -> dict[Path, Pa
     return known
 
 
-def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
-    """Note in run.json what decides about the masks; UserError if the folder was begun with something else."""
+def open_folder(args: argparse.Namespace, table: ClassTable) -> None:
+    """Note in run.json what decides about the masks; FileExistsError if the folder was begun with something else."""
     settings = {
         "segmentor_sha256": file_sha256(args.segmentor[1]), "class_table": table.to_dict(),
         "threshold": args.threshold, "buildings": str(args.buildings.resolve()) if args.buildings else None,
         "building": args.building, "background": args.background,
     }  # fmt: skip
-    settings = json.loads(json.dumps(settings))
-    path = args.outdir / "run.json"
-    before = read_json(path) or settings
-    different = [key for key, value in settings.items() if before.get(key) != value]
-    if different:
-        raise UserError(f"--outdir {args.outdir}: its masks were made with another {', '.join(different)}. Choose a "
-                        "new folder, or the same settings to go on.")  # fmt: skip
-    (args.outdir / "masks").mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    RunFolder(args.outdir, settings, results="masks/*").open()
+    (args.outdir / "masks").mkdir(exist_ok=True)
     atomic_write(args.outdir / "classes.yaml", yaml.safe_dump(table.to_dict(), sort_keys=False))
-    return settings
 
 
 def predict_missing(
@@ -178,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     given = ClassTable.load(args.class_table) if args.class_table else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = (ClassTable.load(args.map_to) if args.map_to else segmentor.class_table).without_source_ids()
-    check_settings(args, table)
+    open_folder(args, table)
     predict_missing(args, segmentor, table, targets)
     rows, root = choose_pairs(args, table, targets)
     write_manifest(args.outdir / "items.json", rows)

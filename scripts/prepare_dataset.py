@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from ldm.data.prepare.tiling import (  # noqa: E402
     find_pictures,
     raise_problems,
 )
+from ldm.files import atomic_folder, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 
 SPLITS = ("train", "val", "test")
@@ -341,17 +341,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         raise FileExistsError(f"--out {out}: exists and is not empty. Choose a new folder, or --overwrite.")
     if is_used and not is_own_output(out):
         raise FileExistsError(f"--out {out}: has no {SUMMARY} of this script, so --overwrite leaves it alone.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.partial-{os.getpid()}"
-    work.mkdir()
-    try:
+    with atomic_folder(out) as work:
         summary = write_dataset(args, work)
-        (work / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        work.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_json(work / SUMMARY, summary)
     return summary
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ldm.data.classes import read_mask
 from ldm.files import append_lines, file_identity, read_lines
+from ldm.run_folder import RunFolder
 from ldm.util import UserError
 from post_processing.filter import main
 from post_processing.run_index import read_mask_at
@@ -267,15 +268,14 @@ def write_or_die(path, content, temporary, is_synced):
 
 filtering.atomic_write = write_or_die
 segmentor = colour_segmentor(4)
-(out / ".work-0-of-1").mkdir(parents=True)
+(out / ".shard-0-of-1.partial").mkdir(parents=True)
 limits = torch.full((256,), 1.0)
-worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".work-0-of-1", 2, 1)
+worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".shard-0-of-1.partial", 2, 1)
 worker.run(find_items(folder / "img", folder / "label"))
 """
 
 
 def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
-    from post_processing.filter import claim_shard
     from post_processing.selection.rules import is_finished
 
     items = make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
@@ -283,7 +283,9 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
 
     def run(out, todo):
         out.mkdir(exist_ok=True)
-        with claim_shard(out, 0, 1) as work:
+        folder = RunFolder(out)
+        with folder.claim(".shard-0-of-1"):
+            work = folder.work(".shard-0-of-1")
             PixelFilter(segmentor, limits, segmentor.class_table, out, work, 2, 1).run(todo)
 
     run(tmp_path / "whole", items)
@@ -354,10 +356,9 @@ def test_the_command_goes_on_after_a_signal_and_ends_with_the_same_files(tmp_pat
 @pytest.mark.slow
 def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    pytest.importorskip("pyarrow")
-    from post_processing.filter import claim_shard
-    from post_processing.filter_ray import run_on_ray
+    from post_processing.filter import build_parser, filter_on_ray
 
+    args = build_parser().parse_args([*flags(tmp_path, tmp_path, tmp_path), "--batch_size", "1", "--ray_workers", "2"])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
     items = make_pictures(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
     (tmp_path / "syn/label/7.png").unlink()
@@ -369,9 +370,10 @@ def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
     failures = []
     for name in ("local", "ray"):
         (tmp_path / name).mkdir()
-        with claim_shard(tmp_path / name, 0, 1) as work:
+        with RunFolder(tmp_path / name).claim("part"):
+            work = tmp_path / name / "part.partial"
             (work / "own").mkdir()
-            failures.append(run_on_ray(build, work, items, 1, 2, False) if name == "ray"
+            failures.append(filter_on_ray(args, items, build, work) if name == "ray"
                             else build(work / "own").run(items))  # fmt: skip
     assert failures[0] == failures[1] and len(failures[0]) == 1
     assert contents(tmp_path / "ray").keys() == contents(tmp_path / "local").keys()
@@ -638,12 +640,13 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(workspace, tmp_path, monkey
     assert not (out / "3_seed_7.png").exists() and (out / "0_seed_7.png").exists()
     monkeypatch.undo()
     assert main(flags(workspace, out, tmp_path)) == 0
-    assert len(list(out.glob("*.png"))) == 6 and not [path for path in out.iterdir() if path.name.startswith(".work")]
+    assert len(list(out.glob("*.png"))) == 6 and not [path for path in out.iterdir() if path.name.startswith(".shard")]
 
 
 @pytest.mark.parametrize("wrong", [["--shard", "2/2"], ["--batch_size", "0"], ["--tolerance-margin", "nan"],
                                    ["--run", "x"], ["--real_txt_file", "x"]])  # fmt: skip
-def test_impossible_flags_are_refused(tmp_path, wrong):
-    with pytest.raises(UserError, match=wrong[0]):
+def test_impossible_flags_are_refused(tmp_path, wrong, capsys):
+    with pytest.raises((UserError, SystemExit)) as error:
         main(flags(tmp_path, tmp_path / "out", tmp_path, *wrong))
+    assert wrong[0] in str(error.value) + capsys.readouterr().err
     assert not os.listdir(tmp_path)

@@ -18,7 +18,7 @@ LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/trai
                    "ldm/training/average.py", "train.py")
 # package -> prefixes of our own modules that it may import; a longer package name wins
 MAY_IMPORT = {
-    "ldm": ("ldm.util",),
+    "ldm": ("ldm.util", "ldm.files"),
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
     "ldm.modules": ("ldm.modules", "ldm.util", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "ldm.generation": ("ldm",),
     "cldm": ("cldm", "ldm"),
     # Wide on purpose: where it could not reach a helper, it grew a second copy.
-    "post_processing": ("post_processing", "ldm.data", "ldm.util", "ldm.files", "ldm.cli", "ldm.weights.files",
-                        "ldm.generation.run", "ldm.generation.machine"),
+    "post_processing": ("post_processing", "ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.ray_pool",
+                        "ldm.cli", "ldm.weights.files", "ldm.generation.machine"),
     "scripts": ("scripts", "post_processing", "cldm", "ldm"),
     "train": ("cldm", "ldm"),
     "inference": ("cldm", "ldm"),
@@ -146,7 +146,8 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
 
 
 # entry -> files that read its `args` too
-READERS = {"scripts/train_segmentor.py": ["post_processing/segmentation/training.py",
+READERS = {"inference.py": [f"ldm/generation/{name}.py" for name in ("plan", "generator", "worker")],
+           "scripts/train_segmentor.py": ["post_processing/segmentation/training.py",
                                           "post_processing/segmentation/dlc_training.py"],
            "scripts/measure_gain.py": [f"post_processing/gain/{name}.py" for name in ("plan", "report", "sets")]}
 ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_processing/resample.py",
@@ -160,7 +161,7 @@ def test_every_flag_is_read(entry: str):
     trees = [tree, *(parse(ROOT / name) for name in READERS.get(entry, ()))]
     read = {
         node.attr for part in trees for node in ast.walk(part)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("args", "settings")
     }  # fmt: skip
     read.add("debug")  # by ldm.util.run_entry_point, from the command line itself
     for node in (node for part in trees for node in part.body):  # flags that replace the config's, in a loop

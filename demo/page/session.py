@@ -17,7 +17,8 @@ from PIL import Image
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, read_manifest
-from ldm.generation.generator import ConditionDataset, Job, Painter, Request, collate
+from ldm.generation.generator import ConditionDataset, Painter, generate_batches, make_loader
+from ldm.generation.plan import Job
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.modes import Sampling, add_sampling_flags, choose_sampling
 from ldm.sampling.noise import sample_seed
@@ -117,9 +118,9 @@ class Studio:
                 record = {"image": f"{row.index:02d}_seed_{number}.png", "height": height, "width": width}
                 jobs.append(Job(row, row.index, order.seed if is_fixed else number, record))
         painter = Painter(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE)
-        dataset = ConditionDataset(rows, self.table, None, self.method.image_channels)
-        parts = [jobs[i:i + painter.batch_size] for i in range(0, len(jobs), painter.batch_size)]
-        evaluations, done = max(1, round(sampling.num_steps * sampling.strength)) * len(parts), 0
+        loader = make_loader(ConditionDataset(rows, self.table, None, self.method.image_channels), 0, False)
+        parts = -(-len(jobs) // painter.batch_size)
+        evaluations, done = max(1, round(sampling.num_steps * sampling.strength)) * parts, 0
 
         def count() -> None:
             nonlocal done
@@ -128,24 +129,14 @@ class Studio:
 
         (folder / "images").mkdir()
         with watched(self.method, count):
-            for number, part in enumerate(parts):
-                items = [dataset[Request(job.position, slot, order.mask.shape)] for slot, job in enumerate(part)]
-                batch = collate(items)
-                if batch["errors"]:
-                    raise UserError("; ".join(sorted(set(batch["errors"].values()))))
-                done = number * evaluations // len(parts)
-                images = painter.paint(batch, [job.noise_seed for job in part])
-                yield from self.save(images, [folder / "images" / job.record["image"] for job in part])
-
-    def save(self, images: Any, paths: Sequence[Path]) -> list[Path]:
-        """Write images (B, C, H, W) in [-1, 1] as PNG, as inference.py does; UserError for one that is not finite."""
-        from ldm.data.transforms import to_uint8
-
-        if not bool(images.isfinite().all()):
-            raise UserError("the network gave values that are not finite, in float32 too. Choose a smaller guidance.")
-        for values, path in zip(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), paths, strict=True):
-            Image.fromarray(values if values.shape[2] == 3 else values[..., 0]).save(path)
-        return list(paths)
+            for number, results in enumerate(generate_batches(painter, loader, jobs, painter.batch_size), start=1):
+                done = number * evaluations // parts
+                for job, pixels, reason in results:
+                    if pixels is None:
+                        raise UserError(f"{reason}. Choose a smaller guidance, or inputs that can be read.")
+                    path = folder / "images" / job.record["image"]
+                    Image.fromarray(pixels).save(path)
+                    yield path
 
     def write_inputs(self, order: Order, folder: Path, sampling: Sampling) -> list[Row]:
         """Write the manifest of an order with its files and the command; returns its checked rows."""
