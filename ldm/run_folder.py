@@ -57,8 +57,7 @@ class RunFolder:
             if content is None:
                 return {}
             if "settings" not in content:
-                content = {"settings": content.pop("fingerprint")} | content if "fingerprint" in content else {
-                    "settings": content}
+                content = {"settings": content.pop("fingerprint", None) or dict(content), **content}
             if not isinstance(content["settings"], dict):
                 raise TypeError("its settings are no object")
         except (ValueError, TypeError, AttributeError) as error:

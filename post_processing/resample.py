@@ -235,27 +235,16 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
 
 def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float | None]:
     """IoU of every class on a manifest of real pairs, by the metric of mmseg."""
-    import torch
-
     from ldm.cli import choose_device
     from ldm.data.manifest import read_manifest
-    from post_processing.evaluation.scores import SegmentationScore
-    from post_processing.segmentation.loading import Item, load_batches, run_in_parts, stack_batch
+    from post_processing.evaluation.scores import score_pairs
     from post_processing.segmentation.segmentor import load_segmentor
 
     if not args.iou_txt_file:
         raise UserError("--segmentor: needs real pairs to measure its IoU on. Expected --iou_txt_file MANIFEST.")
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
     rows = read_manifest(args.iou_txt_file, Path(args.iou_txt_file).parent, need=("image",), table=table)
-    pairs = dict.fromkeys(Item(row.image, row.mask) for row in rows)
-    score = SegmentationScore(table.names, table.ignore_index)
-    problems: list[str] = []
-    for batch in load_batches(pairs, table, 16, 4, lambda item, error: problems.append(str(error))):
-        images, masks = stack_batch(batch, torch.device(segmentor.device))
-        score.add(torch.cat(run_in_parts(segmentor.predict, images)), masks)
-    if problems:
-        raise UserError(f"--iou_txt_file: {len(problems)} pairs cannot be used: {'; '.join(problems[:5])}")
-    return score.result()["IoU"]
+    return score_pairs(segmentor, [(row.image, row.mask) for row in rows], 16, 4)["IoU"]
 
 
 def write_out(

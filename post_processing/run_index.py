@@ -1,22 +1,19 @@
 """What inference.py wrote (index.jsonl, run.json) read back, with all paths made absolute and checked."""
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
-from ldm.data.images import read_image
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
-
-Item = TypeVar("Item")
+from post_processing.segmentation.loading import Item, Loaded, load_batches
 
 
 @dataclass(frozen=True)
@@ -104,24 +101,19 @@ def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.nda
     return mask
 
 
-def read_image_batch(paths: Sequence[Path], size: tuple[int, int], pool: ThreadPoolExecutor) -> torch.Tensor:
-    """Read pictures of one size as (B, 3, H, W) uint8 RGB; ValueError naming the first of another size."""
-    images = list(pool.map(lambda path: read_image(path, None), paths))
-    for path, image in zip(paths, images, strict=True):
-        if image.shape[:2] != tuple(size):
-            raise ValueError(
-                f"image {path}: {image.shape[:2]} pixels. Expected {tuple(size)} (height, width). Paint it again."
-            )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
+    """Yield batches of samples with their masks (see load_batches); ValueError for an image of another size."""
+    sizes = {sample.image: sample.size for sample in samples}
+    for batch in load_batches([Item(sample.image, sample.mask, is_resized=True) for sample in samples], table,
+                              batch_size, workers):  # fmt: skip
+        for loaded in batch:
+            path, size = loaded.item.image, loaded.mask.shape
+            if size != sizes[path]:
+                raise ValueError(f"image {path}: {size} pixels. Expected {sizes[path]} (height, width). Generate it "
+                                 "again.")
+        yield batch
 
 
-def group_batches(
-    items: Sequence[Item], sizes: Sequence[tuple[int, int]], batch_size: int
-) -> Iterator[tuple[tuple[int, int], list[Item]]]:
-    """Yield (size, items) of at most batch_size items that all have that size."""
-    groups: dict[tuple[int, int], list[Item]] = {}
-    for item, size in zip(items, sizes, strict=True):
-        groups.setdefault(tuple(size), []).append(item)
-    for size, members in groups.items():
-        for start in range(0, len(members), batch_size):
-            yield size, members[start : start + batch_size]
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """A command line as JSON values."""
+    return {key: value for key, value in vars(args).items() if key != "measure"}

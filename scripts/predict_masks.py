@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
-from ldm.data.images import find_images, image_size  # noqa: E402
+from ldm.data.images import find_images  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
 from ldm.files import atomic_write, file_sha256  # noqa: E402
 from ldm.run_folder import RunFolder  # noqa: E402
@@ -109,7 +109,7 @@ def predict_missing(
 ) -> None:
     """Write the masks (image -> file) that do not exist yet."""
     from post_processing.evaluation.pseudo_masks import burn_in, predict_classes
-    from post_processing.run_index import group_batches, read_image_batch
+    from post_processing.segmentation.loading import image_batches
 
     known = read_known(args, list(targets))
     if known:
@@ -119,7 +119,6 @@ def predict_missing(
         known_building = find_class(known_table, args.building, "--building")
     lookup = table.map_from(segmentor.class_table) if args.map_to else np.arange(256, dtype=np.uint8)
     missing = [image for image, target in targets.items() if not target.is_file()]
-    sizes = [image_size(image) for image in missing]
 
     def finish(image: Path, mask: np.ndarray) -> None:
         mask = lookup[mask]
@@ -134,9 +133,8 @@ def predict_missing(
         atomic_write(targets[image], content.getvalue(), is_synced=False)
 
     with ThreadPoolExecutor(args.num_threads) as pool, tqdm(total=len(missing), disable=None) as bar:
-        for size, batch in group_batches(missing, sizes, args.batch_size):
-            masks = predict_classes(segmentor, read_image_batch(batch, size, pool), args.threshold)
-            list(pool.map(finish, batch, masks))
+        for batch, images in image_batches(missing, args.batch_size, args.num_threads):
+            list(pool.map(finish, batch, predict_classes(segmentor, images, args.threshold)))
             bar.update(len(batch))
 
 

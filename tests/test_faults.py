@@ -338,7 +338,7 @@ def test_fault_18_memory_that_runs_out_halves_the_batch(workspace, finished, tmp
     assert close_to(tmp_path / "a", finished)
     most = 0
     assert run(workspace, tmp_path / "b") == 2
-    assert "not even one image fits into the memory" in capsys.readouterr().err
+    assert "not even one image fits into memory" in capsys.readouterr().err
 
 
 def test_fault_18_memory_that_runs_out_in_float32_halves_that_batch_only(workspace, finished, tmp_path, sample):

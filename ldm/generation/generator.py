@@ -1,6 +1,5 @@
 """Paints planned samples with any method."""
 
-import gc
 import logging
 import os
 import signal
@@ -18,7 +17,7 @@ from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset
 from ldm.data.manifest import Row
 from ldm.data.transforms import normalize_batch, to_uint8
-from ldm.generation.machine import compile_blocks, is_out_of_memory
+from ldm.generation.machine import compile_blocks, in_parts
 from ldm.generation.plan import Job, Plan, size_of
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
@@ -279,37 +278,12 @@ class Painter:
 
     def sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int], use_autocast: bool) -> Tensor:
         """Paint the chosen samples of a batch in as many parts as memory asks for."""
-        images, start = [], 0
-        while start < len(chosen):
-            part = self.try_to_sample(batch, seeds, chosen[start : start + self.batch_size], use_autocast)
-            if part is None:
-                self.halve()
-            else:
-                images.append(part)
-                start += len(part)
-        return torch.cat(images)
 
-    def try_to_sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
-                      use_autocast: bool) -> Tensor | None:
-        """Paint the chosen samples of a batch at once; None if memory does not suffice."""
-        try:
-            return sample_images(self, batch, seeds, chosen, use_autocast)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None  # what the error holds on to is free once this function is left
+        def attempt(part: Sequence[int], size: int) -> Tensor:
+            self.batch_size = size  # stays so for the rest of the run
+            return sample_images(self, batch, seeds, part, use_autocast)
 
-    def halve(self) -> None:
-        """Go on with half as many images at once."""
-        if self.batch_size == 1:
-            raise UserError(f"--batch_size: not even one image fits into the memory of {self.device}. Choose a smaller "
-                            "--H and --W, or another device; finished images stay.")
-        self.batch_size //= 2
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        logger.warning("out of memory: going on with %d images at once; pictures may differ from those of larger "
-                       "batches in the last bit", self.batch_size)
+        return torch.cat(in_parts(attempt, chosen, self.batch_size))
 
 
 def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],

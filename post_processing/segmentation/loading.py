@@ -16,8 +16,10 @@ from PIL import Image
 from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, read_image
 from ldm.files import file_identity
+from ldm.generation.machine import in_parts
 
 logger = logging.getLogger(__name__)
+Source = TypeVar("Source")
 Result = TypeVar("Result")
 
 SEED_ENDING = re.compile(r"_seed_\d+$")
@@ -120,44 +122,69 @@ def identity_of(item: Item) -> dict[str, str]:
     return {"image": file_identity(item.image), "mask": file_identity(item.mask)}
 
 
-def load_batches(
-    items: Iterable[Item],
-    table: ClassTable,
+def stream_batches(
+    items: Iterable[Source],
+    load: Callable[[Source], Result],
+    size_of: Callable[[Result], tuple[int, int]],
     batch_size: int,
     workers: int,
-    on_failure: Callable[[Item, Exception], None],
-) -> Iterator[list[Loaded]]:
-    """Yield batches of pictures of one size, read ahead by threads; the order does not depend on their number.
+    on_failure: Callable[[Source, Exception], None] | None = None,
+) -> Iterator[list[tuple[Source, Result]]]:
+    """Yield batches of one size, read ahead by threads; the order does not depend on their number.
 
     Args:
         items: what to read.
-        table: class table that the masks are read with.
-        batch_size: most pictures in a batch.
+        load: reads one of them.
+        size_of: (height, width) of what was read.
+        batch_size: most items in a batch.
         workers: threads.
-        on_failure: gets every item that cannot be read, and why.
+        on_failure: gets every item that cannot be read (OSError, ValueError), and why; None = the error is raised.
     """
-    groups: dict[tuple[int, int], list[Loaded]] = {}
+    groups: dict[tuple[int, int], list[tuple[Source, Result]]] = {}
     waiting: deque = deque()
     source = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         while True:
             while len(waiting) < 2 * batch_size + workers and (item := next(source, None)) is not None:
-                waiting.append((item, pool.submit(load_item, item, table)))
+                waiting.append((item, pool.submit(load, item)))
             if not waiting:
                 break
             item, future = waiting.popleft()
             try:
                 loaded = future.result()
             except (ValueError, OSError) as error:
+                if on_failure is None:
+                    raise
                 on_failure(item, error)
                 continue
-            size = loaded.mask.shape
-            groups.setdefault(size, []).append(loaded)
+            size = tuple(size_of(loaded))
+            groups.setdefault(size, []).append((item, loaded))
             if len(groups[size]) == batch_size:
                 yield groups.pop(size)
             elif sum(map(len, groups.values())) > 4 * batch_size:  # many sizes: do not hold them all
                 yield groups.pop(max(groups, key=lambda size: len(groups[size])))
     yield from groups.values()
+
+
+def load_batches(
+    items: Iterable[Item],
+    table: ClassTable,
+    batch_size: int,
+    workers: int,
+    on_failure: Callable[[Item, Exception], None] | None = None,
+) -> Iterator[list[Loaded]]:
+    """Yield batches of images with their masks (see stream_batches and load_item)."""
+    for batch in stream_batches(items, lambda item: load_item(item, table), lambda loaded: loaded.mask.shape,
+                                batch_size, workers, on_failure):  # fmt: skip
+        yield [loaded for _, loaded in batch]
+
+
+def image_batches(paths: Iterable[Path], batch_size: int, workers: int) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    """Yield paths and their images (B, 3, H, W) uint8 RGB, in batches of one size (see stream_batches)."""
+    for batch in stream_batches(paths, lambda path: read_image(path, None), lambda image: image.shape[:2], batch_size,
+                                workers):  # fmt: skip
+        images = torch.from_numpy(np.stack([image for _, image in batch]))
+        yield [path for path, _ in batch], images.permute(0, 3, 1, 2)
 
 
 def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +195,7 @@ def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Te
 
 
 def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[Result]:
-    """Call a function on a batch, or on halves, quarters, ... of it where the device's memory ends.
+    """Call a function on a batch, or on halves, quarters, ... of it where memory ends.
 
     Args:
         function: takes as many tensors as there are in `batch`, each with the same part of it.
@@ -176,17 +203,10 @@ def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[
     Returns:
         What the function gave for each part, in order.
     Raises:
-        torch.cuda.OutOfMemoryError: if one picture alone is too much.
+        UserError: if one image alone is too much.
     """
-    try:
-        return [function(*batch)]
-    except torch.cuda.OutOfMemoryError:
-        if len(batch[0]) == 1:
-            raise
-        logger.warning("out of memory with %d pictures at once, trying halves", len(batch[0]))
-    half = len(batch[0]) // 2  # outside of the except block, which would keep the tensors of the failed call alive
-    return [
-        result
-        for part in (slice(half), slice(half, None))
-        for result in run_in_parts(function, *(tensor[part] for tensor in batch))
-    ]
+
+    def run(part: Sequence[int], _: int) -> Result:
+        return function(*(tensor[part[0] : part[-1] + 1] for tensor in batch))
+
+    return in_parts(run, range(len(batch[0])), len(batch[0]))
