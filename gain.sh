@@ -12,5 +12,5 @@ DATA_ROOT=${DATA_ROOT:?folder that the paths of the manifests start from}
 
 # shellcheck disable=SC2086 # several folders or manifests
 exec "$PYTHON_SEG" scripts/measure_gain.py --python "$PYTHON" --python_seg "$PYTHON_SEG" --data_root "$DATA_ROOT" \
-    --class_table "${CLASSES:?name or path of the class table}" --ckpt "${CKPT:-models/tisynth_mini.safetensors}" \
+    --classes "${CLASSES:?name or path of the class table}" --ckpt "${CKPT:-models/tisynth_mini.safetensors}" \
     ${REFERENCES:+--references $REFERENCES} --outdir "${OUTDIR:-outputs/gain}" "$@"

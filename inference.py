@@ -5,18 +5,16 @@ Everything is checked before the model is loaded. An interrupted run, started ag
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
-from ldm.cli import natural, positive_int, shard
-from ldm.files import OutputError
+from ldm.cli import add_classes, natural, positive_int, shard
 from ldm.sampling.modes import add_sampling_flags
 from ldm.util import run_entry_point
 
 logger = logging.getLogger(__name__)
 
-EXIT_DAMAGED, EXIT_OUTPUT = 3, 4
+EXIT_DAMAGED = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
     )
+    model.add_argument(
+        "--vectors", default=None,
+        help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the training's",
+    )  # fmt: skip
     model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--precision", choices=["auto", "full", "autocast"], default="auto",
@@ -46,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to paint"
     )
-    data.add_argument(
-        "--dataset", default=None, help="class table (name or file) of masks with other ids on disk than the model's"
-    )
+    add_classes(data.add_argument, "of masks with other ids on disk than the model's", dest="dataset")
     data.add_argument("--H", type=positive_int, default=None, help="height to paint; default: the mask's")
     data.add_argument("--W", type=positive_int, default=None, help="width to paint; default: the mask's")
     data.add_argument(
@@ -113,22 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
     if missing and not (args.status or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    try:
-        return report(Path(args.outdir), args.verify) if args.status or args.verify else paint(args)
-    except OSError as error:
-        text = str(error) if isinstance(error, OutputError) else output_problem(error, Path(args.outdir))
-        if text is None or args.debug:
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        return EXIT_OUTPUT
-
-
-def output_problem(error: OSError, folder: Path) -> str | None:
-    """What to say of a system error about a file of the output folder; None if it is about something else."""
-    if error.filename is None or not Path(os.fsdecode(error.filename)).is_relative_to(folder):
-        return None
-    return (f"{error.filename}: {error.strerror}. Expected an output folder that can be read and written. Mend it and "
-            "run the same command again; finished images stay.")
+    return report(Path(args.outdir), args.verify) if args.status or args.verify else paint(args)
 
 
 def paint(args: argparse.Namespace) -> int:

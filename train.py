@@ -5,6 +5,7 @@
 """
 import argparse
 import logging
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -136,7 +137,7 @@ def pick_devices(gpus: str | None) -> dict:
     return {"accelerator": "gpu", "devices": indices}
 
 
-def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noqa: ANN001, ANN201
+def build_trainer(config, args: argparse.Namespace, run_dir: Path, data, budget):  # noqa: ANN001, ANN201
     """The Trainer with its callbacks and loggers."""
     import importlib.util
 
@@ -146,12 +147,13 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
     from ldm.training.average import AveragedWeights
-    from ldm.training.callbacks import ImageGrid, RunCheckpoint, RunRecord, WeightExport
+    from ldm.training.callbacks import ImageGrid, Progress, RunCheckpoint, RunRecord, WeightExport
     from ldm.util import arguments_of
     settings = OmegaConf.to_container(config.lightning, resolve=True)
     check_keys("lightning", settings, ("trainer", "checkpoint"))
     check_keys("lightning.trainer", settings.get("trainer", {}), arguments_of(pl.Trainer))
-    check_keys("lightning.checkpoint", settings.get("checkpoint", {}), arguments_of(ModelCheckpoint))
+    checkpoint = {key: value for key, value in settings.get("checkpoint", {}).items() if key != "every_minutes"}
+    check_keys("lightning.checkpoint", checkpoint, arguments_of(ModelCheckpoint))
     training = config.training
     parts = len(list(run_dir.glob("csv*")))  # a resumed run continues in csv_2: CSVLogger deletes what a folder has
     loggers = [CSVLogger(run_dir, name="", version=f"csv_{parts + 1}" if parts else "csv")]
@@ -160,10 +162,10 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
     callbacks = [RunRecord(run_dir, config), LearningRateMonitor("step"),
                  RunCheckpoint(run_dir / "checkpoints", **{
                      "filename": "step-{step:07d}", "auto_insert_metric_name": False, "save_last": True,
-                     "enable_version_counter": False, **settings.get("checkpoint", {})})]
+                     "enable_version_counter": False, **checkpoint})]
     if training.get("ema_decay"):
         callbacks.append(AveragedWeights(training.ema_decay, bool(training.get("ema_warmup", True))))
-    callbacks.append(WeightExport(run_dir, config))  # behind EMA, whose weights it exports
+    callbacks += [WeightExport(run_dir, config), budget]  # behind EMA, whose weights they export and save
     if training.get("patience"):
         callbacks.append(EarlyStopping("loss_epoch", patience=training.patience, check_on_train_epoch_end=True))
     if training.get("preview_every") and data.val_set is not None:
@@ -171,18 +173,38 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data):  # noq
     trainer = {"log_every_n_steps": 20, "enable_model_summary": False, "use_distributed_sampler": False,
                "num_sanity_val_steps": 0, "num_nodes": args.num_nodes, **pick_devices(args.gpus),
                **settings.get("trainer", {})}
+    if trainer.get("enable_progress_bar", True):
+        callbacks.append(Progress())
     return pl.Trainer(logger=loggers, callbacks=callbacks, default_root_dir=run_dir, **trainer)
 
 
-def main(argv: list[str]) -> None:
-    """Train."""
+def main(argv: list[str]) -> int:
+    """Train; returns the exit code."""
+    started = time.monotonic()
     args = parse_arguments(argv)
     config = merge_config(args)
     from omegaconf import OmegaConf
     if is_rank_zero():
         print(OmegaConf.to_yaml(config, resolve=True))
     if args.dry_run:
-        return
+        return 0
+    from ldm.generation.machine import Stopped
+    from ldm.training.budget import Budget
+    budget = Budget(config.training.get("max_minutes"), config.lightning.get("checkpoint", {}).get("every_minutes", 10),
+                    started)
+    budget.catch_signals()
+    try:
+        return run_training(config, args, budget)
+    except Stopped as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        return stop.code
+    finally:
+        budget.release_signals()
+
+
+def run_training(config, args: argparse.Namespace, budget) -> int:  # noqa: ANN001
+    """Build everything and fit; returns the exit code."""
+    from omegaconf import OmegaConf
     checkpoint = find_run(args.resume)[1] if args.resume else None
     run_dir = checkpoint.parent.parent if checkpoint else Path(args.project or Path(args.logdir) / "_".join(
         part for part in (time.strftime("%Y-%m-%dT%H-%M-%S"), args.name, args.postfix) if part))
@@ -196,20 +218,24 @@ def main(argv: list[str]) -> None:
     from ldm.weights.load import build_skeleton
     settings = OmegaConf.to_container(config.training, resolve=True)
     # those that are not of TrainingModule
-    others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents")
+    others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents", "max_minutes")
     check_keys("training", settings, [*others, *(set(arguments_of(TrainingModule)) - {"method", "seed", "left_out"})])
     options = {k: v for k, v in settings.items() if k not in others}
     skeleton = build_skeleton(OmegaConf.to_container(config, resolve=True))
     data = instantiate_from_config(config.data, seed=config.seed, size_factor=skeleton.size_factor,
                                    takes=skeleton.takes, channels=skeleton.image_channels)
     data.setup("fit")  # reads and checks all input before the network is built
-    trainer = build_trainer(config, args, run_dir, data)
+    if "prompt" in skeleton.takes:
+        skeleton.check_prompts(data.prompts())
+    trainer = build_trainer(config, args, run_dir, data, budget)
     torch.manual_seed(config.seed)
     start = build_method(config, checkpoint, args.pretrain_path or (), args.actual_resume, args.allow_partial,
                          is_filled_later=bool(args.finetune))
     method = start.method
     if args.finetune:
         start_finetuning(start, trainer.callbacks, args.finetune, args.finetune_ema)
+    if not checkpoint:
+        method.start_training()
     if args.scale_lr:
         options["learning_rate"] *= trainer.accumulate_grad_batches * trainer.world_size * data.batch_size
         log.info("learning rate scaled to %g", options["learning_rate"])
@@ -219,12 +245,16 @@ def main(argv: list[str]) -> None:
         cache_latents(method, data, trainer, settings["cache_latents"])
     module = TrainingModule(method, seed=config.seed, left_out=start.left_out, **options)
     if args.train == "false":
-        return
+        return 0
     # It means well, but RowSampler does go on in the middle of an epoch, and no state_dict of a loader could.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+    if budget.limit is not None:
+        module.time_share = 0.0
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if data.val_set is not None and not args.no_test:
+    code = budget.finish(run_dir, trainer.global_step)
+    if data.val_set is not None and not args.no_test and not (code or budget.is_over):
         trainer.validate(module, datamodule=data, verbose=False)
+    return code
 
 
 if __name__ == "__main__":

@@ -3,13 +3,44 @@
 import argparse
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ldm.util import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Classes(argparse.Action):
+    """Keeps the class table; an older spelling of the flag works, and says how it is called everywhere."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        if option_string not in (None, "--classes"):
+            say_new_name(option_string)
+        setattr(namespace, self.dest, values)
+
+
+@cache  # once
+def say_new_name(spelling: str) -> None:
+    """Say on stderr how a flag of an older spelling is called."""
+    print(f"note: {spelling} is now called --classes; both work", file=sys.stderr)
+
+
+def add_classes(add: Callable[..., Any], text: str, dest: str = "classes", is_required: bool = False) -> None:
+    """Add --classes, the one name of a class table at every door; --class_table and --dataset go on working.
+
+    Args:
+        add: `add_argument` of a parser.
+        text: what it is of, for the help.
+        dest: attribute that holds it.
+        is_required: whether the command stops without it.
+    """
+    add("--classes", "--class_table", "--dataset", dest=dest, action=_Classes, required=is_required, metavar="TABLE",
+        help=f"class table, a name in configs/classes or a file: {text}")  # fmt: skip
 
 
 def positive_int(text: str) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0)  # seconds; what a network folder needs to come back
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How libraries say so: the system's words, also through a worker process, then torch, Pillow, NumPy and rasterio.
+FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed writing"
+                       r"|inline_container\.cc:\d+\] \. unexpected pos|encoder error -2 when writing"
+                       r"|\d+ requested and \d+ written|Write failed\. See previous exception")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 LOCK_TRIES, LOCK_WAIT = 4, 0.05  # is_locked() looks at a lock by taking it for a moment
 IDENTITY_BYTES = 1 << 15  # of each end of a large image; the end of a PNG holds the check sum of all its pixels
@@ -33,6 +38,32 @@ SHOWN_CHANGES, SHOWN_CHARACTERS = 12, 60
 
 class OutputError(OSError):
     """A folder cannot be written; the text says where, why and what to do."""
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """One sentence on a disk that is full or a file that cannot be read or written; None for any other error.
+
+    Libraries turn the system's error into one of their own, so what caused it and its text count as well.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for one in chain:
+        if isinstance(one, OutputError):
+            return str(one)
+        found = FULL_TEXT.search(str(one))
+        if found or (isinstance(one, OSError) and one.errno in DISK_FULL):
+            reason = one.strerror if isinstance(one, OSError) and one.strerror else found[0]
+            where = f"{os.fsdecode(one.filename)}: " if getattr(one, "filename", None) else ""
+            return (f"{where}the disk is full, or may not be filled further ({reason}). Free some space and run the "
+                    "same command again.")
+    first = chain[0]
+    if not isinstance(first, OSError) or first.errno is None:
+        return None
+    where = f"{os.fsdecode(first.filename)}: " if first.filename is not None else ""
+    return (f"{where}{first.strerror}. Expected files and folders that can be read and written. Mend that and run the "
+            "same command again.")
 
 
 def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], Any], temporary: Path | None = None,

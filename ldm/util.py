@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.files import describe_failure
+
 # Dotted paths that users' checkpoints and segmentors name -> where the code lives now.
 MOVED = {
     "ldm.models.autoencoder.": "ldm.methods.autoencoder.",
@@ -20,6 +23,7 @@ MOVED = {
     "post_processing.mmseg_dataset.": "post_processing.segmentation.dataset.",
 }
 
+EXIT_MISTAKE, EXIT_OUTPUT = 2, 4
 OWN_PACKAGES = ("ldm.", "cldm.")
 
 
@@ -204,7 +208,10 @@ def flat_keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
-    """Run an entry point: one line and exit code 2 for mistakes of the user, a traceback with `--debug`.
+    """Run an entry point: one line for mistakes of the user and for files; a traceback with `--debug`.
+
+    Exit codes: 2 for a mistake of the user; 4 where the disk is full or a file cannot be read or written; 1 with a
+    traceback for a mistake of ours; else what `main` returns.
 
     Args:
         main: function of the argument list; its return value is the exit code (None = 0).
@@ -214,13 +221,15 @@ def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[s
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         code = main(argv) or 0
-    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
-        if "--debug" in argv or "-d" in argv:
+        sys.stdout.flush()
+    except Exception as error:
+        text = None if isinstance(error, (FileNotFoundError, FileExistsError)) else describe_failure(error)
+        is_mistake = isinstance(error, (ValueError, KeyError, OSError))
+        if "--debug" in argv or "-d" in argv or (text is None and not is_mistake):
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        text, code = (text, EXIT_OUTPUT) if text else (
+            error.args[0] if isinstance(error, KeyError) and error.args else error, EXIT_MISTAKE)
         print(f"error: {text}", file=sys.stderr)
-        code = 2
-    sys.stdout.flush()
     sys.exit(code)
 
 
@@ -231,3 +240,13 @@ def is_rank_zero() -> bool:
     """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
     return all(int(os.environ.get(name) or 0) == 0 for name in names)
+
+
+def leave_signals_to_main(_: int = 0) -> None:
+    """For processes of a loader: srun and Ctrl-C signal every process of a job; these end when the main one ends them.
+
+    The first SIGTERM is the job's. A program that leaves without closing its loader sends more of them, and waits.
+    """
+    for name in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

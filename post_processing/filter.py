@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ldm import ray_pool
-from ldm.cli import choose_device, natural, positive_float, positive_int, shard
+from ldm.cli import add_classes, choose_device, natural, positive_float, positive_int, shard
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.manifest import read_manifest
 from ldm.files import Record, atomic_write, lock, write_json
@@ -33,7 +33,7 @@ from post_processing.selection.rules import PixelFilter, draw_overlay, is_finish
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED, EXIT_OUTPUT = 3, 4
+EXIT_FAILED = 3
 BATCHES_A_TASK = 8  # of an actor: enough to read ahead, few enough to share the work evenly
 
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("config", help="segmentor: config.json of train_segmentor.py, or another mmseg config")
     add("checkpoint", help="segmentor: its segmentor.pth; nothing in it is run")
-    add("--classes", "--class_table", help="class table, name or path; default: the run's, else the segmentor's")
+    add_classes(add, "default: the run's, else the segmentor's")
     add("--real-img-path", help="folder of the real images that the segmentor was trained on")
     add("--real-mask-path", "--real-label-path", help="folder of their masks, with the stems of the images")
     add("--real_txt_file", help="manifest of real pairs (source, target), instead of the two folders")
@@ -74,21 +74,13 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 if all pictures of the shard have their filtered mask; 3 if some could not be judged (see failures.jsonl);
-        4 if the output cannot be written; 130 after Ctrl-C. The same command goes on where this one ended.
+        130 after Ctrl-C. The same command goes on where this one ended.
     """
     args = build_parser().parse_args(argv)
     if args.debug:
         logging.getLogger().setLevel(logging.DEBUG)
     try:
         return run_filter(args)
-    except (FileNotFoundError, FileExistsError):
-        raise
-    except OSError as error:
-        if args.debug:
-            raise
-        print(f"error: {error}. Free or mend it and run the same command again; what is finished stays.",
-              file=sys.stderr)  # fmt: skip
-        return EXIT_OUTPUT
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

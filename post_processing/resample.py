@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm.cli import add_classes
 from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.data.manifest import write_manifest
 from ldm.files import atomic_folder, digest_of, link_or_copy, write_json
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out-dir", required=True, help="output folder, one for each choice")
     add("--syn-img-path", help="folder of the pictures; default: as noted by filter.py")
     add("--syn-mask-path", help="folder of the masks before filtering; only for masks that filter.py did not write")
-    add("--classes", help="class table, name or path; default: the one that filter.py used")
+    add_classes(add, "default: the one that filter.py used")
     add("--policy", choices=["rule", "hardness"], default="rule",
         help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more pictures")
     add("--rare", nargs="+", type=str.strip, default=["auto"], metavar="CLASS",

@@ -5,8 +5,8 @@
     python scripts/convert_checkpoint.py run/checkpoints/last.safetensors delta.safetensors --only_trainable
     python scripts/convert_checkpoint.py v1-5.ckpt delta.safetensors whole.safetensors   # later inputs win
     python scripts/convert_checkpoint.py gid.safetensors gid_diffusers/                  # and with both swapped: back
-    python scripts/convert_checkpoint.py ema_0.9999_060204.pt isdm.safetensors --class_table loveda   # SDM, ISDM
-    python scripts/convert_checkpoint.py ddim-loveda-256-segguided/ sg.safetensors --class_table loveda
+    python scripts/convert_checkpoint.py ema_0.9999_060204.pt isdm.safetensors --classes loveda   # SDM, ISDM
+    python scripts/convert_checkpoint.py ddim-loveda-256-segguided/ sg.safetensors --classes loveda
 """
 import argparse
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.published import infer_model  # noqa: E402
+from ldm.cli import add_classes  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.files import atomic_write  # noqa: E402
 from ldm.methods.pixel import EDGES  # noqa: E402
@@ -43,9 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("paths", nargs="+", metavar="PATH", help="inputs, files or diffusers folders, then the output: .safetensors, "
         ".ckpt/.pth, or a folder (diffusers)")
     add("--config", help="model yaml; default: the config inside the last input that has one")
-    add("--class_table", help="published weights of SDM, ISDM or segmentation-guided diffusion: their classes, a name "
-        "in configs/classes or a yaml; the rest of the config follows from the shapes")
-    add("--edge", choices=EDGES, default="semantic", help="with --class_table: what SDM's channel of edges shows, if "
+    add_classes(add, "that of published weights of SDM, ISDM or segmentation-guided diffusion; the rest of the config "
+                "follows from the shapes")
+    add("--edge", choices=EDGES, default="semantic", help="with --classes: what SDM's channel of edges shows, if "
         "there is one (default: %(default)s). Published weights for Cityscapes and COCO: instance")
     add("--dtype", choices=sorted(DTYPES), help="precision of the output; default: as it is. Schedules stay float32")
     add("--ema", action="store_true", help="put averaged weights (model_ema.) in the place of the plain ones")
@@ -206,17 +207,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"convert_checkpoint: only one path ({target}). Expected inputs and an output.")
     if target.exists() and not args.overwrite:
         raise FileExistsError(f"{target} exists. Give another output or --overwrite.")
-    if args.config and args.class_table:
-        raise UserError("--class_table: the config of --config names the classes already. Give one of the two.")
+    if args.config and args.classes:
+        raise UserError("--classes: the config of --config names the classes already. Give one of the two.")
     config = load_config([args.config]) if args.config else None
     check_targets(config, f"--config {args.config}", args.allow_modules)
     known = build_skeleton(OmegaConf.to_container(config, resolve=True)).state_dict() if config else {}
     checkpoints = [file for source in sources  # with the files that it stands on: what is written is whole
                    for file in open_whole(source, known, use_ema=args.ema, drop_objects=args.drop_objects)]
     stored, inner = merge(checkpoints)
-    if args.class_table:
+    if args.classes:
         shapes = {name: tensor.shape for name, tensor in stored.items()}
-        model = infer_model(shapes, ClassTable.load(args.class_table), args.edge)
+        model = infer_model(shapes, ClassTable.load(args.classes), args.edge)
         config = OmegaConf.create({"model": model})
     if config is None and inner is not None:
         check_targets(inner, f"checkpoint {sources[-1]}", args.allow_modules)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import positive_int  # noqa: E402
+from ldm.cli import add_classes, positive_int  # noqa: E402
 from ldm.files import atomic_write, write_json  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     masks.add_argument("--run", required=True, help="--outdir of inference.py")
     masks.add_argument("--real", required=True, help="manifest of real test tiles: source (mask) and target (image)")
     masks.add_argument("--real_root", help="where the paths of --real start; default: its folder")
-    masks.add_argument("--class_table", help="class table, name or path; default: the one stored with the segmentor")
+    add_classes(masks.add_argument, "default: the one stored with the segmentor")
     masks.add_argument("--shuffles", type=positive_int, default=5, help="shufflings that the floor is the mean of")
     masks.add_argument("--seed", type=int, default=0, help="seed of the shufflings")
 
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     gate.add_argument(
         "--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote"
     )
+    add_classes(gate.add_argument, "default: the exact run's, else the one stored with the segmentor")
     gate.add_argument("--exact", required=True, help="--outdir of inference.py --mode exact")
     gate.add_argument("--run", nargs="+", required=True, help="--outdirs of the same rows, seed and checkpoint")
     gate.add_argument("--max_drop", type=float, default=0.5, help="points of mIoU that a mode may lose")
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     segmentor = commands.add_parser("segmentor", help="OA, mIoU, mAcc and IoU of every class on real tiles", **style)
     segmentor.add_argument("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="which one")
+    add_classes(segmentor.add_argument, "default: the one stored with the segmentor")
     segmentor.add_argument("--real", required=True, help="manifest of real test tiles")
     segmentor.add_argument("--real_root", help="where the paths of --real start; default: its folder")
     segmentor.set_defaults(run=None)

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import positive_float, positive_int  # noqa: E402
+from ldm.cli import add_classes, positive_float, positive_int  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.gain.plan import ARMS, DEFAULT_ARMS, Plan  # noqa: E402
 from post_processing.gain.report import write_report  # noqa: E402
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument_group("data").add_argument
-    add("--class_table", required=True, help="name in configs/classes or path of a class table")
+    add_classes(add, "of all masks", dest="class_table", is_required=True)
     add("--data_root", required=True, help="where the paths of all manifests start")
     add("--real_txt_file", help="manifest of real training pairs; default: train_set_items.json in --data_root")
     add("--test_txt_file", help="manifest of unseen real pairs; default: test_set_items.json in --data_root")

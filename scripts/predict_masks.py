@@ -4,28 +4,32 @@ r"""Predict land-cover masks for images that have none, so that a generator can 
         --images begc/train --buildings data/buildings --max_background 0.55 --outdir data/begc
 
 Writes masks/{stem}.png (ids of the class table), classes.yaml, run.json and items.json, a manifest of the pairs that
-are kept. Started again with the same settings, it predicts what is missing. Images are predicted whole: cut large ones
-into tiles first (scripts/prepare_dataset.py).
+are kept. Started again with the same settings, it predicts what is missing. The mask of a GeoTIFF is a GeoTIFF in the
+same place, with 255 as its nodata and the table's colours; --polygons writes outlines as well. Images larger than
+--window, of any size, are predicted by windows whose borders are blended.
 """
 
 import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
+from ldm.cli import add_classes, natural, positive_int  # noqa: E402
+from ldm.data.bands import add_reading_flags, make_reading  # noqa: E402
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
-from ldm.data.images import find_images  # noqa: E402
+from ldm.data.images import ImageInfo, find_images, open_image  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
 from ldm.files import atomic_write, file_sha256  # noqa: E402
 from ldm.run_folder import RunFolder  # noqa: E402
@@ -41,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote")
-    add("--class_table", help="classes of the segmentor, when they are not stored with it")
+    add_classes(add, "of the segmentor, when none is stored with it")
     add("--map_to", help="class table to write; its `mappings` say where the segmentor's classes go (default: those)")
     add("--images", type=Path, help="folder of images")
     add("--txt_file", type=Path, help="manifest whose images (target) get masks, instead of --images")
@@ -53,9 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--building", default="building", help="name of the class of buildings (default: %(default)s)")
     add("--background", default="background", help="name of the background class (default: %(default)s)")
     add("--max_background", type=float, help="keep masks with a smaller share of background only (default: all)")
+    add("--window", type=positive_int, default=1024, help="side of the windows that larger images are predicted by, "
+        "pixels (default: %(default)s)")  # fmt: skip
+    add("--overlap", type=natural, default=128, help="pixels that neighbouring windows share (default: %(default)s)")
+    add("--polygons", choices=("geojson", "gpkg"), help="write the outlines of the classes of every GeoTIFF, too")
     add("--batch_size", type=int, default=8, help="images at once (default: %(default)s)")
     add("--num_threads", type=int, default=4, help="threads that read files (default: %(default)s)")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)")
+    add_reading_flags(parser.add_argument_group("images that are not 8-bit RGB").add_argument)
     add("-d", "--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -92,24 +101,50 @@ def read_known(args: argparse.Namespace, paths: Sequence[Path]) -> dict[Path, Pa
     return known
 
 
+def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path, ImageInfo]]:
+    """The mask of every image, and what the images' headers say; georeferenced images have georeferenced masks."""
+    paths = list_inputs(args)
+
+    def look(path: Path) -> ImageInfo | str:
+        try:
+            with open_image(path, 3, args.choices) as image:
+                if image.info.dtype != "uint8":
+                    image.read(0, 1)  # says what it needs to become 8 bits
+                return image.info
+        except (UserError, FileNotFoundError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(args.num_threads) as pool:
+        infos = dict(zip(paths, pool.map(look, paths), strict=True))
+    problems = [info for info in infos.values() if isinstance(info, str)]
+    if problems:
+        more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{len(problems)} of {len(paths)} images cannot be read:\n" + "\n".join(problems[:10]) + more)
+    return {path: args.outdir / "masks" / f"{path.stem}.{'tif' if info.transform else 'png'}"
+            for path, info in infos.items()}, infos  # fmt: skip
+
+
 def open_folder(args: argparse.Namespace, table: ClassTable) -> None:
     """Note in run.json what decides about the masks; FileExistsError if the folder was begun with something else."""
     settings = {
         "segmentor_sha256": file_sha256(args.segmentor[1]), "class_table": table.to_dict(),
         "threshold": args.threshold, "buildings": str(args.buildings.resolve()) if args.buildings else None,
-        "building": args.building, "background": args.background,
+        "building": args.building, "background": args.background, "window": args.window, "overlap": args.overlap,
+        "reading": args.choices.to_dict(),
     }  # fmt: skip
+    old = RunFolder(args.outdir).read().get("settings", settings)
+    settings = {key: value for key, value in settings.items() if key in old}  # older folders have no word on windows
     RunFolder(args.outdir, settings, results="masks/*").open()
     (args.outdir / "masks").mkdir(exist_ok=True)
     atomic_write(args.outdir / "classes.yaml", yaml.safe_dump(table.to_dict(), sort_keys=False))
 
 
-def predict_missing(
-    args: argparse.Namespace, segmentor: "Segmentor", table: ClassTable, targets: dict[Path, Path]
-) -> None:
+def predict_missing(args: argparse.Namespace, segmentor: "Segmentor", table: ClassTable, targets: dict[Path, Path],
+                    infos: dict[Path, ImageInfo]) -> None:
     """Write the masks (image -> file) that do not exist yet."""
     from post_processing.evaluation.pseudo_masks import burn_in, predict_classes
-    from post_processing.segmentation.loading import image_batches
+    from post_processing.segmentation.loading import stream_batches
+    from post_processing.segmentation.scenes import predict_scene
 
     known = read_known(args, list(targets))
     if known:
@@ -119,23 +154,62 @@ def predict_missing(
         known_building = find_class(known_table, args.building, "--building")
     lookup = table.map_from(segmentor.class_table) if args.map_to else np.arange(256, dtype=np.uint8)
     missing = [image for image, target in targets.items() if not target.is_file()]
+    large = [image for image in missing if max(infos[image].height, infos[image].width) > args.window]
+    small = [image for image in missing if image not in set(large)]
 
-    def finish(image: Path, mask: np.ndarray) -> None:
-        mask = lookup[mask]
+    def finish(image: Path, rows: Iterable[tuple[int, np.ndarray]]) -> None:
+        info, buildings = infos[image], None
         if known:
-            buildings = read_mask(known[image], known_table)
-            if buildings.shape != mask.shape:
-                raise UserError(f"{known[image]}: {buildings.shape} pixels, its image {mask.shape} (height, width). "
-                                "Expected equal sizes.")  # fmt: skip
-            mask = burn_in(mask, buildings == known_building, building, background)
-        content = io.BytesIO()
-        Image.fromarray(mask).save(content, "PNG")
-        atomic_write(targets[image], content.getvalue(), is_synced=False)
+            buildings = read_mask(known[image], known_table) == known_building
+            if buildings.shape != (info.height, info.width):
+                raise UserError(f"{known[image]}: {buildings.shape} pixels, its image {(info.height, info.width)} "
+                                "(height, width). Expected equal sizes.")  # fmt: skip
+        done = ((top, lookup[mask]) for top, mask in rows)
+        if buildings is not None:
+            done = ((top, burn_in(mask, buildings[top : top + len(mask)], building, background)) for top, mask in done)
+        write_target(targets[image], info, done, table)
+
+    def read(image: Path) -> tuple[np.ndarray, np.ndarray | None]:
+        with open_image(image, 3, args.choices) as opened:
+            return opened.read()
 
     with ThreadPoolExecutor(args.num_threads) as pool, tqdm(total=len(missing), disable=None) as bar:
-        for batch, images in image_batches(missing, args.batch_size, args.num_threads):
-            list(pool.map(finish, batch, predict_classes(segmentor, images, args.threshold)))
+        for part in stream_batches(small, read, lambda found: found[0].shape[:2], args.batch_size, args.num_threads):
+            batch = [image for image, _ in part]
+            images, valid = zip(*(found for _, found in part), strict=True)
+            masks = predict_classes(segmentor, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), args.threshold)
+            for mask, has_data in zip(masks, valid, strict=True):
+                if has_data is not None:
+                    mask[~has_data] = IGNORE_INDEX
+            list(pool.map(finish, batch, ([(0, mask)] for mask in masks)))
             bar.update(len(batch))
+        for path in large:
+            with open_image(path, 3, args.choices) as image:
+                finish(path, predict_scene(segmentor, image, args.window, args.overlap, args.batch_size,
+                                           args.threshold))  # fmt: skip
+            bar.update()
+
+
+def write_target(target: Path, info: ImageInfo, rows: Iterable[tuple[int, np.ndarray]], table: ClassTable) -> None:
+    """Write a mask from its rows (first row, (h, W) uint8): GeoTIFF with the place of its image, else PNG."""
+    if target.suffix == ".tif":
+        from post_processing.geo import write_mask
+
+        write_mask(target, (info.height, info.width), rows, table, info.crs, info.transform)
+        return
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate([mask for _, mask in rows])).save(content, "PNG")
+    atomic_write(target, content.getvalue(), is_synced=False)
+
+
+def write_outlines(folder: Path, masks: Iterable[Path], ending: str, table: ClassTable) -> None:
+    """Write the polygons of the GeoTIFFs among the masks that have none yet, and say how many."""
+    from post_processing.geo import write_polygons
+
+    folder.mkdir(exist_ok=True)
+    placed = {mask: folder / f"{mask.stem}.{ending}" for mask in masks if mask.suffix == ".tif"}
+    counts = [write_polygons(mask, path, table) for mask, path in placed.items() if not path.is_file()]
+    print(f"{sum(counts)} polygons of {len(counts)} masks written to {folder}")
 
 
 def choose_pairs(args: argparse.Namespace, table: ClassTable, targets: dict[Path, Path]) -> tuple[list[dict], Path]:
@@ -161,15 +235,24 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag} {getattr(args, flag)}: expected 0..1.")
     if min(args.batch_size, args.num_threads) < 1:
         raise UserError("--batch_size, --num_threads: expected 1 or more.")
+    if args.window < 64 or 2 * args.overlap > args.window:
+        raise UserError(f"--window {args.window} --overlap {args.overlap}: expected windows of 64 pixels or more "
+                        "that share at most half.")
     from ldm.cli import choose_device
     from post_processing.segmentation.segmentor import load_segmentor
 
-    targets = {path: args.outdir / "masks" / f"{path.stem}.png" for path in list_inputs(args)}
-    given = ClassTable.load(args.class_table) if args.class_table else None
+    args.choices = make_reading(args)
+    if args.scale_percentiles:
+        raise UserError("--scale_percentiles: the segmentor needs the scale of its training. Expected --scale_from "
+                        "with the folder that prepare_dataset.py wrote for it, or --scale_range.")
+    targets, infos = list_targets(args)
+    given = ClassTable.load(args.classes) if args.classes else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = (ClassTable.load(args.map_to) if args.map_to else segmentor.class_table).without_source_ids()
     open_folder(args, table)
-    predict_missing(args, segmentor, table, targets)
+    predict_missing(args, segmentor, table, targets, infos)
+    if args.polygons:
+        write_outlines(args.outdir / "polygons", targets.values(), args.polygons, table)
     rows, root = choose_pairs(args, table, targets)
     write_manifest(args.outdir / "items.json", rows)
     print(f"{len(rows)} of {len(targets)} pairs kept; {args.outdir / 'items.json'} (--data_root {root})")

@@ -54,7 +54,7 @@ prepare --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/la
 
 # Most Dubai tiles are bare land: a training sees those that are not, and every second tile without labels.
 "$python" "$here/select_rows.py" "$out/train_set_items.json" "$out/rich_set_items.json" --data_root "$out" \
-    --class_table mini --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
+    --classes mini --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
 {
     cat "$out/rich_set_items.json"
     grep '"unlabelled/' "$out/train_set_items.json" | awk 'NR % 2'

@@ -1,7 +1,7 @@
 r"""Keep the rows of a manifest whose masks are rich: much of a wanted class, or many classes.
 
     python scripts/select_rows.py DATA/train_set_items.json DATA/rich.json --data_root DATA \
-        --class_table DATA/classes.yaml --min_share building=0.15,road=0.2 --min_classes 3
+        --classes DATA/classes.yaml --min_share building=0.15,road=0.2 --min_classes 3
 
 A row stays if it has the share of one of the classes of --min_share, or --min_classes classes of more than 5 % each.
 So a generator trains, or paints, where there is something to learn: in many data sets most tiles are bare land.
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.cli import add_classes  # noqa: E402
 from ldm.data.classes import ClassTable, read_mask  # noqa: E402
 from ldm.data.manifest import read_manifest  # noqa: E402
 from ldm.files import atomic_write  # noqa: E402
@@ -48,12 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("manifest", type=Path, help="JSON-lines manifest to choose from")
     parser.add_argument("out", type=Path, help="manifest to write")
     parser.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
-    parser.add_argument("--class_table", required=True, help="name in configs/classes or path of a class table")
+    add_classes(parser.add_argument, "of the masks", is_required=True)
     parser.add_argument("--min_share", default="", help="building=0.15,road=0.2: pixels of the class, of all")
     parser.add_argument("--min_classes", type=int, default=0, help="0 = their number does not count")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    table = ClassTable.load(args.class_table)
+    table = ClassTable.load(args.classes)
     wanted = read_shares(args.min_share, table)
     rows = read_manifest(args.manifest, args.data_root, need=(), table=table)
     rich: dict[Path, bool] = {}

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Find or make a python environment and print the path of its python; messages go to stderr.
 #
-#   PYTHON=$(sh scripts/setup_env.sh GROUP...)       a GROUP is a file requirements/GROUP.txt: demo, train, seg, test
+#   PYTHON=$(sh scripts/setup_env.sh GROUP...)       a GROUP is a file requirements/GROUP.txt: demo, train, seg, sd3, test
 #
 # The active python (virtual environment, conda, or python3) is used when it has the packages, of the pinned or a later
 # major version. Otherwise .venv is created in the repository and gets what is missing; the second run takes well under a second.
@@ -81,10 +81,10 @@ install_torch() {
     esac
 }
 
-[ $# -gt 0 ] || die "no group given. Usage: PYTHON=\$(sh scripts/setup_env.sh GROUP...), groups: demo, train, seg, test."
+[ $# -gt 0 ] || die "no group given. Usage: PYTHON=\$(sh scripts/setup_env.sh GROUP...), groups: demo, train, seg, sd3, test."
 files=requirements/torch.txt
 for group in "$@"; do
-    [ -f "requirements/$group.txt" ] || die "unknown group $group: there is no requirements/$group.txt. Groups: demo, train, seg, test."
+    [ -f "requirements/$group.txt" ] || die "unknown group $group: there is no requirements/$group.txt. Groups: demo, train, seg, sd3, test."
     files="$files requirements/$group.txt"
     if [ -f "requirements/$group.nodeps.txt" ]; then files="$files requirements/$group.nodeps.txt"; fi
 done

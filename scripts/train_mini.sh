@@ -66,7 +66,7 @@ else
         "$out/patch.safetensors" --config "$out/patch_tisynth/config.yaml"
     # Most Dubai tiles are bare land: go on with those that are not.
     "$python" scripts/select_rows.py "$out/data/dubai/train_set_items.json" "$out/data/dubai/rich_set_items.json" \
-        --data_root "$out/data/dubai" --class_table mini --min_share building=0.15,road=0.2,vegetation=0.2 \
+        --data_root "$out/data/dubai" --classes mini --min_share building=0.15,road=0.2,vegetation=0.2 \
         --min_classes 3
     last=dubai
     train $last "$@" --data_root "$out/data/dubai" --train_txt_file "$out/data/dubai/rich_set_items.json" \

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
+from ldm.cli import add_classes  # noqa: E402
 from ldm.util import run_entry_point  # noqa: E402
 from post_processing.segmentation.dlc_training import ESTIMATORS  # noqa: E402
 from post_processing.segmentation.mixing import MIXES  # noqa: E402
@@ -29,7 +30,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--config", default="configs/mmseg/small.py", help="mmengine config of the model; a .py file is code and is run"
     )
-    add("--class_table", help="name in configs/classes or path of a class table")
+    add_classes(add, "of the masks")
     add("--data_root", default=".", help="where the paths of the manifests of real pairs start")
     add("--train_txt_file", help="JSON-lines manifest of real training pairs")
     add("--val_txt_file", help="manifest of validation pairs; scored at the end and every --val_interval steps")

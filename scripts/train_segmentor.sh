@@ -11,7 +11,7 @@ GPUS=${GPUS:-1}
 if [ -n "${SYNTHETIC:-}" ]; then set -- --synthetic_txt_file "$SYNTHETIC" "$@"; fi
 if [ -n "${CLASSES:-}" ]; then
     DATA_ROOT=${DATA_ROOT:?folder that the paths of the manifest start from}
-    set -- --class_table "$CLASSES" --data_root "$DATA_ROOT" \
+    set -- --classes "$CLASSES" --data_root "$DATA_ROOT" \
         --train_txt_file "${TRAIN:-$DATA_ROOT/train_set_items.json}" "$@"
 fi
 

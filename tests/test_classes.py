@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.classes import TABLE_DIR, ClassTable, read_mask
+from ldm.data.classes import ClassTable, read_mask
+from ldm.data.tables import TABLE_DIR
 from ldm.util import UserError
 
 IDS = np.array([[0, 1, 2, 3], [4, 4, 255, 0]], np.uint8)
@@ -165,3 +166,32 @@ def test_truncated_and_missing_masks(tmp_path):
 def test_import_is_light():
     code = "import sys, ldm.data.classes; assert not {'torch', 'pytorch_lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_class_table_has_one_name_at_every_door(capsys):
+    """--classes everywhere; what it was called before works, and says so."""
+    import inference
+    from ldm.cli import say_new_name
+    from post_processing import filter as filter_command
+    from post_processing import resample
+    from scripts import convert_checkpoint, evaluate, measure_gain, predict_masks, train_segmentor
+
+    pair = ["--segmentor", "c", "p"]
+    doors = [
+        (inference.build_parser().parse_args, [], "dataset"),
+        (filter_command.build_parser().parse_args, ["c", "p", "--filtered-mask-path", "f"], "classes"),
+        (resample.build_parser().parse_args, ["--filtered-mask-path", "f", "--out-dir", "o"], "classes"),
+        (predict_masks.build_parser().parse_args, [*pair, "--outdir", "o"], "classes"),
+        (evaluate.build_parser().parse_args, ["segmentor", *pair, "--real", "r"], "classes"),
+        (evaluate.build_parser().parse_args, ["mask_following", *pair, "--real", "r", "--run", "x"], "classes"),
+        (evaluate.build_parser().parse_args, ["consistency", *pair, "--exact", "r", "--run", "x"], "classes"),
+        (convert_checkpoint.build_parser().parse_args, ["a", "b"], "classes"),
+        (train_segmentor.parse_arguments, ["--work_dir", "w"], "classes"),
+        (measure_gain.build_parser().parse_args, ["--data_root", "d", "--ckpt", "c", "--outdir", "o"], "class_table"),
+    ]
+    for parse, flags, dest in doors:
+        for spelling in ("--classes", "--class_table", "--dataset"):
+            assert getattr(parse([*flags, spelling, "mini"]), dest) == "mini"
+            note = f"note: {spelling} is now called --classes; both work\n"
+            assert capsys.readouterr().err == ("" if spelling == "--classes" else note)
+            say_new_name.cache_clear()

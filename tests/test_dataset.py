@@ -1,4 +1,5 @@
 """Dataset, transforms and data module."""
+import itertools
 import json
 
 import numpy as np
@@ -161,16 +162,19 @@ def test_loaders_of_the_data_module(data_root):
 def test_ranks_share_the_rows_and_a_resumed_sampler_goes_on():
     from ldm.data.datamodule import RowSampler
 
-    ranks = [list(RowSampler(8, 2, num_replicas=2, rank=rank, seed=5)) for rank in (0, 1)]
-    assert sorted(index for rank in ranks for index, _ in rank) == list(range(8))
+    def epoch_of(sampler):  # it has no end
+        return list(itertools.islice(sampler, len(sampler)))
+
+    ranks = [epoch_of(RowSampler(8, 2, num_replicas=2, rank=rank, seed=5)) for rank in (0, 1)]
+    assert sorted(index for rank in ranks for index, _, _ in rank) == list(range(8))
     done = [0]
     sampler = RowSampler(8, 2, num_replicas=2, rank=1, seed=5, batches_done=lambda: done[0])
-    first = list(sampler)
+    first = epoch_of(sampler)
     done[0] = 2
-    second = list(sampler)
-    assert first == ranks[1] and [epoch for _, epoch in second] == [1] * 4
+    second = epoch_of(sampler)
+    assert first == ranks[1] and [epoch for _, epoch, _ in second] == [1] * 4
     done[0] = 1
-    assert list(sampler) == first[2:] + second[:2]
+    assert epoch_of(sampler) == first[2:] + second[:2]
 
 
 @pytest.mark.parametrize(("num_workers", "when"), [(0, "after fit"), (1, "after fit"), (1, "at the step")])
@@ -231,10 +235,14 @@ def test_colour_change_is_shared_by_image_and_reference_and_only_in_half_of_the_
 
 
 def test_colour_change_keeps_greys_apart_from_gains_and_clips():
-    image = np.array([[[0, 128, 255], [100, 100, 100]]], np.uint8)
-    matrix, offset = draw_colour_change(np.random.default_rng(1), 0.0)
-    assert np.array_equal(change_colours(image, (matrix, offset)), image)  # strength 0 changes nothing
-    assert change_colours(image, (10 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32))).max() == 255
+    image = torch.tensor([[[[0, 100]], [[128, 100]], [[255, 100]]]], dtype=torch.uint8)
+    nothing = torch.from_numpy(draw_colour_change(np.random.default_rng(1), 0.0))[None]
+    assert torch.equal(change_colours(image, nothing), image.float())  # strength 0 changes nothing
+    assert change_colours(image, 10 * torch.eye(3, 4)[None]).max() == 255
+    change = draw_colour_change(np.random.default_rng(2), 0.5)
+    pixels = np.stack([change[:, :3] @ column + change[:, 3] for column in ([0, 128, 255], [100, 100, 100])], axis=1)
+    found = change_colours(image, torch.from_numpy(change)[None])[0, :, 0]
+    np.testing.assert_allclose(found, pixels.clip(0, 255).round(), atol=0)
 
 
 def test_target_share_makes_the_image_its_own_reference_in_that_share_of_the_draws(tmp_path):
@@ -254,6 +262,87 @@ def test_target_share_makes_the_image_its_own_reference_in_that_share_of_the_dra
     dataset = PairDataset(rows, table, size=(8, 8), reference="manifest", target_share=0.25)
     with pytest.raises(UserError, match="cache_latents"):
         dataset.cacheable_paths()
+
+
+OPTIONS = [{"flip": 0.5}, {"size": (16, 24), "random_crop": True, "flip": 0.5, "colour_jitter": 0.3},
+           {"size": (40, 56), "random_crop": True, "reference": "manifest", "target_share": 0.4, "flip": 0.5},
+           {"size": (20, 20), "reference": "manifest", "colour_jitter": 0.3}, {"reference": "none", "flip": 0.5}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_batches_are_the_items_and_decoded_once_the_same(data_root, tmp_path, monkeypatch, options):
+    """What is drawn for a batch and done on the device is what an item shows, with and without the decoded tiles."""
+    from ldm.data.cache import open_tiles, remove_tiles, write_tiles
+
+    dataset, indices = make_dataset(data_root, **options, seed=3), [(2, 1), (5, 4), (0, 0), (2, 1, 1)]
+    expected = normalize_batch(collate_batch([dataset[index] for index in indices]), "cpu")
+    assert not torch.equal(expected["image"][0], expected["image"][3]) or not options.get("flip")  # a copy's own draws
+
+    def check():
+        batch = collate_batch(dataset.__getitems__(indices))
+        assert batch["image"].dtype == torch.uint8 and batch["image"].is_contiguous(memory_format=torch.channels_last)
+        found = normalize_batch(batch, "cpu")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value, key
+
+    check()
+    write_tiles(tmp_path / "tiles", dataset.tile_keys(), dataset.read_tile, 1e9)
+    dataset.tiles = open_tiles(tmp_path / "tiles")
+    remove_tiles(tmp_path / "tiles")
+    assert not list(tmp_path.glob("tiles*"))
+    for name in ("read_image", "read_mask"):  # no file is opened again
+        monkeypatch.setattr(f"ldm.data.dataset.{name}", None)
+    check()
+
+
+def test_decoded_tiles_have_a_limit(data_root, tmp_path):
+    from ldm.data.cache import write_tiles
+
+    dataset = make_dataset(data_root)
+    with pytest.raises(UserError, match="Expected all in at most 1e-05 GB. Raise data.params.cache_limit_gb"):
+        write_tiles(tmp_path / "tiles", dataset.tile_keys(), dataset.read_tile, 1e4)
+    assert not list(tmp_path.glob("tiles*"))
+    with pytest.raises(UserError, match="cache: 'disk' is unknown"):
+        make_module(data_root, cache="disk")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_stream_goes_on_between_epochs_and_a_cache_changes_nothing(data_root, num_workers):
+    plain, cached = (make_module(data_root, num_workers=num_workers, cache=cache) for cache in (None, "memory"))
+    for data in (plain, cached):
+        data.setup()
+    streams = [data.train_dataloader() for data in (plain, cached)]
+    workers = []
+    for epoch in range(3):
+        for first, second in zip(*streams, strict=True):
+            assert first["name"] == second["name"] and torch.equal(first["image"], second["image"])
+            assert torch.equal(first["flip"], second["flip"]), epoch
+        workers.append([worker.pid for worker in getattr(streams[1].batches, "_workers", [])])
+    assert workers[0] == workers[2] and len(workers[0]) == num_workers
+    assert len(cached.train_set.tiles) == 2 * COUNT
+    for data in (plain, cached):
+        data.teardown("fit")
+
+
+def test_rows_with_a_weight_come_more_often_with_draws_of_their_own(data_root):
+    from ldm.data.datamodule import RowSampler
+
+    lines = (data_root / "rows.json").read_text().splitlines()
+    weighted = {**json.loads(lines[2]), "weight": 3}
+    (data_root / "rows.json").write_text("\n".join([*lines[:2], json.dumps(weighted), *lines[3:]]))
+    data = make_module(data_root, batch_size=1)
+    data.setup()
+    assert [row.weight for row in data.train_set.rows] == [1, 1, 3, 1, 1, 1, 1]
+    sampler = data.train_dataloader().loader.sampler
+    epoch = list(itertools.islice(sampler, len(sampler)))
+    assert sorted(row for row, _, _ in epoch) == [0, 1, 2, 2, 2, 3, 4, 5, 6]
+    assert sorted(copy for row, _, copy in epoch if row == 2) == [0, 1, 2]
+    assert isinstance(sampler, RowSampler)
+    for weight in (0, 2.5, "3", True, 1001):
+        (data_root / "rows.json").write_text(json.dumps({**weighted, "weight": weight}))
+        with pytest.raises(UserError, match="weight is .* Expected a whole number, 1 to 1000"):
+            read_manifest(data_root / "rows.json", data_root)
 
 
 def test_matched_colours_have_the_mean_and_covariance_of_the_target():

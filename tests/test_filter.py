@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ldm.data.classes import read_mask
 from ldm.files import append_lines, file_identity, read_lines
 from ldm.run_folder import RunFolder
-from ldm.util import UserError
+from ldm.util import UserError, run_entry_point
 from post_processing.filter import main
 from post_processing.run_index import read_mask_at
 from post_processing.segmentation.loading import Item, find_items
@@ -635,7 +635,9 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(workspace, tmp_path, monkey
 
     monkeypatch.setattr(filtering, "atomic_write", full)
     out = tmp_path / "out"
-    assert main(flags(workspace, out, tmp_path, "--num_workers", "1")) == 4
+    with pytest.raises(SystemExit) as end:
+        run_entry_point(main, flags(workspace, out, tmp_path, "--num_workers", "1"))
+    assert end.value.code == 4
     assert "No space left" in capsys.readouterr().err
     assert not (out / "3_seed_7.png").exists() and (out / "0_seed_7.png").exists()
     monkeypatch.undo()

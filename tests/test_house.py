@@ -15,12 +15,12 @@ PACKAGES = ("ldm", "cldm", "post_processing", "scripts")
 FILES = sorted([path for package in PACKAGES for path in (ROOT / package).rglob("*.py")] + list(ROOT.glob("*.py")))
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
 LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/training/callbacks.py",
-                   "ldm/training/average.py", "train.py")
+                   "ldm/training/average.py", "ldm/training/budget.py", "train.py")
 # package -> prefixes of our own modules that it may import; a longer package name wins
 MAY_IMPORT = {
     "ldm": ("ldm.util", "ldm.files"),
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
-    "ldm.modules": ("ldm.modules", "ldm.util", "ldm.weights.checkpoint"),
+    "ldm.modules": ("ldm.modules", "ldm.util", "ldm.files", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
     "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.cli"),
     "ldm.sampling": ("ldm.sampling", "ldm.diffusion", "ldm.util"),

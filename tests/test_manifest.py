@@ -47,7 +47,8 @@ BAD_ROWS = [
     ({key: value for key, value in GOOD.items() if key != "ref_image"}, "missing key 'ref_image'"),
     ({**GOOD, "prompt": 3}, "prompt is 3 (int)"),
     ({**GOOD, "promt": "x"},
-     "unknown key 'promt'. Expected source, target, prompt, ref_image, instance. Did you mean prompt?"),
+     "unknown key 'promt'. Expected source, target, prompt, ref_image, instance, weight, scene, window, crs, "
+     "transform. Did you mean prompt?"),
     ({**GOOD, "prompt": "  "}, "prompt is empty"),
     ({**GOOD, "source": "/etc/passwd"}, "is absolute or leaves the data root"),
     ({**GOOD, "target": "img/../../a.png"}, "is absolute or leaves the data root"),

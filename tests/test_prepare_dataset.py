@@ -247,7 +247,7 @@ def test_overwrite_only_replaces_own_output(source: Path, table: str, tmp_path: 
     (["--group_regex", "("], "--group_regex"),
     (["--train_refs_per_mask", "2"], "--train_ref"),
     (["--tile", "0", "--stride", "8"], "--stride"),
-    (["--tile", "512"], "16 problems"),
+    (["--tile", "512"], "16 images are smaller than --tile 512.*--tile 64 or less.*--pad"),
     (["--pair", "random"], "no test masks"),
 ])
 def test_contradicting_flags(source: Path, table: str, tmp_path: Path, flags: list[str], text: str) -> None:

@@ -1,25 +1,25 @@
 """Class tables (ids, names, colours, wording of prompts) and the exact reading of masks."""
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
+from ldm.data.masks import OpenMask, Stored, colour_codes, colour_lookup, count_ids, say_once, short_list
+from ldm.data.tables import (
+    CLASS_KEYS,
+    IGNORE_INDEX,
+    TABLE_KEYS,
+    check_keys,
+    find_table_file,
+    find_table_problems,
+    to_plain,
+)
 from ldm.util import UserError
-
-IGNORE_INDEX = 255
-TABLE_DIR = Path(__file__).resolve().parents[2] / "configs" / "classes"
-LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP")
-TABLE_KEYS = {"name", "classes", "ignore_index", "ignore", "ignore_colour", "source_ids", "mappings", "note",
-              "prompt_template", "prompt_joiner", "prompt_empty"}
-CLASS_KEYS = {"id", "name", "colour", "prompt"}
-# Pillow stretches 2- and 4-bit grey PNGs to 0..255 when it unpacks them; ids need the stored number back.
-GREY_STRETCH = {"L;2": 85, "L;4": 17}
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,17 @@ class ClassTable:
             result["mappings"] = {source: dict(names) for source, names in self.mappings.items()}
         return result
 
+    def ignored_value(self) -> int:
+        """Number in mask files that the table reads as ignored; UserError if source_ids gives all to classes."""
+        ids = self.source_ids or {}
+        if ids.get(IGNORE_INDEX, IGNORE_INDEX) == IGNORE_INDEX:
+            return IGNORE_INDEX
+        free = [number for number, target in ids.items() if target == IGNORE_INDEX]
+        if not free:
+            raise UserError(f"class table {self.name}: source_ids gives every number on disk, 255 included, to a "
+                            "class. Expected one for ignored pixels. Add it to source_ids, such as 256: 255.")
+        return min(free)
+
     def prompt(self, mask: np.ndarray) -> str:
         """Word a prompt from the classes present.
 
@@ -182,27 +193,6 @@ def same_names(names: Iterable[str], others: Iterable[str]) -> bool:
     return [name_key(name) for name in names] == [name_key(name) for name in others]
 
 
-def to_plain(spec: Mapping) -> dict[str, Any]:
-    """Copy a mapping to plain dicts and lists (OmegaConf nodes resolved)."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(spec, resolve=True) if OmegaConf.is_config(spec) else dict(spec)
-
-
-def find_table_file(spec: str | Path) -> Path:
-    """Path of a table given by name or path; FileNotFoundError naming the known tables when there is none."""
-    path = Path(spec)
-    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        path = TABLE_DIR / f"{spec}.yaml"
-    if path.is_file():
-        return path
-    known = sorted(file.stem for file in TABLE_DIR.glob("*.yaml"))
-    near = difflib.get_close_matches(str(spec), known, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(f"class table not found: {spec}. {hint}Expected one of {', '.join(known)}, or a path to a "
-                            ".yaml or .json file.")
-
-
 def table_from_mapping(content: dict[str, Any], where: str) -> ClassTable:
     """Turn the content of a table file into a ClassTable; UserError naming `where` when its form is wrong.
 
@@ -242,143 +232,212 @@ def table_from_mapping(content: dict[str, Any], where: str) -> ClassTable:
         raise UserError(f"{where}: {error}. Expected integers for ids and colours.") from error
 
 
-def check_keys(content: dict[str, Any], known: set[str], needed: set[str], where: str) -> None:
-    """Raise UserError when a dict has unknown keys or lacks needed ones."""
-    unknown = sorted(str(key) for key in set(content) - known)
-    if unknown:
-        raise UserError(f"{where}: unknown keys {', '.join(unknown)}. Expected some of {', '.join(sorted(known))}.")
-    missing = sorted(needed - set(content))
-    if missing:
-        raise UserError(f"{where}: no {', '.join(missing)}. Expected the keys {', '.join(sorted(needed))}.")
+@dataclass(frozen=True)
+class MaskRules:
+    """How masks are decoded where their files leave a choice.
+
+    Attributes:
+        kind: `ids`, `colours`, or `auto` = palette and RGB masks by colour where all their colours are the table's.
+        nearest_colour: RGB colours at most so far (Euclidean, 0..441) from one of the table are taken as that one.
+        ignore_strays: pixels of other colours become 255; False = they are an error.
+    """
+
+    kind: str = "auto"
+    nearest_colour: float = 0
+    ignore_strays: bool = False
 
 
-def find_table_problems(table: ClassTable) -> list[str]:
-    """List what is wrong with the values of a table; empty when it is sound."""
-    problems = []
-    count = len(table.ids)
-    if table.ids != tuple(range(count)) or not 1 <= count <= IGNORE_INDEX:
-        problems.append(f"ids are {list(table.ids)}, expected 0..K-1 without gaps or repeats, at most 255 classes")
-    for word, values in (("name", table.names), ("colour", table.colours)):
-        doubled = sorted({str(value) for value in values if values.count(value) > 1})
-        if doubled:
-            problems.append(f"{word} used by more than one class: {', '.join(doubled)}")
-        if len(values) != count:
-            problems.append(f"{len(values)} {word}s for {count} ids")
-    if len(table.prompt_names) != count or not all(name.strip() for name in table.prompt_names + table.names):
-        problems.append("every class needs a name and a prompt wording that are not empty")
-    for name, colour in (*zip(table.names, table.colours, strict=False), ("ignore_colour", table.ignore_colour)):
-        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-            problems.append(f"colour of {name} is {list(colour)}, expected three values 0..255")
-    if table.ignore_colour in table.colours:
-        problems.append(f"a class has the ignore colour {list(table.ignore_colour)}; set ignore_colour to another one")
-    if table.ignore_index != IGNORE_INDEX:
-        problems.append(f"ignore_index is {table.ignore_index}, expected 255; map other values with source_ids")
-    if "ignore" in table.names:
-        problems.append("a class is called ignore, which is the word for pixels without a class")
-    if "{classes}" not in table.prompt_template:
-        problems.append(f"prompt_template is {table.prompt_template!r}, expected the placeholder {{classes}} in it")
-    allowed = {*table.ids, IGNORE_INDEX}
-    for raw, target in (table.source_ids or {}).items():
-        if target not in allowed or not 0 <= raw <= 65535:
-            problems.append(f"source_ids has {raw}: {target}, expected 0..65535 -> 0..{count - 1} or 255")
-    for source, names in (table.mappings or {}).items():
-        wrong = sorted({str(name) for name in names.values() if name != "ignore" and table.find(str(name)) is None})
-        if wrong:
-            problems.append(f"mappings.{source} leads to unknown classes {', '.join(wrong)}")
-    return problems
-
-
-def read_mask(path: str | Path, table: ClassTable) -> np.ndarray:
+def read_mask(path: str | Path, table: ClassTable, rules: MaskRules | None = None,
+              notes: Counter | None = None) -> np.ndarray:
     """Read a mask exactly, as ids of a class table.
 
     Args:
-        path: 1- to 16-bit grey or palette image (palette: the indices are the ids), or an RGB image in the table's
-            colours; PNG, BMP or lossless TIFF.
+        path: PNG, BMP or lossless TIFF: grey of 1 to 32 bits or floats that are whole numbers (the ids), a palette
+            image (the indices are the ids, unless its colours are the table's in another order), or RGB in the table's
+            colours, or with ids in three equal channels.
         table: the classes; its source_ids, if any, turn ids on disk into ids of the table.
+        rules: choices; None = MaskRules().
+        notes: if given, gets counts (see decode).
     Returns:
-        (H, W) uint8, 0..K-1, or 255 where there is no class.
+        (H, W) uint8, 0..K-1, or 255 where there is no class: by number, nodata tag, alpha 0 or NaN.
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: for lossy or unreadable files, and for ids or colours outside the table (all are named).
     """
-    raw = read_raw_mask(path)
-    return decode_colours(raw, table, path) if raw.ndim == 3 else decode_ids(raw, table, path)
+    with OpenMask(path) as mask:
+        return decode(mask.read(), table, path, rules, notes)
 
 
-def read_raw_mask(path: str | Path) -> np.ndarray:
-    """Read the numbers stored in a mask file: (H, W) uint8, uint16 or int32 ids, or (H, W, 3) uint8 colours.
+def read_raw_mask(path: str | Path, table: ClassTable | None = None) -> np.ndarray:
+    """Read the numbers stored in a mask file, (H, W) ids, or (H, W, 3) uint8 colours.
 
+    Args:
+        path: see read_mask.
+        table: if given, the result is what decode_ids or decode_colours takes: colours for a palette mask that is read
+            by colour, ids for three equal channels, and the table's number for ignored pixels where there is no data.
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: for JPEG and other lossy or unsuitable formats and for damaged files.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"mask file not found: {path}. Check the path and --data_root.")
-    try:
-        with Image.open(path) as picture:
-            check_lossless(picture, path)
-            stretch = GREY_STRETCH.get(raw_mode(picture), 1) if picture.format == "PNG" else 1
-            picture.load()
-            if picture.mode == "RGBA" and picture.getextrema()[3] == (255, 255):
-                picture = picture.convert("RGB")
-            mode, values = picture.mode, np.asarray(picture)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-        raise UserError(f"{path}: not readable as an image ({error}). Write the mask again.") from error
-    if mode not in ("1", "L", "P", "I", "RGB") and not mode.startswith("I;16"):
-        raise UserError(f"{path}: a mask of mode {mode}. Expected grey or palette ids (up to 16 bit) or opaque RGB.")
-    return values.astype(np.uint8) if mode == "1" else values // stretch
+    with OpenMask(path) as mask:
+        stored = mask.read()
+    return stored.values if table is None else settle(stored, table, path, MaskRules(), Counter())
 
 
-def raw_mode(picture: Image.Image) -> str:
-    """Storage mode of an opened, not yet loaded PNG (Pillow's raw mode), for example `L;4`."""
-    mode = picture.tile[0][3] if picture.tile else ""
-    return mode[0] if isinstance(mode, tuple) else str(mode)
+def decode(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules | None = None,
+           notes: Counter | None = None) -> np.ndarray:
+    """Turn rows of a mask file into ids of a table, (h, w) uint8.
+
+    Args:
+        stored: from OpenMask.read.
+        table: the classes.
+        path: named in errors.
+        rules: choices; None = MaskRules().
+        notes: if given, gets counts: pixels of every id on disk under that number and of every class read by colour
+            under `class N`; pixels `nearest_colour`, `stray_colours`, `nodata`; files `palette_by_colour`,
+            `ids_in_three_channels`, `grey_by_colour` (colour masks without a colour), `palette_by_id`.
+    """
+    rules, notes = rules or MaskRules(), Counter() if notes is None else notes
+    raw = settle(stored, table, path, rules, notes)
+    if raw.ndim == 3:
+        return decode_colours(raw, table, path, rules, notes)
+    return decode_ids(raw, table, path, notes)
 
 
-def check_lossless(picture: Image.Image, path: str | Path) -> None:
-    """Raise UserError unless the opened picture is stored without loss."""
-    is_jpeg = picture.format in ("JPEG", "MPO") or "jpeg" in str(picture.info.get("compression", "")).lower()
-    if is_jpeg:
-        raise UserError(f"{path}: a JPEG mask. JPEG changes pixel values, so class ids get lost. Expected a lossless "
-                        "PNG; export the mask again from its source.")
-    if picture.format not in LOSSLESS_FORMATS:
-        raise UserError(f"{path}: a mask in {picture.format} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
+def settle(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules, notes: Counter) -> np.ndarray:
+    """Numbers (h, w) or colours (h, w, 3) to decode; pixels without data get the table's number for ignored ones."""
+    raw, palette = stored.values, stored.palette
+    if palette is not None and rules.kind != "ids":
+        by_colour = rules.kind == "colours" or is_palette_of(table, palette, np.flatnonzero(count_ids(raw)), path)
+        notes["palette_by_colour" if by_colour else "palette_by_id"] += 1
+        if by_colour:
+            raw = np.concatenate([palette, np.zeros((256, 3), np.uint8)])[raw]
+    elif raw.ndim == 3 and rules.kind != "colours":
+        is_grey = bool((raw[..., 0] == raw[..., 1]).all() and (raw[..., 0] == raw[..., 2]).all())
+        known = colour_lookup(table.colours, table.ignore_colour)
+        if is_grey and (rules.kind == "ids" or (
+                (known[colour_codes(raw)] < 0).any() and has_likely_ids(raw[..., 0], table))):
+            raw = raw[..., 0]
+            notes["ids_in_three_channels"] += 1
+        elif is_grey:
+            notes["grey_by_colour"] += 1
+        elif rules.kind == "ids":
+            raise UserError(f"{path}: three channels that differ. Expected ids, by --mask_kind ids. Leave the flag "
+                            "away for masks in colours.")
+    if stored.valid is None:
+        return raw
+    without = ~stored.valid
+    if stored.nodata in (table.source_ids or table.ids):  # the table knows the number that the file calls no data
+        say_once(f"{path}: the file calls {stored.nodata:g} no data, class table {table.name} has a class of this "
+                 "number; it is read as that class. If it means no class, map it to 255 with source_ids.")
+        without &= raw != stored.nodata
+    notes["nodata"] += int(without.sum())
+    if raw.ndim == 2 and raw.dtype == np.uint8 and table.ignored_value() > 255:
+        raw = raw.astype(np.int32)
+    return np.where(without[..., None] if raw.ndim == 3 else without,
+                    np.array(table.ignore_colour if raw.ndim == 3 else table.ignored_value(), raw.dtype), raw)
 
 
-def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path) -> np.ndarray:
+def has_likely_ids(raw: np.ndarray, table: ClassTable) -> bool:
+    """Whether greys are ids rather than colours: those of the table, one more (ids from 1), or 255."""
+    allowed = {*(table.source_ids or table.ids), table.num_classes, IGNORE_INDEX}
+    return set(np.flatnonzero(count_ids(raw)).tolist()) <= allowed
+
+
+def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path: str | Path) -> bool:
+    """Whether the indices of a palette mask mean the table's colours, not its ids.
+
+    The palette is compared with the table: where every colour in use is one of the table's, the colours decide;
+    where none of a class is, or each stands at its own id, the indices are the ids.
+
+    Raises:
+        UserError: if only some colours are the table's, and those stand at other ids.
+    """
+    classes = colour_lookup(table.colours, table.ignore_colour)[colour_codes(palette)]  # of every index; -1 = none
+    named = used[used < len(palette)]
+    ids = table.source_ids or {index: index for index in table.ids}
+    is_class = (classes[named] >= 0) & (classes[named] != IGNORE_INDEX)
+    elsewhere = [int(i) for i in named[is_class] if ids.get(int(i), IGNORE_INDEX) != classes[i]]
+    if not is_class.any():
+        # In use is nothing but the ignore colour, or colours of no class: the rest of the palette tells.
+        others = {int(i): int(c) for i, c in enumerate(classes) if 0 <= c < IGNORE_INDEX}
+        is_own = len(set(others.values())) > table.num_classes // 2 and all(ids.get(i) != c for i, c in others.items())
+        return is_own and bool((classes[named] == IGNORE_INDEX).all())
+    if not elsewhere:
+        return False
+    if len(named) == len(used) and (classes[named] >= 0).all():
+        return True
+    unknown = [tuple(map(int, palette[i])) for i in named if classes[i] < 0]
+    raise UserError(f"{path}: its palette has colours of class table {table.name} at other numbers (index "
+                    f"{short_list(elsewhere)}) and others that the table lacks ({short_list(unknown)}). It is not "
+                    "clear whether numbers or colours count. Correct the table's colours, or choose --mask_kind ids "
+                    "(or colours) in scripts/prepare_dataset.py.")
+
+
+def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path, notes: Counter | None = None) -> np.ndarray:
     """Turn ids on disk (H, W) into ids of the table, uint8; UserError naming file and ids outside it."""
     lookup = np.full(65536, -1, np.int32)
     lookup[IGNORE_INDEX] = IGNORE_INDEX
     for raw_id, target in (table.source_ids or {index: index for index in table.ids}).items():
         lookup[raw_id] = target
-    values = np.unique(raw)
-    outside = [int(value) for value in values if not 0 <= value < 65536 or lookup[value] < 0]
+    counts = count_ids(raw)
+    present = np.flatnonzero(counts)
+    outside = [int(value) for value in present if lookup[value] < 0]
+    if counts.sum() < raw.size:
+        outside += [int(value) for value in np.unique(raw[(raw < 0) | (raw > 65535)])]
     if outside:
         allowed = table.source_ids or table.ids
         raise UserError(f"{path}: ids {short_list(outside)} are not in class table {table.name}. Expected "
-                        f"{min(allowed)}..{max(allowed)} or 255 (ignore). Choose the right table (--dataset) or add "
-                        "source_ids to it.")
-    return lookup[raw].astype(np.uint8)
+                        f"{min(allowed)}..{max(allowed)} or 255 (ignore). "
+                        f"{suggest_source_ids(table, present, outside)}")
+    if notes is not None:
+        notes.update({int(value): int(counts[value]) for value in present})
+    return lookup.astype(np.uint8)[raw]
 
 
-def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path) -> np.ndarray:
+def suggest_source_ids(table: ClassTable, present: Iterable[int], outside: Sequence[int]) -> str:
+    """What may be wrong with ids on disk that the table lacks: ids from 1, grey levels, or another table."""
+    levels = sorted({int(value) for value in present} | set(outside) - {IGNORE_INDEX})
+    guess = None
+    if table.source_ids is None and outside == [table.num_classes]:
+        guess = {0: 255} | {index + 1: index for index in table.ids}
+        start = "The ids seem to count from 1. If so, add this to the table"
+    elif table.source_ids is None and min(levels) >= 0 and len(levels) <= table.num_classes:
+        guess = dict(zip(levels, table.ids, strict=False))
+        start = "If these numbers stand for the classes in order, add this to the table"
+    if guess is None:
+        return "Choose the right table (--classes) or add source_ids to it."
+    return f"{start}: source_ids: {guess}. Or choose another table (--classes)."
+
+
+def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: MaskRules | None = None,
+                   notes: Counter | None = None) -> np.ndarray:
     """Turn RGB colours (H, W, 3) uint8 into ids of the table, uint8; UserError naming file and unknown colours."""
-    codes = (raw.astype(np.int32) * (65536, 256, 1)).sum(-1)
-    known = {(65536 * r + 256 * g + b): index for index, (r, g, b) in zip(table.ids, table.colours, strict=True)}
-    r, g, b = table.ignore_colour
-    known[65536 * r + 256 * g + b] = IGNORE_INDEX
-    values, inverse = np.unique(codes, return_inverse=True)
-    outside = [(int(v) >> 16, int(v) >> 8 & 255, int(v) & 255) for v in values if int(v) not in known]
-    if outside:
-        raise UserError(f"{path}: colours {short_list(outside)} are not in class table {table.name}. Expected its "
-                        f"colours, or {table.ignore_colour} for ignored pixels. Choose the right table (--dataset).")
-    ids = np.array([known[int(value)] for value in values], np.uint8)
-    return ids[inverse].reshape(codes.shape)
-
-
-def short_list(values: list) -> str:
-    """First eight values as text, with the number of the others."""
-    text = ", ".join(str(value) for value in values[:8])
-    return text if len(values) <= 8 else f"{text} and {len(values) - 8} more"
+    rules, notes = rules or MaskRules(), Counter() if notes is None else notes
+    codes = colour_codes(raw)
+    ids = colour_lookup(table.colours, table.ignore_colour)[codes]
+    is_unknown = ids < 0
+    if is_unknown.any():
+        values, inverse, counts = np.unique(codes[is_unknown], return_inverse=True, return_counts=True)
+        colours = np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
+        known = np.array([*table.colours, table.ignore_colour])
+        distance = np.sqrt(((colours[:, None] - known[None]) ** 2).sum(-1))  # (N, K + 1)
+        nearest = distance.argmin(1)
+        least, second = np.sort(distance, 1)[:, :2].T
+        is_near = (least <= rules.nearest_colour) & (least < second)  # half way between two is near neither
+        if not is_near.all() and not rules.ignore_strays:
+            outside = [tuple(map(int, colour)) for colour in colours[~is_near]]
+            raise UserError(
+                f"{path}: colours {short_list(outside)} are not in class table {table.name} ({counts[~is_near].sum()} "
+                f"pixels). Expected its colours, or {table.ignore_colour} for ignored pixels. Choose the right table "
+                "(--classes); for edges that were smoothed, scripts/prepare_dataset.py has --nearest_colour "
+                "N and --stray_colours ignore."
+            )
+        notes["nearest_colour"] += int(counts[is_near].sum())
+        notes["stray_colours"] += int(counts[~is_near].sum())
+        taken = np.where(nearest == table.num_classes, IGNORE_INDEX, nearest)
+        ids[is_unknown] = np.where(is_near, taken, IGNORE_INDEX)[inverse.reshape(-1)]
+    ids = ids.astype(np.uint8)
+    counts = np.bincount(ids.reshape(-1), minlength=256)
+    notes.update({f"class {index}": int(counts[index]) for index in np.flatnonzero(counts)})
+    return ids

@@ -7,15 +7,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from ldm.data.cache import TileCache, TileKey
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.images import read_image
 from ldm.data.manifest import Row
 from ldm.data.transforms import (
-    change_colours,
+    apply_draws,
+    cover_size,
     draw_colour_change,
-    fit_pair,
-    fit_reference,
+    draw_window,
     match_colours,
+    resize_image,
     resize_mask,
 )
 from ldm.util import UserError
@@ -85,55 +87,145 @@ class PairDataset(Dataset):
         self.crop, self.random_crop = random_crop or centre_crop, random_crop
         self.colour_jitter, self.channels = colour_jitter, channels
         self.target_share, self.recolour_share = shares
-        self.latents = None
+        self.latents = None  # LatentCache
+        self.tiles: TileCache | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        """Load a row; a pair (row, epoch) gives it the draws of that epoch, a plain index those of epoch 0."""
-        index, epoch = index if isinstance(index, tuple) else (index, 0)
-        row = self.rows[index]
-        random = np.random.default_rng((self.seed, epoch, row.index))
+    def __getitem__(self, index: int | tuple[int, ...]) -> dict[str, Any]:
+        """Load a row; a pair (row, epoch) gives it the draws of that epoch, a plain index those of epoch 0.
+
+        A third number tells the copies of a row apart that has a weight: each has draws of its own.
+        """
         if self.latents is not None:
-            return self.cached_item(row, random)
-        image = None if row.image is None else read_image(row.image, self.channels)
-        mask = read_mask(row.mask, self.table)
-        instance = None if row.instance is None else read_instances(row.instance)
+            return self.cached_item(index)
+        batch = self.__getitems__([index])
+        result = apply_draws({key: value for key, value in batch.items() if isinstance(value, torch.Tensor)})
+        item = {key: value[0].clone() for key, value in result.items() if value.ndim > 1}
+        for key in ("image", "reference"):
+            if key in item:
+                item[key] = item[key].to(torch.uint8).contiguous()
+        return item | {"prompt": batch["prompt"][0], "name": batch["name"][0], "row": int(batch["row"][0])}
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, ...]]) -> dict[str, Any]:
+        """Load rows as one batch; what is done to the pixels at random is drawn here and done later, on the device.
+
+        Args:
+            indices: see __getitem__.
+        Returns:
+            The keys of an item, stacked, images in channels_last memory; and for normalize_batch `flip` (B,) bool where
+            there are flips, `colour` and `recolour` (B, 3, 4) float32 where colours change, of image and reference or
+            of the image alone (matrix and offset, see draw_colour_change), `own_reference` (B,) bool: the reference is
+            the image itself. Where all are, there is no `reference`.
+        Raises:
+            UserError: naming two rows whose masks differ in size.
+        """
+        if self.latents is not None:
+            return collate_batch([self.cached_item(index) for index in indices])
+        loaded = [self.load(index) for index in indices]
+        check_sizes([(row.mask.stem, tiles["mask"].shape) for row, tiles, _ in loaded])
+        rows = [row for row, _, _ in loaded]
+        batch: dict[str, Any] = {"prompt": [row.prompt for row in rows], "name": [row.mask.stem for row in rows],
+                                 "row": torch.tensor([row.index for row in rows])}
+        for key in loaded[0][1]:
+            stacked = torch.from_numpy(np.stack([tiles[key] for _, tiles, _ in loaded]))
+            batch[key] = stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked
+        if self.flip:
+            batch["flip"] = torch.tensor([draws["flip"] for _, _, draws in loaded])
+        for key, is_used in (("colour", self.colour_jitter), ("recolour", self.recolour_share)):
+            if is_used:
+                batch[key] = torch.from_numpy(np.stack([draws[key] for _, _, draws in loaded]))
+        if self.reference == "target" or self.target_share:
+            batch["own_reference"] = torch.tensor([draws["own_reference"] for _, _, draws in loaded])
+        return batch
+
+    def load(self, index: int | tuple[int, ...]) -> tuple[Row, dict[str, np.ndarray], dict[str, Any]]:
+        """Row, its windows of mask, image, reference and instance (H, W[, C]), and the draws of its pixels."""
+        row, random = self.draw_row(index)
+        mask = self.tile(("mask", str(row.mask), None))
         size = self.size or mask.shape
         position = random if self.random_crop else None
-        image, mask, instance = fit_pair(image, mask, size, self.crop, position, instance)
-        if self.flip and random.random() < self.flip:
-            image, mask, instance = (None if part is None else part[:, ::-1] for part in (image, mask, instance))
-        item = {} if instance is None else {"instance": torch.from_numpy(instance.copy())}
-        item |= {"mask": torch.from_numpy(mask.copy()), "prompt": row.prompt, "name": row.mask.stem, "row": row.index}
-        pictures = {} if image is None else {"image": image}
+        window = draw_window(mask.shape, size, position)
+        tiles = {"mask": mask[window]}
+        if row.image is not None:
+            tiles["image"] = self.tile(("image", str(row.image), mask.shape))[window]
+        if row.instance is not None:
+            tiles["instance"] = self.tile(("instance", str(row.instance), mask.shape))[window]
+        draws: dict[str, Any] = {"flip": bool(self.flip) and random.random() < self.flip}
+        draws["own_reference"] = self.reference == "target"
         if self.reference == "manifest":
-            pictures |= self.draw_reference(row, image, size, random)
-        if self.colour_jitter and random.random() < 0.5:
-            change = draw_colour_change(random, self.colour_jitter)
-            pictures = {key: change_colours(picture, change) for key, picture in pictures.items()}
-        item |= {key: to_tensor(picture) for key, picture in pictures.items()}
-        if self.reference == "target":
-            item["reference"] = item["image"].clone()
-        return item
+            self.draw_reference(row, tiles, draws, size, random)
+        if self.colour_jitter:
+            is_changed = random.random() < 0.5
+            draws["colour"] = draw_colour_change(random, self.colour_jitter if is_changed else 0.0)
+        return row, tiles, draws
 
-    def draw_reference(self, row: Row, image: np.ndarray | None, size: tuple[int, int],
-                       random: np.random.Generator) -> dict[str, np.ndarray]:
-        """Reference of a draw as `reference`, and as `image` what becomes of the image where its colours change."""
+    def draw_reference(self, row: Row, tiles: dict[str, np.ndarray], draws: dict[str, Any], size: tuple[int, int],
+                       random: np.random.Generator) -> None:
+        """Add a reference to the tiles of a row, and to its draws how the image takes on that reference's colours."""
         drawn = random.random() if self.target_share or self.recolour_share else 1.0
-        if drawn < self.target_share:
-            return {"reference": image}
+        draws["own_reference"] = drawn < self.target_share
+        draws["recolour"] = np.eye(3, 4, dtype=np.float32)
+        if draws["own_reference"]:
+            tiles["reference"] = tiles["image"]
+            return
         is_other = drawn < self.target_share + self.recolour_share
         path = self.rows[random.integers(len(self.rows))].image if is_other else row.reference
-        reference = fit_reference(read_image(path), size, self.crop, random if self.random_crop else None)
-        if not is_other:
-            return {"reference": reference}
-        change = match_colours(image.reshape(-1, 3), reference.reshape(-1, 3))
-        return {"reference": reference, "image": change_colours(image, change)}
+        whole = self.tile(("reference", str(path), size))
+        reference = whole[draw_window(whole.shape[:2], size, random if self.random_crop else None)]
+        tiles["reference"] = reference
+        if is_other:
+            matrix, offset = match_colours(tiles["image"].reshape(-1, 3), reference.reshape(-1, 3))
+            draws["recolour"] = np.concatenate([matrix, offset[:, None]], axis=1)
 
-    def cached_item(self, row: Row, random: np.random.Generator) -> dict[str, Any]:
+    def draw_row(self, index: int | tuple[int, ...]) -> tuple[Row, np.random.Generator]:
+        """A row and the source of its draws."""
+        index, epoch, *copy = index if isinstance(index, tuple) else (index, 0)
+        row = self.rows[index]
+        return row, np.random.default_rng((self.seed, epoch, row.index, *[c for c in copy if c]))
+
+    def tile(self, key: TileKey) -> np.ndarray:
+        """What of a row's file is cut later: decoded, and resized as far as the window asks for it."""
+        cached = None if self.tiles is None else self.tiles.get(key)
+        return self.read_tile(key) if cached is None else cached
+
+    def read_tile(self, key: TileKey) -> np.ndarray:
+        """Decode a tile (see tile)."""
+        kind, file, size = key
+        path = Path(file)
+        if kind == "mask":
+            mask = read_mask(path, self.table)
+            whole = cover_size(mask.shape, self.size, shrink=False) if self.crop else self.size or mask.shape
+            return resize_mask(mask, whole)
+        if kind == "instance":
+            return resize_mask(read_instances(path), size)
+        if kind == "image":
+            return resize_image(read_image(path, self.channels), size)
+        reference = read_image(path)
+        return resize_image(reference, cover_size(reference.shape[:2], size, shrink=not self.crop))
+
+    def tile_keys(self) -> list[TileKey]:
+        """All tiles of the set, each once, for a TileCache; masks are decoded for it where their size decides."""
+        keys: dict[TileKey, None] = {}
+        for row in self.rows:
+            keys["mask", str(row.mask), None] = None
+        shapes = {} if self.size and not self.crop else {key[1]: self.read_tile(key).shape for key in list(keys)}
+        for row in self.rows:
+            whole = shapes.get(str(row.mask), self.size)
+            if row.image is not None:
+                keys["image", str(row.image), whole] = None
+            if row.instance is not None:
+                keys["instance", str(row.instance), whole] = None
+            for path in (row.reference if self.reference == "manifest" else None,
+                         row.image if self.recolour_share else None):
+                if path is not None:
+                    keys["reference", str(path), self.size or whole] = None
+        return list(keys)
+
+    def cached_item(self, index: int | tuple[int, ...]) -> dict[str, Any]:
         """Item with cached latents in the place of the images."""
+        row, random = self.draw_row(index)
         mask = resize_mask(read_mask(row.mask, self.table), self.size)
         is_flipped = bool(self.flip) and random.random() < self.flip
         item = {"mask": torch.from_numpy((mask[:, ::-1] if is_flipped else mask).copy()), "prompt": row.prompt,
@@ -170,15 +262,22 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)).copy())
 
 
-def collate_batch(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items to a batch (tensors stacked, prompts and names in lists).
+def collate_batch(items: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """Stack items to a batch (tensors stacked, prompts and names in lists); a batch stays as it is.
 
     Raises:
         UserError: naming two rows whose masks differ in size.
     """
-    for item in items:
-        if item["mask"].shape != items[0]["mask"].shape:
-            sizes = ["x".join(str(side) for side in entry["mask"].shape) for entry in (items[0], item)]
-            raise UserError(f"batch: mask {items[0]['name']} is {sizes[0]}, mask {item['name']} is {sizes[1]} "
-                            "(height x width). Expected one size. Give a size (--H and --W) or use batch_size 1.")
+    if isinstance(items, dict):
+        return items
+    check_sizes([(item["name"], item["mask"].shape) for item in items])
     return default_collate(items)
+
+
+def check_sizes(masks: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """UserError naming two masks of different sizes, which no batch can hold."""
+    for name, shape in masks:
+        if tuple(shape) != tuple(masks[0][1]):
+            sizes = ["x".join(map(str, size)) for size in (masks[0][1], shape)]
+            raise UserError(f"batch: mask {masks[0][0]} is {sizes[0]}, mask {name} is {sizes[1]} "
+                            "(height x width). Expected one size. Give a size (--H and --W) or use batch_size 1.")

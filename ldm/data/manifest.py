@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -18,7 +18,14 @@ from ldm.util import UserError
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}
+WEIGHT, MOST_WEIGHT = "weight", 1000  # how often a training sees the row in an epoch
+# Where a tile lies: name of its scene, (top, left, height, width) in it, coordinate reference system, and the affine
+# transform (a, b, c, d, e, f) of the tile's own pixels.
+PLACE_KEYS = ("scene", "window", "crs", "transform")
 NEEDS = ("image", "reference", "prompt", "instance")
+# The public code of CRFM writes its manifests anew: `prompts` for `prompt`, and `index`, the row's number, which is not
+# used, since it is wrong as soon as rows are left out.
+CRFM_KEYS = ("prompts", "index")
 SHOWN_PROBLEMS = 100
 LONGEST_LINE = 1 << 20  # bytes
 MOST_PIXELS = 64_000_000  # of a mask or reference; some kilobytes of a damaged or malicious file can claim far more
@@ -39,7 +46,7 @@ class ManifestError(UserError):
         if len(problems) > SHOWN_PROBLEMS:
             others = sorted({line for line, _ in problems[SHOWN_PROBLEMS:]})
             text.append(f"  and {len(problems) - SHOWN_PROBLEMS} more, in lines {format_ranges(others)}")
-        text.append("Correct these lines, or check --data_root and --dataset.")
+        text.append("Correct these lines, or check --data_root and --classes.")
         super().__init__("\n".join(text))
 
 
@@ -56,6 +63,8 @@ class Row:
         reference: path of the reference.
         mask_name: the mask as the manifest writes it, relative to the data root.
         instance: path of the map of object numbers; None unless it was asked for.
+        weight: how often a training sees the row in an epoch.
+        place: those of PLACE_KEYS that the row has.
     """
 
     index: int
@@ -66,6 +75,8 @@ class Row:
     reference: Path | None
     mask_name: str
     instance: Path | None = None
+    weight: int = 1
+    place: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def read_manifest(
@@ -143,6 +154,9 @@ def parse_rows(path: Path, data_root: Path, need: set[str], problems: list[tuple
         except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
             problems.append((line, f"not valid JSON ({error}). Expected one object per line."))
         else:
+            if isinstance(entry, dict) and "prompts" in entry and "prompt" not in entry:
+                entry = {key: value for key, value in entry.items() if key not in CRFM_KEYS} | {
+                    "prompt": entry["prompts"]}
             found = find_entry_problems(entry, need)
             problems += [(line, text) for text in found]
             if not found:
@@ -164,6 +178,8 @@ def make_row(entry: dict[str, str], index: int, line: int, data_root: Path, need
         reference=data_root / entry["ref_image"] if "reference" in need else None,
         mask_name=entry["source"],
         instance=data_root / entry["instance"] if "instance" in need else None,
+        weight=entry.get(WEIGHT, 1),
+        place={key: entry[key] for key in PLACE_KEYS if key in entry},
     )
 
 
@@ -171,8 +187,11 @@ def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
     """List what is wrong with one parsed line, files not considered."""
     if not isinstance(entry, dict):
         return [f"a JSON {type(entry).__name__}. Expected an object with the keys source, target, prompt, ref_image."]
-    known = tuple(DISK_KEYS.values())
-    problems = []
+    known = (*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS)
+    problems = find_place_problems(entry)
+    weight = entry.get(WEIGHT, 1)
+    if type(weight) is not int or not 1 <= weight <= MOST_WEIGHT:
+        problems.append(f"{WEIGHT} is {str(weight)[:80]!a}. Expected a whole number, 1 to {MOST_WEIGHT}.")
     for key in entry:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -191,6 +210,18 @@ def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
             problems.append(f"{key} is empty. Expected the {word}.")
         elif key != "prompt" and is_needed and is_outside(entry[key]):
             problems.append(f"{key} {entry[key]!r} is absolute or leaves the data root. Expected a path below it.")
+    return problems
+
+
+def find_place_problems(entry: dict[str, Any]) -> list[str]:
+    """List what is wrong with the keys that tell where a tile lies."""
+    problems = [f"{key} is {str(entry[key])[:80]}. Expected a string." for key in ("scene", "crs")
+                if key in entry and not isinstance(entry[key], str)]
+    for key, length, kinds in (("window", 4, int), ("transform", 6, (int, float))):
+        value = entry.get(key)
+        if key in entry and not (isinstance(value, list) and len(value) == length and all(
+                isinstance(number, kinds) and not isinstance(number, bool) for number in value)):
+            problems.append(f"{key} is {str(value)[:80]}. Expected {length} numbers.")
     return problems
 
 
@@ -228,9 +259,10 @@ def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tu
     """Report lines that repeat an earlier one in every field, those that this run does not use included."""
     first: dict[tuple, int] = {}
     for line, entry in entries:
-        key = tuple(sorted(entry.items()))
+        key = tuple(sorted((name, str(value)) for name, value in entry.items() if name != WEIGHT))
         if key in first:
-            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one."))
+            problems.append((line, f"the same row as line {first[key]}. Expected each row once; remove one (the other "
+                                   f'may have "{WEIGHT}": 2 to be trained on twice as often).'))
         first.setdefault(key, line)
 
 
@@ -352,15 +384,16 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
 
     Args:
         path: file to write (replaced if it exists).
-        rows: dicts with the on-disk keys source, target, prompt, ref_image (those that the row has).
+        rows: dicts with the on-disk keys source, target, prompt, ref_image (those that the row has), and PLACE_KEYS.
     Raises:
         UserError: for an unknown key, before anything is written.
     """
     lines = []
     for row in rows:
-        unknown = sorted(set(row) - set(DISK_KEYS.values()))
+        unknown = sorted(set(row) - {*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS})
         if unknown:
-            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}.")
+            raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}, "
+                            f"{WEIGHT}.")
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

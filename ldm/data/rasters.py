@@ -7,15 +7,13 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from ldm.data.bands import ImageInfo
 from ldm.util import UserError
-
-if TYPE_CHECKING:
-    from ldm.data.images import ImageInfo
 
 # First bytes -> GDAL's driver. It is named at opening, so that no file is opened as a kind that leads to other files
 # (VRT, descriptions of web services).
@@ -125,10 +123,8 @@ def open_dataset(path: Path) -> Any:
         raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
 
 
-def open_raster(path: Path, orientation: int = 1) -> tuple["RasterSource", "ImageInfo"]:
+def open_raster(path: Path, orientation: int = 1) -> tuple["RasterSource", ImageInfo]:
     """Open an image by rasterio (see images.open_encoded)."""
-    from ldm.data.images import ImageInfo
-
     dataset = open_dataset(path)
     names = [interpretation.name for interpretation in dataset.colorinterp]
     alpha = names.index("alpha") if "alpha" in names else None

@@ -10,7 +10,8 @@ from torch import Tensor
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 
-HINT_MODES = ("rgb_id", "palette", "one_hot", "single255")
+DRAWS = ("flip", "recolour", "colour", "own_reference")  # what PairDataset draws and leaves to the device
+HINT_MODES = ("rgb_id", "palette", "one_hot", "single255", "levels", "grey_upstream")
 
 
 def hint_channels(mode: str, table: ClassTable) -> int:
@@ -33,7 +34,10 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         mode: `single255`: id / 255 in one channel, ignore = 0 (published weights of segmentation-guided diffusion);
             `rgb_id`: id / 255 in three equal channels, ignore = 1.0 (as the public checkpoints were trained);
             `palette`: the table's colours / 255, ignore = the table's ignore colour (black, all zero, by default);
-            `one_hot`: K channels, ignore = all zero.
+            `one_hot`: K channels, ignore = all zero;
+            `levels`: K + 1 equally spaced greys in three equal channels, ignore = white (1.0);
+            `grey_upstream`: greys as the public code of CRFM makes them, floor(id * 255 / (K + 1)) / 255 in a byte:
+            ignore overflows to the grey of another class. Only for weights that were trained so.
         table: gives K and the colours.
     Returns:
         Hint, (B, hint_channels, H, W) float32 in [0, 1], on the mask's device.
@@ -48,6 +52,14 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         return (mask.masked_fill(mask == 255, 0).float() / 255)[:, None]  # (B, 1, H, W)
     if mode == "rgb_id":
         return (mask.float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
+    if mode in ("levels", "grey_upstream"):
+        grey = torch.arange(256, dtype=torch.float64, device=mask.device) * 255
+        if mode == "levels":
+            grey = (grey / table.num_classes).round()
+            grey[255] = 255
+        else:
+            grey = (grey / (table.num_classes + 1)).floor() % 256
+        return (grey[mask].float() / 255)[:, None].repeat(1, 3, 1, 1)  # (B, 3, H, W)
     if mode == "palette":
         palette = torch.from_numpy(table.palette()).to(mask.device)  # (256, 3)
         return palette[mask].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, 3, H, W)
@@ -86,17 +98,52 @@ def normalize_batch(batch: Mapping[str, Any], device: torch.device | str) -> dic
     """
     result = dict(batch)
     for key in ("image", "reference", "mask", "instance"):
-        if key not in batch:
-            continue
         expected = torch.int32 if key == "instance" else torch.uint8
-        if batch[key].dtype != expected:
+        if key in batch and batch[key].dtype != expected:
             raise ValueError(f"normalize_batch: {key} is {batch[key].dtype}. Expected {expected} as the dataset gives "
                              "it.")
-        values = batch[key].to(device, non_blocking=True)
-        # channels_last: convolutions are up to eight times faster with it on a CPU, and need no transposes on a GPU.
-        result[key] = values.long() if key in ("mask", "instance") else (
-            values.to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1)
+    for key in ("image", "reference", "mask", "instance", *DRAWS):
+        if key in batch:
+            result[key] = batch[key].to(device, non_blocking=True)
+    result = apply_draws(result)
+    for key in ("image", "reference"):
+        if key in result:
+            # channels_last: convolutions are up to eight times faster on a CPU, and need no transposes on a GPU.
+            result[key] = result[key].to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
+    for key in ("mask", "instance"):
+        if key in result:
+            result[key] = result[key].long()
     return result
+
+
+def apply_draws(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Do to a batch what PairDataset drew for its samples, on the batch's device.
+
+    Args:
+        batch: see PairDataset.__getitems__.
+    Returns:
+        New dict without the draws. Where colours change, images are float32 with whole values 0..255, else uint8.
+    """
+    result = {key: value for key, value in batch.items() if key not in DRAWS}
+    flip, colour, own = (batch.get(key) for key in ("flip", "colour", "own_reference"))
+    if flip is not None:
+        for key in ("image", "mask", "instance"):
+            if key in batch:
+                result[key] = flip_some(batch[key], flip)
+        if "reference" in batch and own is not None:
+            result["reference"] = flip_some(batch["reference"], flip & own)
+    if "recolour" in batch:
+        result["image"] = change_colours(result["image"], batch["recolour"])
+    if colour is not None:
+        result |= {key: change_colours(result[key], colour) for key in ("image", "reference") if key in result}
+    if own is not None and "reference" not in batch:
+        result["reference"] = result["image"]
+    return result
+
+
+def flip_some(values: Tensor, flip: Tensor) -> Tensor:
+    """Mirror the columns of those samples of (B, ..., W) that flip (B,) bool says."""
+    return torch.where(flip.reshape(-1, *[1] * (values.ndim - 1)), values.flip(-1), values)
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -154,52 +201,7 @@ def draw_window(
     return slice(top, top + size[0]), slice(left, left + size[1])
 
 
-def fit_reference(
-    image: np.ndarray, size: tuple[int, int], crop: bool, random: np.random.Generator | None = None
-) -> np.ndarray:
-    """Bring a reference of any size to the size of the mask without distorting its texture.
-
-    Args:
-        image: (H, W, 3) uint8.
-        size: (height, width) wanted.
-        crop: cut a window at the reference's own scale (enlarged only when it is too small); otherwise scale the whole
-            picture until it covers the window.
-        random: source of the window's position; None = the centre.
-    Returns:
-        (height, width, 3) uint8.
-    """
-    image = resize_image(image, cover_size(image.shape[:2], size, shrink=not crop))
-    return image[draw_window(image.shape[:2], size, random)]
-
-
-def fit_pair(
-    image: np.ndarray | None,
-    mask: np.ndarray,
-    size: tuple[int, int],
-    crop: bool,
-    random: np.random.Generator | None = None,
-    instance: np.ndarray | None = None,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
-    """Bring an image and its mask to one size together.
-
-    Args:
-        image: (H, W, C) uint8 of the mask's size, or None.
-        mask: (H, W) uint8.
-        size: (height, width) wanted.
-        crop: cut one window from both (both enlarged first when smaller); otherwise resize both whole.
-        random: source of the window's position; None = the centre.
-        instance: (H, W) int32 object numbers, or None.
-    Returns:
-        Image (height, width, C) or None, mask (height, width), and instance likewise or None.
-    """
-    whole = cover_size(mask.shape, size, shrink=False) if crop else tuple(size)
-    window = draw_window(whole, size, random)
-    image = None if image is None else resize_image(image, whole)[window]
-    instance = None if instance is None else resize_mask(instance, whole)[window]
-    return image, resize_mask(mask, whole)[window], instance
-
-
-def draw_colour_change(random: np.random.Generator, strength: float) -> tuple[np.ndarray, np.ndarray]:
+def draw_colour_change(random: np.random.Generator, strength: float) -> np.ndarray:
     """Draw a change of colours as other sensors, seasons and lights make it.
 
     Args:
@@ -207,7 +209,7 @@ def draw_colour_change(random: np.random.Generator, strength: float) -> tuple[np
         strength: standard deviation of the logarithms of saturation, contrast and the three channels' gains (the last
             at half the strength), and of the brightness (at half the strength, in units of the full range).
     Returns:
-        matrix (3, 3) and offset (3,) float32; the changed colour of rgb in 0..255 is `matrix @ rgb + offset`.
+        (3, 4) float32, a matrix and behind it an offset: rgb in 0..255 becomes `matrix @ rgb + offset`.
     """
     saturation, contrast = np.exp(strength * random.standard_normal(2))
     gains = np.exp(0.5 * strength * random.standard_normal(3))
@@ -215,13 +217,22 @@ def draw_colour_change(random: np.random.Generator, strength: float) -> tuple[np
     mix = saturation * np.eye(3) + (1 - saturation) / 3  # away from or towards grey
     matrix = contrast * gains[:, None] * mix
     offset = 127.5 * (1 - contrast * gains + brightness)  # contrast and gains turn about the middle grey
-    return matrix.astype(np.float32), offset.astype(np.float32)
+    return np.concatenate([matrix, offset[:, None]], axis=1).astype(np.float32)
 
 
-def change_colours(image: np.ndarray, change: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Apply draw_colour_change's result to an image (H, W, 3) uint8; same shape and type, clipped."""
-    matrix, offset = change
-    return (image.astype(np.float32) @ matrix.T + offset).clip(0, 255).round().astype(np.uint8)
+def change_colours(image: Tensor, change: Tensor) -> Tensor:
+    """Apply draw_colour_change's results to a batch.
+
+    Args:
+        image: (B, 3, H, W), 0..255.
+        change: (B, 3, 4) float32.
+    Returns:
+        (B, 3, H, W) float32 in channels_last memory, clipped to 0..255 and rounded to whole values.
+    """
+    pixels = image.float().permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, 3)
+    with torch.autocast(image.device.type, enabled=False):
+        changed = torch.baddbmm(change[:, None, :, 3], pixels, change[:, :, :3].transpose(1, 2))
+    return changed.clamp(0, 255).round().unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
 
 
 def match_colours(source: np.ndarray, target: np.ndarray, limit: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

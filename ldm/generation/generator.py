@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from ldm.generation.machine import compile_blocks, in_parts
 from ldm.generation.plan import Job, Plan, size_of
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
-from ldm.util import UserError
+from ldm.util import UserError, leave_signals_to_main, locate
 from ldm.weights.load import load_method
 
 logger = logging.getLogger(__name__)
@@ -109,14 +108,8 @@ def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> D
     """Loader of conditions; its `batch_sampler` is a BatchPlan."""
     return DataLoader(
         dataset, batch_sampler=BatchPlan(), collate_fn=collate, num_workers=num_workers, pin_memory=is_cuda,
-        persistent_workers=num_workers > 0, worker_init_fn=_leave_signals_to_main,
+        persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
-
-
-def _leave_signals_to_main(_: int) -> None:
-    # srun and Ctrl-C signal every process of a job; loader processes end when the main one does.
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
 
 
 def plan_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Request]]:
@@ -188,7 +181,8 @@ class Generator:
         is_cuda = self.device.type == "cuda"
         # Full precision means it: convolutions on CUDA would otherwise round their inputs to TF32.
         torch.backends.cudnn.allow_tf32 = settings.precision != "full"
-        method = load_method(settings.ckpt, plan.config, self.device)
+        kept = locate(plan.config["model"]["target"]).autocast_dtype if plan.use_autocast else torch.float32
+        method = load_method(settings.ckpt, plan.config, self.device, kept)
         if settings.compile:
             compile_blocks(method)
         self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,

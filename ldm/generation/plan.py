@@ -188,6 +188,8 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
     if settings.tokenizer_dir:
         use_tokenizer(config, settings.tokenizer_dir)
+    if settings.vectors:
+        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
@@ -205,7 +207,7 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
     if "prompt" in method.takes:
         method.check_prompts({row.prompt for row in rows})
-    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling)
+    fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling) | method.fingerprint()
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     plan.store().check()
     return plan
@@ -236,14 +238,14 @@ def check_settings(settings: Namespace, sampling: Sampling, method: Method) -> N
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
-    """Class table that masks are read with: --dataset, which must have as many classes as the model's, or the model's.
+    """Class table that masks are read with: --classes, which must have as many classes as the model's, or the model's.
 
-    By default masks are stored as those of the training were; --dataset is for masks numbered or coloured otherwise.
+    By default masks are stored as those of the training were; --classes is for masks numbered or coloured otherwise.
     """
     table = ClassTable.load(dataset) if dataset else own
     if table.num_classes != own.num_classes:
         raise UserError(
-            f"--dataset: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
+            f"--classes: {dataset} has {table.num_classes} classes. Expected {own.num_classes}, as the model's"
             f" table {own.name}. Use a table with the model's classes."
         )
     return table
@@ -317,6 +319,13 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
+def without_places(node: Any) -> Any:
+    """A config without folders that decide nothing by their name (see Method.fingerprint)."""
+    if isinstance(node, dict):
+        return {key: without_places(value) for key, value in node.items() if key != "vectors_dir"}
+    return node
+
+
 def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
                      use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
     """What decides the pictures; two runs may share an output folder only if they agree in it.
@@ -330,7 +339,7 @@ def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTa
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),
-        "config_sha256": hash_of(config),
+        "config_sha256": hash_of(without_places(config)),
         "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
         "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.H, "W": settings.W,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,

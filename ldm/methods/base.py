@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.data.classes import ClassTable
@@ -56,6 +57,7 @@ class Method(nn.Module):
         size_factor: heights and widths must be multiples of it.
         sampling_settings: settings of its own in Sampling.method -> the value that changes nothing.
         prefilled: prefixes of weights that were filled from files while it was built.
+        autocast_dtype: of the weights where images are generated under autocast; None = as in their file.
         condition_cache: set where the weights no longer change (load_method): keeps what was computed of prompts and
             references.
     """
@@ -66,6 +68,7 @@ class Method(nn.Module):
     size_factor: int
     sampling_settings: Mapping[str, Any] = {}
     prefilled: tuple[str, ...] = ()
+    autocast_dtype: torch.dtype | None = torch.float32
     condition_cache: ConditionCache | None = None
 
     def training_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,6 +108,17 @@ class Method(nn.Module):
 
     def check_prompts(self, prompts: Collection[str]) -> None:
         """UserError or FileNotFoundError where prompts cannot be encoded; called before the weights are loaded."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the images beside weights, config, sampling and the files of the rows; plain values."""
+        return {}
+
+    def start_training(self) -> None:
+        """Add what only a training has; called when weights are filled, or with -r before they are."""
+
+    def exported(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of a training as weights for inference: undo what start_training did."""
+        return dict(state)
 
     def cacheable_encoder(self) -> nn.Module:
         """The frozen autoencoder whose latents of the training images may be kept, see build_latent_cache.

@@ -47,17 +47,22 @@ class AutoencoderKL(nn.Module):
         in_channels: channels of the image.
         z_channels: channels of the latent inside encoder and decoder.
         embed_dim: channels of the latent handed out.
+        use_quant: 1x1 convolutions on both sides of the latent, as Stable Diffusion up to 2 has them and 3 has not;
+            without, z_channels and embed_dim are the same.
     """
 
     def __init__(self, ch: int = 128, ch_mult: Sequence[int] = (1, 2, 4, 4), num_res_blocks: int = 2,
-                 in_channels: int = 3, z_channels: int = 4, embed_dim: int = 4) -> None:
+                 in_channels: int = 3, z_channels: int = 4, embed_dim: int = 4, use_quant: bool = True) -> None:
         super().__init__()
+        if not use_quant and z_channels != embed_dim:
+            raise ValueError(f"autoencoder: z_channels {z_channels}, embed_dim {embed_dim}. Expected the same without "
+                             "use_quant. Correct the config.")
         self.downsampling = 2 ** (len(ch_mult) - 1)
         self.latent_channels = embed_dim
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, in_channels, 2 * z_channels)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1) if use_quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1) if use_quant else nn.Identity()
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Posterior over latents of an image.

@@ -58,6 +58,8 @@ def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequen
         is_filled_later: fill nothing (see start_finetuning).
     """
     method = instantiate_from_config(config.model)
+    if checkpoint:
+        method.start_training()
     start, own = Start(method), method.state_dict()
     if checkpoint:  # the Trainer loads it again with the rest; the latent cache needs the autoencoder before
         *bases, last = open_whole(checkpoint, own)

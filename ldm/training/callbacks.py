@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
+from tqdm import tqdm
 
 from ldm.data.transforms import normalize_batch, to_uint8
 from ldm.files import atomic_write
@@ -55,7 +56,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     Lightning's saves last.ckpt at the end only when it never saved one before. And it would save a resumed run at the
     step it was resumed at, in the middle of an accumulation, whose gradients are in no checkpoint.
+
+    Attributes:
+        saved_at: time.monotonic() of the last checkpoint.
+        save_seconds: how long it took.
     """
+
+    saved_at = save_seconds = 0.0
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        began = time.monotonic()
+        super()._save_checkpoint(trainer, filepath)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - began
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the step that a run starts at as saved."""
@@ -64,8 +77,57 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save last.ckpt unless it is there."""
+        self.save_last_step(trainer)
+
+    def save_last_step(self, trainer: pl.Trainer) -> None:
+        """Save last.ckpt if there were steps since the last checkpoint."""
         if trainer.global_step != self._last_global_step_saved:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class Progress(pl.callbacks.ProgressBar):
+    """One bar over all optimizer steps; where there is no terminal, one line a minute.
+
+    Args:
+        every: seconds between two lines.
+    """
+
+    def __init__(self, every: float = 60.0) -> None:
+        super().__init__()
+        self.every, self.is_enabled, self.bar = every, True, None
+        self.is_terminal = sys.stderr.isatty()
+
+    def disable(self) -> None:
+        """Lightning's way to silence the ranks above 0."""
+        self.is_enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count."""
+        self.began = self.told = time.monotonic()
+        self.first = trainer.global_step
+        if self.is_enabled and self.is_terminal:
+            self.bar = tqdm(total=trainer.max_steps if trainer.max_steps > 0 else None, initial=self.first,
+                            unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Show the step; the loss, for which the device has to be waited for, once in a while."""
+        now = time.monotonic()
+        if not self.is_enabled or now - self.told < (1.0 if self.bar is not None else self.every):
+            return
+        loss = trainer.callback_metrics.get("loss")
+        loss = "" if loss is None else f"loss {float(loss):.4g}"
+        step, self.told = trainer.global_step, now
+        if self.bar is not None:
+            self.bar.set_postfix_str(loss)
+            self.bar.update(step - self.bar.n)
+            return
+        total = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+        print(f"step {step}{total}, {(step - self.first) / (now - self.began):.3g} steps/s, {loss}", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class WeightExport(pl.Callback):
@@ -96,7 +158,7 @@ class WeightExport(pl.Callback):
             names = {"method." + name for name in left_out}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in names}
         weights = {k.removeprefix("method."): v for k, v in checkpoint["state_dict"].items()}
-        save_safetensors(self.path, weights, self.config, metadata)
+        save_safetensors(self.path, pl_module.method.exported(weights), self.config, metadata)
 
 
 class ImageGrid(pl.Callback):

@@ -35,7 +35,11 @@ def freeze_all_but(method: nn.Module, groups: Mapping[str, list[nn.Parameter]]) 
     return f"trains {trained:,} of {total:,} parameters\n" + "\n".join(lines)
 
 
-def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps: int) -> float:
+WARMUP_SHARE = 0.05  # of a budget of time, the most that a warm-up takes
+
+
+def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps: int,
+                         time_share: float | None = None) -> float:
     """Factor on the learning rate at an optimizer step.
 
     Args:
@@ -43,6 +47,7 @@ def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps:
         warmup_steps: steps of linear rise from 0.
         schedule: `constant` or `cosine` (falls to 1 % at max_steps).
         max_steps: length of the training in optimizer steps; only for `cosine`.
+        time_share: share of a budget of time that is used up; the further of steps and time counts. None = no budget.
     Returns:
         Factor in [0, 1].
     Raises:
@@ -50,13 +55,16 @@ def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps:
     """
     if schedule not in ("constant", "cosine"):
         raise ValueError(f"training.schedule: {schedule!r} is unknown. Expected constant or cosine.")
-    if schedule == "cosine" and max_steps <= 0:
-        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0 or max_epochs.")
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
+    if schedule == "cosine" and max_steps <= 0 and time_share is None:
+        raise ValueError("training.schedule=cosine needs lightning.trainer.max_steps > 0 or max_epochs, or "
+                         "training.max_minutes.")
+    used = time_share or 0.0
+    if step < warmup_steps and used < WARMUP_SHARE:
+        return max((step + 1) / (warmup_steps + 1), used / WARMUP_SHARE)
     if schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps) if max_steps > 0 else 0.0
+    progress = min(1.0, max(progress, used))
     return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -83,6 +91,7 @@ class TrainingModule(pl.LightningModule):
         self.learning_rate, self.seed, self.weight_decay, self.betas = learning_rate, seed, weight_decay, tuple(betas)
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.micro_batches, self.left_out = 0, left_out
+        self.time_share: float | None = None  # of a budget of minutes; whoever keeps it sets it (see Budget)
         self.strict_loading = False  # files may leave parts out; on_load_checkpoint sees to those that train
         log.info(freeze_all_but(method, method.trainable_groups()))
 
@@ -98,7 +107,8 @@ class TrainingModule(pl.LightningModule):
         if max_steps < 0 and (self.trainer.max_epochs or 0) > 0:
             max_steps = self.trainer.estimated_stepping_batches  # optimizer steps, accumulation considered
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.warmup_steps, self.schedule, max_steps))
+            optimizer, lambda step: learning_rate_factor(
+                step, self.warmup_steps, self.schedule, max_steps, self.time_share))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None,

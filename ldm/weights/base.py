@@ -26,11 +26,15 @@ def describe_bases(origins: Mapping[str, str]) -> str:
 
 
 def hash_weights(path: str | Path) -> str:
-    """SHA-256 of a weight file, or of the names and hashes of all files in a folder of weights."""
+    """SHA-256 of a weight file, or of the names and hashes of all files in a folder of weights.
+
+    Of a folder of SD3.5 only the parts that are read count (see open_folder): its text encoders have many gigabytes.
+    """
     path = Path(path)
     if path.is_file():
         return file_sha256(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    parts = [path / part for part in ("transformer", "vae")] if (path / "transformer").is_dir() else [path]
+    files = sorted(file for part in parts for file in part.rglob("*") if file.is_file())
     lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ from ldm.util import UserError
 from ldm.weights.files import RawFile, StoredTensor, read_file, read_folder
 from ldm.weights.names import PARTS, from_diffusers, to_our_names
 from ldm.weights.report import fill
+from ldm.weights.sd35 import adopt
 
 REST = "tisynth"  # folder of a diffusers directory for what diffusers has no place for
 # Attention of the autoencoder: matrices in diffusers, 1x1 convolutions here.
@@ -64,12 +65,19 @@ def open_checkpoint(path: str | Path, known: Iterable[str] = (), use_ema: bool =
     path = Path(path)
     if path.is_dir():
         return open_folder(path)
-    raw = read_file(path, drop_objects, entries)
+    raw, adopted = adopt_file(read_file(path, drop_objects, entries))
     names, notes = to_our_names(raw.tensors, known, use_ema)
+    notes = adopted + notes
     renamed = sum(ours != theirs for ours, theirs in names.items())
     notes += [f"renamed {renamed} of {len(raw.tensors)} tensors"] if renamed else []
     metadata = {key: value for key, value in raw.metadata.items() if key != "config"}
     return Checkpoint(str(path), rename(raw, names), read_config(path, raw), metadata, notes)
+
+
+def adopt_file(raw: RawFile) -> tuple[RawFile, list[str]]:
+    """A file of SD3.5's transformer or of CRFM under our names, others as they are; and notes (see adopt)."""
+    tensors, notes = adopt(raw.tensors)
+    return replace(raw, tensors=tensors), notes
 
 
 def rename(raw: RawFile, names: Mapping[str, str]) -> dict[str, StoredTensor]:
@@ -83,13 +91,20 @@ def rename(raw: RawFile, names: Mapping[str, str]) -> dict[str, StoredTensor]:
 
 
 def open_folder(folder: Path) -> Checkpoint:
-    """Open a diffusers folder: `unet`, `vae`, `text_encoder`, `controlnet` in it, or one such part by itself."""
+    """Open a diffusers folder: `unet` or `transformer`, `vae`, `text_encoder`, `controlnet` in it, or one part alone.
+
+    Text encoders of a folder with a `transformer` are left out: prompts are encoded before (scripts/encode_prompts.py).
+    """
     tensors: dict[str, StoredTensor] = {}
     notes, config = [], None
     own = read_folder(folder)
     if own is not None:
+        own, adopted = adopt_file(own)
         names, notes = to_our_names(own.tensors)
-        return Checkpoint(str(folder), rename(own, names), notes=notes)
+        return Checkpoint(str(folder), rename(own, names), notes=adopted + notes)
+    if (folder / "transformer").is_dir():
+        parts = [open_folder(folder / part) for part in ("transformer", "vae")]
+        return Checkpoint(str(folder), parts[0].tensors | parts[1].tensors, notes=[n for p in parts for n in p.notes])
     for part in (*PARTS, REST):
         raw = read_folder(folder / part)
         if raw is None:

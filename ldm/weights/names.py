@@ -8,7 +8,7 @@ from ldm.util import UserError
 PARTS = {"unet": "model.diffusion_model.", "controlnet": "control_model.", "vae": "first_stage_model.",
          "text_encoder": "cond_stage_model.transformer."}
 TEXT = PARTS["text_encoder"]
-OUR_PREFIXES = (*PARTS.values(), "ssl_stage_model.")
+OUR_PREFIXES = (*PARTS.values(), "ssl_stage_model.", "network.")
 WRAPPERS = ("module.", "method.", "_orig_mod.")
 BRANCH_STARTS = ("time_embed.", "input_blocks.", "middle_block.", "input_hint_block.", "zero_convs.",
                  "middle_block_out.")

@@ -35,7 +35,7 @@ from post_processing.segmentation.segmentor import Segmentor
 def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score real tiles, pictures against their masks and against shuffled masks; returns results and a table."""
     samples, run = read_run(args.run, args.data_root)
-    given = ClassTable.load(args.class_table) if args.class_table else None
+    given = ClassTable.load(args.classes) if args.classes else None
     segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table

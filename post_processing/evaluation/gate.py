@@ -108,7 +108,8 @@ def judge(
 def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Judge runs against an exact one, on the same masks and noise; returns results and a table."""
     samples, exact_run = read_run(args.exact, args.data_root)
-    table = ClassTable.load(exact_run["class_table"]) if exact_run.get("class_table") else None
+    spec = args.classes or exact_run.get("class_table")
+    table = ClassTable.load(spec) if spec else None
     segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
     exact = order_pairs(samples)
     exact_areas = measure_areas(exact.values(), segmentor, args)

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, read_image
 from ldm.data.manifest import Row, read_manifest, write_manifest
-from ldm.data.prepare.pairing import choose_groups
+from ldm.data.prepare.sources import choose_groups
 from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
@@ -134,7 +134,8 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
     for number, (item, pair) in enumerate(zip(items, pairs, strict=True)):
         random = np.random.RandomState([SPLIT_SEED, number])  # has the methods of numpy's global generator
         (image, raw, mask), other = (
-            [read_image(row.image, None).copy(), read_raw_mask(row.mask).copy(), read_mask(row.mask, table).copy()]
+            [read_image(row.image, None).copy(), read_raw_mask(row.mask, table).copy(),
+             read_mask(row.mask, table).copy()]
             for row in (pair, pairs[random.randint(len(pairs))])
         )
         height, width = np.minimum(mask.shape, other[2].shape)  # where they differ, what both have takes part

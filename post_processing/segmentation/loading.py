@@ -98,7 +98,7 @@ def load_item(item: Item, table: ClassTable) -> Loaded:
         ValueError: if one is damaged, an id is not in the table, or they differ in size.
     """
     image = read_image(item.image, None)
-    raw = read_raw_mask(item.mask)
+    raw = read_raw_mask(item.mask, table)
     size = image.shape[:2]
     if raw.shape[:2] != size:
         if not item.is_resized:

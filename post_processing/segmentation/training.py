@@ -91,9 +91,9 @@ def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     for name in SETTINGS:
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
-    spec = args.class_table or config.get("class_table")
+    spec = args.classes or config.get("class_table")
     if spec is None:
-        raise UserError("--class_table: missing. Expected a name in configs/classes or the path of a class table.")
+        raise UserError("--classes: missing. Expected a name in configs/classes or the path of a class table.")
     return config, ClassTable.load(spec)
 
 

@@ -1,43 +1,11 @@
-"""Who goes with whom: groups to splits, and masks to references."""
+"""Which references go with which masks."""
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
-from ldm.data.prepare.tiling import Picture, Tile
+from ldm.data.prepare.tiling import Tile
 from ldm.util import UserError
-
-
-def choose_groups(pictures: Sequence[Picture], fraction: float, rng: np.random.Generator) -> set[str]:
-    """Draw whole groups that together hold about a fraction of the pictures.
-
-    Args:
-        pictures: labelled pictures to draw from.
-        fraction: share of the pictures wanted, 0..1 (exclusive).
-        rng: random generator.
-    Returns:
-        Names of the drawn groups: at least one, never all; empty for fraction 0. Groups larger than what is still
-        wanted are passed over, so large groups seldom make the split much larger than asked.
-    Raises:
-        UserError: if there are fewer than two groups.
-    """
-    if fraction == 0:
-        return set()
-    sizes: dict[str, int] = defaultdict(int)
-    for picture in pictures:
-        sizes[picture.group] += 1
-    if len(sizes) < 2:
-        raise UserError(f"--val_fraction/--test_fraction {fraction}: the {len(pictures)} training images form "
-                        f"{len(sizes)} group. Expected two or more. Set the fraction to 0 or change --group_regex.")
-    order = [sorted(sizes)[i] for i in rng.permutation(len(sizes))]
-    wanted = fraction * len(pictures)
-    chosen: set[str] = set()
-    total = 0
-    for group in order:
-        if total + sizes[group] <= wanted and len(chosen) < len(sizes) - 1:
-            chosen.add(group)
-            total += sizes[group]
-    return chosen or {min(order, key=lambda group: sizes[group])}
 
 
 def pick_random(tile: Tile, pool: Sequence[Tile], count: int, rng: np.random.Generator) -> list[Tile]:
@@ -83,7 +51,7 @@ def pick_nearest_mix(tile: Tile, pool: Sequence[Tile], pool_mix: np.ndarray, cou
 
 def make_rows(tile: Tile, references: Sequence[Tile | None]) -> list[dict[str, str]]:
     """Manifest rows of a tile, one a reference (None = a row without reference)."""
-    base = {"source": tile.mask, "target": tile.image, "prompt": tile.prompt}
+    base = {"source": tile.mask, "target": tile.image, "prompt": tile.prompt, **tile.place}
     return [base if reference is None else {**base, "ref_image": reference.image} for reference in references]
 
 
@@ -102,11 +70,11 @@ def pair_for_training(tiles: Sequence[Tile], kind: str, count: int, rng: np.rand
         return [row for tile in tiles for row in make_rows(tile, [None])], 0
     pools: dict[str, list[Tile]] = defaultdict(list)
     for tile in tiles:
-        pools[tile.picture.group if kind == "same_group" else ""].append(tile)
+        pools[tile.source.group if kind == "same_group" else ""].append(tile)
     rows: list[dict] = []
     left_out = 0
     for tile in tiles:
-        references = pick_random(tile, pools[tile.picture.group if kind == "same_group" else ""], count, rng)
+        references = pick_random(tile, pools[tile.source.group if kind == "same_group" else ""], count, rng)
         rows += make_rows(tile, references)
         left_out += not references
     return rows, left_out

@@ -1,43 +1,27 @@
-"""From folders of images and masks to tiles on disk: finding pairs, reading pictures, cutting windows."""
+"""From source images to tiles on disk, by rows of the source where its format allows it."""
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
-from ldm.data.images import Reading, find_images, read_image
+from ldm.data.bands import ImageInfo, Reading
+from ldm.data.classes import IGNORE_INDEX, ClassTable, MaskRules, decode
+from ldm.data.images import OpenImage, open_image
+from ldm.data.masks import OpenMask
+from ldm.data.prepare.sources import Source, raise_problems
 from ldm.util import UserError
 
-OFFSET_PATTERN = r"_y(?P<y>\d+)_x(?P<x>\d+)$"
 JPEG_QUALITY = 95
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of the source data, with its mask when it has one.
-
-    Attributes:
-        split: `train`, `val`, `test`, or `ref` for an image that only serves as a reference.
-        name: stem, shared with the mask.
-        image: path of the image.
-        mask: path of the mask; None = unlabelled.
-        group: tiles of one group stay in one split and may be references of each other.
-        scene: pictures of one scene are windows of the same larger picture.
-        offset: (top, left) of this window in its scene, pixels.
-    """
-
-    split: str
-    name: str
-    image: Path
-    mask: Path | None
-    group: str
-    scene: str
-    offset: tuple[int, int]
+RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
+SHOWN = 10  # problems of one kind that are shown in full
+MEMORY = 400_000_000  # bytes that rows of large scenes may take in all threads together
 
 
 @dataclass(frozen=True)
@@ -45,20 +29,22 @@ class Tile:
     """One written tile.
 
     Attributes:
-        picture: the picture that it was cut from.
+        source: the image that it was cut from.
         image: file name below the output folder, with forward slashes.
         mask: likewise; None for a reference.
         prompt: text for the classes present.
         box: (top, left, height, width) in the scene, pixels.
         counts: (K + 1,) int64 pixels of each class, ignored pixels last.
+        place: keys of the manifest that tell where it lies: scene, window, and crs and transform if known.
     """
 
-    picture: Picture
+    source: Source
     image: str
     mask: str | None
     prompt: str
     box: tuple[int, int, int, int]
     counts: np.ndarray = field(compare=False)
+    place: dict[str, Any] = field(compare=False, default_factory=dict)
 
     @property
     def is_labelled(self) -> bool:
@@ -67,7 +53,7 @@ class Tile:
 
     def overlaps(self, other: "Tile") -> bool:
         """True when both tiles show common ground (the same scene and windows that intersect)."""
-        if self.picture.scene != other.picture.scene:
+        if self.source.scene != other.source.scene:
             return False
         (top, left, height, width), (top2, left2, height2, width2) = self.box, other.box
         return top < top2 + height2 and top2 < top + height and left < left2 + width2 and left2 < left + width
@@ -75,17 +61,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileSettings:
-    """How pictures are cut.
+    """How images are cut.
 
     Attributes:
         root: folder that the tiles are written under.
         source_table: classes of the masks on disk.
         table: classes of the masks to write.
-        tile: edge of a tile in pixels; 0 keeps whole pictures.
+        tile: edge of a tile in pixels; 0 keeps whole images.
         strides: pixels between neighbouring tiles, for each split.
         max_ignore: labelled tiles with a larger share of ignored pixels are left out, 0..1.
-        bands: three 0-based channels to use as red, green, blue; None = the picture's own RGB or grey.
-        ext: `png` (lossless) or `jpg` (quality 95, 4:4:4), for images; masks are always PNG.
+        reading: bands, scale and nodata of the images.
+        rules: how masks are decoded.
+        pad: fill images smaller than a tile with black and 255, to the right and below.
+        ext: `png` (lossless) or `jpg` (quality 95, 4:4:4), for images; masks are always PNG. Images of other numbers
+            of bands than 1 and 3 become .npy.
     """
 
     root: Path
@@ -94,155 +83,217 @@ class TileSettings:
     tile: int
     strides: dict[str, int]
     max_ignore: float
-    bands: tuple[int, int, int] | None = None
+    reading: Reading = Reading()
+    rules: MaskRules = MaskRules()
+    pad: bool = False
     ext: str = "png"
 
+    @property
+    def channels(self) -> int:
+        """Number of channels of the tiles."""
+        return len(self.reading.bands) if self.reading.bands else 3
 
-def find_pictures(
-    split: str,
-    images: Path,
-    masks: Path | None,
-    suffixes: tuple[str, str] = ("", ""),
-    group_pattern: str | None = None,
-    offset_pattern: str = OFFSET_PATTERN,
-) -> tuple[list[Picture], list[str]]:
-    """Pair the images of a folder with the masks of another by equal stems.
 
-    Args:
-        split: split of the pictures.
-        images: folder of images.
-        masks: folder of masks; None = unlabelled.
-        suffixes: endings of the image and the mask stems that do not belong to the common name.
-        group_pattern: regular expression searched in the name; its first group (or whole match) is the group. None =
-            the scene.
-        offset_pattern: regular expression with groups y and x at the end of names that are windows of a scene.
-    Returns:
-        The pictures in sorted order and the problems found, one sentence each.
-    Raises:
-        FileNotFoundError: if a folder does not exist.
-    """
-    found = find_images(images, suffixes[0])
-    image_files, problems = found.files, found.problems
-    mask_files: dict[str, Path] = {}
-    if masks is not None:
-        found = find_images(masks, suffixes[1])
-        mask_files = found.files
-        problems += found.problems
-        problems += [f"{path}: no mask {name}{suffixes[1]}.png in {masks}"
-                     for name, path in image_files.items() if name not in mask_files]
-        problems += [f"{path}: no image of this name in {images}"
-                     for name, path in mask_files.items() if name not in image_files]
-    if not image_files:
-        problems.append(f"{images}: no image {'with the suffix ' + suffixes[0] if suffixes[0] else 'in this folder'}")
-    pictures = []
-    for name, path in image_files.items():
-        window = re.search(offset_pattern, name)
-        scene = name[: window.start()] if window else name
-        offset = (int(window["y"]), int(window["x"])) if window else (0, 0)
-        group = scene
-        if group_pattern is not None:
-            match = re.search(group_pattern, name)
-            if match is None:
-                problems.append(f"{path}: the name does not match --group_regex {group_pattern}")
-            else:
-                group = match.group(1) if match.re.groups else match.group()
-        pictures.append(Picture(split, name, path, mask_files.get(name), group, scene, offset))
-    return pictures, problems
+@dataclass
+class Cut:
+    """What cutting gave: tiles, counts of the masks (see classes.decode) and of tiles that were left out."""
+
+    tiles: list[Tile] = field(default_factory=list)
+    notes: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)
 
 
 def window_starts(length: int, tile: int, stride: int) -> list[int]:
     """Starts of windows of `tile` pixels every `stride` along `length` pixels; a last one ends at the border."""
-    starts = list(range(0, length - tile + 1, stride))
+    starts = list(range(0, length - tile + 1, stride)) or [0]
     if starts[-1] + tile < length:
         starts.append(length - tile)
     return starts
 
 
-def cut_picture(picture: Picture, settings: TileSettings) -> list[Tile]:
-    """Write the tiles of one picture.
+@dataclass(frozen=True)
+class Job:
+    """Part of the work: tiles of a source whose first row is in `tops` (None = all of them)."""
 
-    Args:
-        picture: what to cut. Unlabelled pictures of `train` get masks in which every pixel is ignored.
-        settings: see TileSettings.
-    Returns:
-        The tiles that were kept.
+    source: Source
+    tops: tuple[int, ...] | None = None
+    memory: int = 0
+
+
+def plan_jobs(source: Source, settings: TileSettings) -> list[Job]:
+    """One job an image, or one a row of tiles where any rows can be read without the others."""
+    if not settings.tile or source.pair.image.suffix.lower() not in RASTER_SUFFIXES:
+        return [Job(source)]
+    with open_image(source.pair.image, settings.channels, settings.reading) as image:
+        info, channels = image.info, image.channels
+    size = min(settings.tile, info.height)
+    starts = window_starts(info.height, size, settings.strides[source.split] or size)
+    item = np.dtype(info.dtype).itemsize
+    memory = size * info.width * (channels * (item + 1 + 4 * (item > 2)) + 4)
+    mask_by_rows = source.pair.mask is None or source.pair.mask.suffix.lower() in RASTER_SUFFIXES
+    if not (info.by_rows and info.orientation == 1 and mask_by_rows):
+        return [Job(source, None, memory * len(starts))]
+    return [Job(source, (top,), memory) for top in starts]
+
+
+def cut_job(job: Job, settings: TileSettings) -> Cut:
+    """Write the tiles of a job.
+
     Raises:
         UserError: naming the file, for an unreadable file, ids outside the table, or sizes that do not fit.
     """
-    image = read_image(picture.image, 3, Reading(settings.bands))
-    height, width = image.shape[:2]
-    if picture.mask is None:
-        mask = np.full((height, width), IGNORE_INDEX, np.uint8)
-    else:
-        mask = settings.table.map_from(settings.source_table)[read_mask(picture.mask, settings.source_table)]
-    if mask.shape != (height, width):
-        raise UserError(f"{picture.mask}: {mask.shape[1]}x{mask.shape[0]} pixels, but its image "
-                        f"{picture.image.name} has {width}x{height}")
-    if settings.tile and min(height, width) < settings.tile:
-        raise UserError(f"{picture.image}: {width}x{height} pixels, smaller than --tile {settings.tile}")
-    tile_h, tile_w = (settings.tile, settings.tile) if settings.tile else (height, width)
-    stride = settings.strides[picture.split]
-    tiles = []
-    for top in window_starts(height, tile_h, stride or tile_h):
+    source, cut = job.source, Cut()
+    with open_image(source.pair.image, settings.channels, settings.reading) as image:
+        if source.pair.mask is None:
+            cut_rows(job, image, None, settings, cut)
+        else:
+            with OpenMask(source.pair.mask) as mask:
+                cut_rows(job, image, mask, settings, cut)
+    return cut
+
+
+def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSettings, cut: Cut) -> None:
+    """Write the tiles of a job from its opened image and mask (None = unlabelled)."""
+    source, info = job.source, image.info
+    height, width = info.height, info.width
+    tile_h, tile_w = check_sizes(source, info, mask, settings)
+    stride = settings.strides[source.split]
+    lookup = settings.table.map_from(settings.source_table)
+    for top in job.tops or window_starts(height, tile_h, stride or tile_h):
+        rows, valid = image.read(top, top + tile_h)
+        ids = np.full(rows.shape[:2], IGNORE_INDEX, np.uint8)
+        if mask is not None:
+            ids = lookup[decode(mask.read(top, top + tile_h), settings.source_table, mask.path, settings.rules,
+                                cut.notes)]
+        if valid is not None:
+            cut.notes["image_nodata"] += int((~valid).sum())
+            ids = np.where(valid, ids, np.uint8(IGNORE_INDEX))
+        elif mask is not None:
+            cut.notes["black"] += int(((ids != IGNORE_INDEX) & ~rows.any(2)).sum())
         for left in window_starts(width, tile_w, stride or tile_w):
-            window = (slice(top, top + tile_h), slice(left, left + tile_w))
-            name = f"{picture.name}_{top:04d}_{left:04d}" if settings.tile else picture.name
-            tile = write_tile(picture, name, (top, left), image[window], mask[window], settings)
-            if tile is not None:
-                tiles.append(tile)
-    return tiles
+            columns = slice(left, left + tile_w)
+            if valid is not None and not valid[:, columns].any() and (mask is None or settings.max_ignore < 1):
+                cut.left_out["tiles without data"] += 1
+                continue
+            name = f"{source.pair.name}_{top:04d}_{left:04d}" if settings.tile else source.pair.name
+            tile = write_tile(source, name, (top, left), rows[:, columns], ids[:, columns], info, settings)
+            if tile is None:
+                cut.left_out["tiles over --max_ignore"] += 1
+            else:
+                cut.tiles.append(tile)
 
 
-def write_tile(picture: Picture, name: str, corner: tuple[int, int], image: np.ndarray, mask: np.ndarray,
-               settings: TileSettings) -> Tile | None:
-    """Write one tile, image (h, w, 3) uint8 and mask (h, w) uint8; None when too much of it is ignored."""
-    num_classes = settings.table.num_classes
-    counts = np.bincount(mask.reshape(-1), minlength=256)[[*range(num_classes), IGNORE_INDEX]]
-    if picture.mask is not None and counts[-1] > settings.max_ignore * mask.size:
+def check_sizes(source: Source, info: ImageInfo, mask: OpenMask | None, settings: TileSettings) -> tuple[int, int]:
+    """Size of the tiles of a source before padding, (height, width); UserError if mask or tile do not fit it."""
+    height, width = info.height, info.width
+    if mask is not None and (mask.height, mask.width) != (height, width):
+        raise UserError(f"{mask.path}: {mask.width}x{mask.height} pixels, but its image {source.pair.image.name} has "
+                        f"{width}x{height}")
+    if not settings.tile:
+        return height, width
+    if min(height, width) < settings.tile and not settings.pad and source.split != "ref":
+        raise UserError(f"{source.pair.image}: {width}x{height} pixels, smaller than --tile {settings.tile}")
+    return min(settings.tile, height), min(settings.tile, width)
+
+
+def write_tile(source: Source, name: str, corner: tuple[int, int], image: np.ndarray, mask: np.ndarray,
+               info: ImageInfo, settings: TileSettings) -> Tile | None:
+    """Write one tile, image (h, w, C) uint8 and mask (h, w) uint8; None when too much of it is ignored."""
+    counts = np.bincount(mask.reshape(-1), minlength=256)[[*range(settings.table.num_classes), IGNORE_INDEX]]
+    if source.pair.mask is not None and counts[-1] > settings.max_ignore * mask.size:
         return None
-    image_folder = "ref_img" if picture.split == "ref" else f"img_{picture.split}"
-    image_name = f"{image_folder}/{name}.{settings.ext}"
-    mask_name = None if picture.split == "ref" else f"label_{picture.split}/{name}.png"
-    options = {"compress_level": 1} if settings.ext == "png" else {"quality": JPEG_QUALITY, "subsampling": 0}
-    Image.fromarray(image).save(settings.root / image_name, **options)
+    box = (source.offset[0] + corner[0], source.offset[1] + corner[1], *mask.shape)
+    if settings.pad and settings.tile and source.split != "ref":
+        missing = [(0, settings.tile - side) for side in mask.shape]
+        counts[-1] += settings.tile**2 - mask.size
+        image = np.pad(image, [*missing, (0, 0)])
+        mask = np.pad(mask, missing, constant_values=IGNORE_INDEX)
+    is_array = image.shape[2] not in (1, 3)
+    folder = "ref_img" if source.split == "ref" else f"img_{source.split}"
+    image_name = f"{folder}/{name}.{'npy' if is_array else settings.ext}"
+    mask_name = None if source.split == "ref" else f"label_{source.split}/{name}.png"
+    if is_array:
+        np.save(settings.root / image_name, np.ascontiguousarray(image))
+    else:
+        options = {"compress_level": 1} if settings.ext == "png" else {"quality": JPEG_QUALITY, "subsampling": 0}
+        picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
+        picture.save(settings.root / image_name, **options)
     if mask_name is not None:
         Image.fromarray(mask).save(settings.root / mask_name)
-    box = (picture.offset[0] + corner[0], picture.offset[1] + corner[1], *mask.shape)
-    return Tile(picture, image_name, mask_name, settings.table.prompt(mask), box, counts)
+    return Tile(source, image_name, mask_name, settings.table.prompt(mask), box, counts, place_of(source, box, info,
+                                                                                                corner))
 
 
-def cut_pictures(pictures: Sequence[Picture], settings: TileSettings, workers: int) -> list[Tile]:
-    """Write the tiles of all pictures, with a progress bar.
+def place_of(source: Source, box: tuple[int, int, int, int], info: ImageInfo,
+             corner: tuple[int, int]) -> dict[str, Any]:
+    """Keys of the manifest that tell where a tile lies."""
+    place: dict[str, Any] = {"scene": source.scene, "window": [int(side) for side in box]}
+    if info.transform is not None:
+        a, b, c, d, e, f = info.transform
+        top, left = corner
+        place["transform"] = [a, b, a * left + b * top + c, d, e, d * left + e * top + f]
+        if info.crs:
+            place["crs"] = info.crs
+    return place
+
+
+def cut_images(sources: Sequence[Source], settings: TileSettings, workers: int) -> Cut:
+    """Write the tiles of all sources, with a progress bar.
 
     Args:
-        pictures: pictures whose split folders exist below settings.root.
+        sources: images whose split folders exist below settings.root.
         settings: see TileSettings.
-        workers: threads.
+        workers: threads; fewer work at once where rows of large scenes would not fit in MEMORY.
     Returns:
-        Tiles in the order of the pictures.
+        Tiles in the order of the sources, and all counts.
     Raises:
         UserError: one error that lists every bad file.
     """
-    def attempt(picture: Picture) -> list[Tile] | UserError:
+    def plan(source: Source) -> list[Job] | UserError:
         try:
-            return cut_picture(picture, settings)
-        except UserError as error:
-            return error
+            return plan_jobs(source, settings)
+        except (UserError, FileNotFoundError) as error:
+            return UserError(str(error))
 
-    results = run_threaded(attempt, pictures, workers)
-    raise_problems([str(result) for result in results if isinstance(result, UserError)])
-    return [tile for result in results for tile in result]
+    def work(job: Job | UserError) -> Cut | UserError:
+        try:
+            return job if isinstance(job, UserError) else cut_job(job, settings)
+        except (UserError, FileNotFoundError) as error:
+            return UserError(str(error))
 
-
-def run_threaded(function: Callable, items: Sequence, workers: int) -> list:
-    """Map a function over items in threads, results in order, with a progress bar."""
     with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), unit="image", desc="tiling"))
+        plans = list(pool.map(plan, sources))
+    jobs = [job for planned in plans for job in (planned if isinstance(planned, list) else [planned])]
+    largest = max((job.memory for job in jobs if isinstance(job, Job)), default=0)
+    with ThreadPoolExecutor(min(workers, max(1, MEMORY // max(largest, 1)))) as pool:
+        results = list(tqdm(pool.map(work, jobs), total=len(jobs), unit="job", desc="tiling"))
+    raise_problems(list_problems([result for result in results if isinstance(result, UserError)], settings.tile))
+    whole = Cut()
+    for result in results:
+        whole.tiles += result.tiles
+        whole.notes.update(result.notes)
+        whole.left_out.update(result.left_out)
+    return whole
 
 
-def raise_problems(problems: Iterable[str]) -> None:
-    """Raise one UserError that lists all problems; do nothing when there are none."""
-    problems = list(problems)
-    if problems:
-        raise UserError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the input data; nothing was written. "
-                        "Correct these files and run again:\n  " + "\n  ".join(problems))
+def list_problems(errors: Sequence[UserError], tile: int) -> list[str]:
+    """Texts of errors, each once; what many files have in common is said once, with their names."""
+    texts = list(dict.fromkeys(str(error) for error in errors))
+    ending = f"smaller than --tile {tile}"
+    small = [text for text in texts if text.endswith(ending)]
+    problems = [text for text in texts if text not in small]
+    if small:
+        sides = [int(side) for text in small for side in re.search(r": (\d+)x(\d+) pixels", text).groups()]
+        problems.append(f"{len(small)} images are {ending}, the smallest side has {min(sides)} pixels (the first: "
+                        f"{', '.join(text.partition(': ')[0] for text in small[:3])}). Take --tile {min(sides)} or "
+                        "less, --tile 0 for whole images, or --pad to fill them up (black, 255 in masks)")
+    alike: dict[str, list[str]] = {}
+    for text in problems:
+        file, _, reason = text.partition(": ")
+        alike.setdefault(re.sub(r"[-\d.]+", "#", reason.replace(Path(file).name, "")), []).append(text)
+    result = []
+    for group in alike.values():
+        result += group if len(group) <= SHOWN else group[:3] + [
+            f"and {len(group) - 3} more files like the last: "
+            + ", ".join(Path(text.partition(": ")[0]).name for text in group[3:])]
+    return result

@@ -1,0 +1,276 @@
+"""Mask files: the numbers, colours and palettes that they hold, read without any conversion.
+
+What these mean by a class table is said by classes.py.
+"""
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.data import rasters
+from ldm.data.images import UPRIGHT, WHOLE_PIXELS, raw_mode, read_orientation
+from ldm.util import UserError
+
+logger = logging.getLogger(__name__)
+
+LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP")
+# Pillow stretches 2- and 4-bit grey PNGs to 0..255 when it unpacks them; ids need the stored number back.
+GREY_STRETCH = {"L;2": 85, "L;4": 17}
+EXPECTED = "Expected grey or palette ids (up to 16 bit), or 8-bit RGB in the colours of the class table"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows of a mask as they are stored.
+
+    Attributes:
+        values: (h, w) integer ids or palette indices, or (h, w, 3) uint8 colours.
+        valid: (h, w) bool, False where the file says that there is no data; None = data everywhere.
+        palette: (N, 3) uint8 colours of the indices, or None.
+        nodata: the number that the file calls no data, or None.
+    """
+
+    values: np.ndarray
+    valid: np.ndarray | None = None
+    palette: np.ndarray | None = None
+    nodata: float | None = None
+
+
+class OpenMask:
+    """An opened mask file; use it in a `with` statement, in one thread.
+
+    Attributes:
+        path: the file.
+        height, width: of the upright mask, pixels.
+        by_rows: rows can be read without decoding the ones before them.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a mask; pixels are read later.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            UserError: for JPEG and other lossy or unsuitable formats and for damaged files.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"mask file not found: {path}. Check the path and --data_root.")
+        self._picture: Image.Image | None = None
+        self._raster: Any = None
+        self._whole: Stored | None = None
+        self.turn = 1
+        try:
+            pages = rasters.read_pages(self.path) if rasters.sniff(self.path) == "GTiff" else []
+            if pages:
+                rasters.check_pages(self.path, pages)
+            if pages and (rasters.is_installed() or not rasters.is_plain(pages[0])):
+                self.turn = rasters.orientation_of(pages[0], self.path)
+                self._raster = rasters.open_dataset(self.path)
+                check_lossless_raster(self._raster, self.path)
+            else:
+                self._open_with_pillow()
+        except UserError:
+            self.close()
+            raise
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
+            self.close()
+            raise self._damaged(error) from error
+        width, height = self._picture.size if self._picture else (self._raster.width, self._raster.height)
+        self.height, self.width = (width, height) if self.turn >= 5 else (height, width)
+        self.by_rows = self._raster is not None and self.turn == 1 and self._raster.driver == "GTiff"
+
+    def __enter__(self) -> "OpenMask":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        for source in (self._picture, self._raster):
+            if source is not None:
+                source.close()
+
+    def read(self, top: int = 0, bottom: int | None = None) -> Stored:
+        """Read rows top..bottom - 1 of the upright mask (None = to the end); UserError for a damaged file."""
+        if self._raster is not None and self.turn == 1:
+            return self._read_raster(top, self.height if bottom is None else bottom)
+        if self._whole is None:
+            turn = UPRIGHT.get(self.turn, lambda array: array)
+            whole = self._read_raster(0, self._raster.height) if self._raster is not None else self._read_pillow()
+            valid = None if whole.valid is None else turn(whole.valid)
+            self._whole = Stored(turn(whole.values), valid, whole.palette, whole.nodata)
+        whole = self._whole
+        valid = None if whole.valid is None else whole.valid[top:bottom]
+        return Stored(whole.values[top:bottom], valid, whole.palette, whole.nodata)
+
+    def _open_with_pillow(self) -> None:
+        try:
+            self._picture = Image.open(self.path)
+        except Image.DecompressionBombError:
+            self._picture = None
+        if self._picture is not None:
+            check_lossless(self._picture, self.path)
+            if getattr(self._picture, "n_frames", 1) > 1 and self._picture.format != "TIFF":
+                raise UserError(f"{self.path}: {self._picture.n_frames} frames. Expected one mask a file.")
+            self.turn = read_orientation(self._picture)
+            width, height = self._picture.size
+            if width * height <= WHOLE_PIXELS or self._picture.format != "PNG" or not rasters.is_installed():
+                return
+            self._picture.close()
+            self._picture = None
+        self._raster = rasters.open_dataset(self.path)
+        check_lossless_raster(self._raster, self.path)
+
+    def _read_pillow(self) -> Stored:
+        picture, path = self._picture, self.path
+        try:
+            raw = raw_mode(picture)
+            stretch = GREY_STRETCH.get(raw, 1) if picture.format == "PNG" else 1
+            picture.load()
+            if read_orientation(picture) != self.turn:
+                raise UserError(f"{path}: its orientation tag stands behind the pixels. Write the file again, upright.")
+            if picture.mode == "RGB" and ";16" in raw:
+                raise UserError(f"{path}: RGB of 16 bits. {EXPECTED}. Write the mask again.")
+            palette = None
+            if picture.mode in ("P", "PA"):
+                palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            alpha = alpha_of(picture)
+            if picture.mode in ("LA", "PA", "RGBA", "RGBX"):
+                picture = picture.convert("RGB") if len(picture.getbands()) == 4 else picture.getchannel(0)
+            mode, values = picture.mode, np.asarray(picture)
+        except UserError:
+            raise
+        except Exception as error:  # as in __init__
+            raise self._damaged(error) from error
+        if mode == "F":
+            return Stored(*whole_numbers(values, path))
+        if mode not in ("1", "L", "P", "I", "RGB") and not mode.startswith("I;16"):
+            raise UserError(f"{path}: a mask of mode {mode}. {EXPECTED}.")
+        values = values.astype(np.uint8) if mode == "1" else values // stretch
+        return Stored(values, opaque(alpha, path), palette)
+
+    def _read_raster(self, top: int, bottom: int) -> Stored:
+        dataset, path = self._raster, self.path
+        names = [interpretation.name for interpretation in dataset.colorinterp]
+        alpha = names.index("alpha") if "alpha" in names else None
+        bands = [number for number in range(dataset.count) if number != alpha]
+        if len(bands) not in (1, 3):
+            raise UserError(f"{path}: a mask of {len(bands)} bands. {EXPECTED}. Write the band of the classes to a "
+                            f"file of its own: gdal_translate -b N {path.name} OUT.tif.")
+        values, valid = rasters.RasterSource(dataset, path, None, None).read(bands, top, bottom)
+        if alpha is not None:
+            level = rasters.RasterSource(dataset, path, None, None).read([alpha], top, bottom)[0][:, :, 0]
+            valid = rasters.both(valid if valid is not None else np.ones(level.shape, bool), opaque(level, path))
+            valid = None if valid.all() else valid
+        if len(bands) == 3:
+            if values.dtype != np.uint8:
+                raise UserError(f"{path}: three bands of {values.dtype}. {EXPECTED}. Write the mask again.")
+            return Stored(np.ascontiguousarray(values), valid, None, dataset.nodata)
+        values = values[:, :, 0]
+        if values.dtype.kind == "f":
+            values, whole = whole_numbers(values, path)
+            valid = whole if valid is None else valid if whole is None else valid & whole
+        elif values.dtype.kind not in "iu":
+            raise UserError(f"{path}: numbers of type {values.dtype}. {EXPECTED}.")
+        palette = None
+        if names[0] == "palette":
+            colours = dataset.colormap(1)
+            palette = np.zeros((max(colours) + 1, 3), np.uint8)
+            for number, colour in colours.items():
+                palette[number] = colour[:3]
+        return Stored(np.ascontiguousarray(values), valid, palette, dataset.nodata)
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: not readable as an image ({error}). Write the mask again.")
+
+
+def alpha_of(picture: Image.Image) -> np.ndarray | None:
+    """Alpha of a loaded image, (h, w) uint8, or None if it has none."""
+    if picture.mode in ("LA", "PA", "RGBA"):
+        return np.asarray(picture.getchannel(len(picture.getbands()) - 1))
+    if "transparency" in picture.info:
+        return np.asarray(picture.convert("RGBA").getchannel(3))
+    return None
+
+
+def opaque(alpha: np.ndarray | None, path: Path) -> np.ndarray | None:
+    """Where alpha says that there is a class, (h, w) bool, None = everywhere; UserError for half-transparent pixels."""
+    if alpha is None:
+        return None
+    levels = np.unique(alpha)
+    if not set(levels.tolist()) <= {0, np.iinfo(alpha.dtype).max}:
+        raise UserError(f"{path}: transparent in part (alpha {levels[0]} to {levels[-1]}). Expected every pixel to be "
+                        "opaque (a class) or fully transparent (no class). Write the mask again without alpha.")
+    return None if levels[0] else alpha > 0
+
+
+def whole_numbers(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Floats (h, w) as int32, and where they are numbers at all (None = everywhere); UserError for fractions."""
+    is_number = np.isfinite(values)
+    whole = np.where(is_number, values, 0)
+    if (np.abs(whole) > 2**31 - 1).any() or (whole != np.rint(whole)).any():
+        wrong = whole[(whole != np.rint(whole)) | (np.abs(whole) > 2**31 - 1)]
+        raise UserError(f"{path}: floats that are no whole numbers ({wrong[0]:g} and {wrong.size - 1} more pixels). "
+                        f"{EXPECTED}. Write the mask again with its ids as integers.")
+    return whole.astype(np.int32), None if is_number.all() else is_number
+
+
+def check_lossless(picture: Image.Image, path: Path) -> None:
+    """Raise UserError unless the opened image is stored without loss."""
+    is_jpeg = picture.format in ("JPEG", "MPO") or "jpeg" in str(picture.info.get("compression", "")).lower()
+    if is_jpeg:
+        raise UserError(f"{path}: a JPEG mask. JPEG changes pixel values, so class ids get lost. Expected a lossless "
+                        "PNG; export the mask again from its source.")
+    if picture.format not in LOSSLESS_FORMATS:
+        raise UserError(f"{path}: a mask in {picture.format} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
+
+
+def check_lossless_raster(dataset: Any, path: Path) -> None:
+    """Raise UserError unless the opened raster is stored without loss."""
+    if dataset.driver not in ("GTiff", "PNG"):
+        raise UserError(f"{path}: a mask in {dataset.driver} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
+    tags = dataset.tags(ns="IMAGE_STRUCTURE")
+    kind = tags.get("COMPRESSION", "")
+    is_lossy = tags.get("COMPRESSION_REVERSIBILITY", "") == "LOSSY" or float(tags.get("MAX_Z_ERROR", 0)) > 0
+    if "JPEG" in kind or is_lossy:
+        raise UserError(f"{path}: compressed with loss ({kind}), like a JPEG mask. That changes pixel values, so class "
+                        "ids get lost. Expected a lossless file; export the mask again from its source.")
+
+
+def count_ids(raw: np.ndarray) -> np.ndarray:
+    """Pixels of every number 0..65535, (65536,) or fewer; numbers outside are not counted."""
+    if raw.dtype not in (np.uint8, np.uint16):
+        raw = raw[(raw >= 0) & (raw < 65536)]
+    return np.bincount(raw.reshape(-1), minlength=256)
+
+
+def colour_codes(colours: np.ndarray) -> np.ndarray:
+    """(..., 3) uint8 -> (...) int32, 65536 r + 256 g + b."""
+    wide = colours.astype(np.int32)
+    return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
+
+
+@functools.lru_cache(maxsize=2)
+def colour_lookup(colours: tuple[tuple[int, int, int], ...], ignore: tuple[int, int, int]) -> np.ndarray:
+    """Number in `colours` of every colour code, (2**24,) int16; 255 = the ignore colour, -1 = none of them."""
+    lookup = np.full(1 << 24, -1, np.int16)
+    lookup[colour_codes(np.array(ignore, np.uint8))] = 255
+    lookup[colour_codes(np.array(colours, np.uint8))] = np.arange(len(colours))
+    return lookup
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Log a warning, each text once."""
+    logger.warning(text)
+
+
+def short_list(values: list) -> str:
+    """First eight values as text, with the number of the others."""
+    text = ", ".join(str(value) for value in values[:8])
+    return text if len(values) <= 8 else f"{text} and {len(values) - 8} more"
