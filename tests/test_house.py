@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "cldm": ("cldm", "ldm"),
     # Wide on purpose: where it could not reach a helper, it grew a second copy.
     "post_processing": ("post_processing", "ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.ray_pool",
-                        "ldm.sheet", "ldm.cli", "ldm.weights.files", "ldm.generation.machine"),
+                        "ldm.sheet", "ldm.cli",
+                        "ldm.modules.perceptual", "ldm.weights.files", "ldm.generation.machine"),
     "scripts": ("scripts", "post_processing", "cldm", "ldm"),
     "train": ("cldm", "ldm"),
     "inference": ("cldm", "ldm"),
