@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import numpy as np
 from ldm import ray_pool
 from ldm.cli import add_classes, choose_device, natural, positive_float, positive_int, shard
 from ldm.data.classes import ClassTable, same_names
+from ldm.data.images import Pair
 from ldm.data.manifest import read_manifest
 from ldm.files import Record, atomic_write, lock, write_json
 from ldm.run_folder import RunFolder
 from ldm.util import UserError, run_entry_point
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import match_folders
-from post_processing.segmentation.loading import Item, find_items
+from post_processing.segmentation.loading import find_generated
 from post_processing.segmentation.segmentor import load_segmentor
 from post_processing.selection.hardness import Hardness, fingerprint_of, get_hardness
 from post_processing.selection.rules import PixelFilter, draw_overlay, is_finished
@@ -91,6 +93,7 @@ def run_filter(args: argparse.Namespace) -> int:
     check_arguments(args)
     number, count = args.shard
     items, run, images = find_synthesized(args)
+    is_resized = any(run.get("settings", {}).get(key) is not None for key in ("H", "W"))
     pairs = find_real(args)
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else None
     given = ClassTable.load(args.classes) if args.classes else run_table
@@ -131,12 +134,14 @@ def run_filter(args: argparse.Namespace) -> int:
 
             def build(place: Path) -> PixelFilter:  # without the segmentor, which each actor loads
                 judge = load_segmentor(config, checkpoint, choose_device(args.device), own_table)
-                return PixelFilter(judge, limits, table, absolute, place, args.batch_size, args.num_workers)
+                return PixelFilter(judge, limits, table, absolute, place, args.batch_size, args.num_workers,
+                                   is_resized)  # fmt: skip
 
-            todo = [Item(item.image.absolute(), item.mask.absolute(), item.is_resized) for item in todo]
+            todo = [replace(item, image=item.image.absolute(), mask=item.mask.absolute()) for item in todo]
             failures = filter_on_ray(args, todo, build, work.absolute()) if todo else []
         else:
-            worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers)
+            worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers,
+                                 is_resized)  # fmt: skip
             failures = worker.run(todo)
     failed = run_folder.finish([item.image.name for item in items], failures)
     records = run_folder.done()
@@ -150,7 +155,7 @@ def output_folder(args: argparse.Namespace, settings: dict[str, Any]) -> RunFold
     return RunFolder(Path(args.filtered_mask_path), settings, "--filtered-mask-path", "filter.json")
 
 
-def filter_on_ray(args: argparse.Namespace, items: Sequence[Item], build: Callable[[Path], PixelFilter],
+def filter_on_ray(args: argparse.Namespace, items: Sequence[Pair], build: Callable[[Path], PixelFilter],
                   work: Path) -> list[Record]:  # fmt: skip
     """Let actors filter images; returns the failures.
 
@@ -163,7 +168,7 @@ def filter_on_ray(args: argparse.Namespace, items: Sequence[Item], build: Callab
     ray = ray_pool.connect()
     failures: list[Record] = []
 
-    def give_up(unit: Sequence[Item], reason: str) -> None:
+    def give_up(unit: Sequence[Pair], reason: str) -> None:
         failures.extend({"image": item.image.name, "mask": str(item.mask), "reason": reason} for item in unit)
 
     try:
@@ -177,7 +182,7 @@ def filter_on_ray(args: argparse.Namespace, items: Sequence[Item], build: Callab
         ray.shutdown()
 
 
-def build_in_actor(build: Callable[[Path], PixelFilter], work: Path) -> Callable[[Sequence[Item]], list[Record]]:
+def build_in_actor(build: Callable[[Path], PixelFilter], work: Path) -> Callable[[Sequence[Pair]], list[Record]]:
     """The filter of a process of Ray's, with a folder of its own for unfinished files."""
     own = work / f"{os.uname().nodename}-{os.getpid()}"
     own.mkdir(exist_ok=True)
@@ -196,7 +201,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{one}: expected it, or both {names}. Give one of the two.")
 
 
-def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, Any], Path]:
+def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, Any], Path]:
     """Pictures with their masks in the order of their names, what run.json says, and the folder of the pictures.
 
     Raises:
@@ -205,9 +210,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
     run: dict[str, Any] = {}
     if args.run:
         samples, run = read_run(args.run, args.run_root, check_files=False)
-        settings = run.get("settings", {})
-        is_resized = settings.get("H") is not None or settings.get("W") is not None
-        items = sorted((Item(sample.image, sample.mask, is_resized) for sample in samples), key=lambda i: i.image.name)
+        items = sorted(samples, key=lambda sample: sample.image.name)
         if not any(item.mask.is_file() for item in items):
             raise FileNotFoundError(
                 f"--run: none of the masks of {args.run} is there (the first is {items[0].mask}). Expected them where "
@@ -216,7 +219,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
         images = Path(args.run) / "images"
     else:
         images = Path(args.syn_img_path)
-        items = find_items(images, Path(args.syn_mask_path))
+        items = find_generated(images, Path(args.syn_mask_path))
     stems = [item.image.stem for item in items]
     if len(set(stems)) < len(stems):
         doubled = sorted({stem for stem in stems if stems.count(stem) > 1})
@@ -227,7 +230,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
     return items, run, images
 
 
-def find_real(args: argparse.Namespace) -> list[Item]:
+def find_real(args: argparse.Namespace) -> list[Pair]:
     """Real pairs, each once; which files are sound shows when they are read."""
     if args.real_txt_file:
         root = args.data_root or Path(args.real_txt_file).parent
@@ -237,7 +240,7 @@ def find_real(args: argparse.Namespace) -> list[Item]:
         pairs = match_folders(Path(args.real_img_path), Path(args.real_mask_path))
     if not pairs:
         raise UserError(f"--real-img-path: no pictures in {args.real_img_path}. Expected the real training images.")
-    return [Item(image, mask) for image, mask in pairs]
+    return [Pair(image, mask) for image, mask in pairs]
 
 
 def warn_of_unknown(hardness: Hardness, margin: float) -> None:
@@ -285,7 +288,7 @@ def write_report(
     logger.info("%s\nwritten to %s", text, folder)
 
 
-def draw_overlays(folder: Path, items: Sequence[Item], records: dict[str, Record], table: ClassTable) -> None:
+def draw_overlays(folder: Path, items: Sequence[Pair], records: dict[str, Record], table: ClassTable) -> None:
     """Draw overlays/{stem}.png for pictures that are finished."""
     for item in items:
         if item.image.name in records:

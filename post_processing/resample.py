@@ -21,7 +21,7 @@ from ldm.data.manifest import write_manifest
 from ldm.files import atomic_folder, digest_of, link_or_copy, write_json
 from ldm.run_folder import RunFolder
 from ldm.util import UserError, nearest, run_entry_point
-from post_processing.segmentation.loading import find_items
+from post_processing.segmentation.loading import find_generated
 from post_processing.selection.balance import balance_of, describe_balance, draw_balance
 from post_processing.selection.choice import Candidate, cap, keep_by_hardness, keep_by_rule
 from post_processing.selection.hardness import read_hardness
@@ -143,7 +143,7 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         images = Path(args.syn_img_path or settings["images"])
         candidates = [from_record(record, images, folder, table) for record in records.values()]
     elif args.syn_img_path and args.syn_mask_path:
-        items = find_items(Path(args.syn_img_path), Path(args.syn_mask_path))
+        items = find_generated(Path(args.syn_img_path), Path(args.syn_mask_path))
         items = [item for item in items if (folder / f"{item.image.stem}.png").is_file()]
 
         def count(path: Path) -> np.ndarray:

@@ -11,26 +11,21 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
+from ldm.data.images import Pair
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
-from post_processing.segmentation.loading import Item, Loaded, load_batches
+from post_processing.segmentation.loading import Loaded, load_batches
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One synthesized image and what it was painted from.
+class Sample(Pair):
+    """A generated image with the mask and the reference that it was generated from (None if the run had none).
 
     Attributes:
-        image: the synthesized picture.
-        mask: the mask file it was painted for.
-        reference: the reference file, None if the run had none.
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
     """
 
-    image: Path
-    mask: Path
-    reference: Path | None
-    size: tuple[int, int]
+    size: tuple[int, int] = (0, 0)
 
 
 def read_run(
@@ -88,6 +83,7 @@ def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
     return Sample(
         image=folder / record["image"],
         mask=root / record["mask"],
+        name=Path(record["image"]).stem,
         reference=root / reference if reference else None,
         size=(int(record["height"]), int(record["width"])),
     )
@@ -103,14 +99,11 @@ def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.nda
 
 def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
     """Yield batches of samples with their masks (see load_batches); ValueError for an image of another size."""
-    sizes = {sample.image: sample.size for sample in samples}
-    for batch in load_batches([Item(sample.image, sample.mask, is_resized=True) for sample in samples], table,
-                              batch_size, workers):  # fmt: skip
+    for batch in load_batches(samples, table, batch_size, workers, is_resized=True):
         for loaded in batch:
-            path, size = loaded.item.image, loaded.mask.shape
-            if size != sizes[path]:
-                raise ValueError(f"image {path}: {size} pixels. Expected {sizes[path]} (height, width). Generate it "
-                                 "again.")
+            if loaded.mask.shape != loaded.pair.size:
+                raise ValueError(f"image {loaded.pair.image}: {loaded.mask.shape} pixels. Expected {loaded.pair.size} "
+                                 "(height, width). Generate it again.")
         yield batch
 
 

@@ -13,12 +13,13 @@ from segmentors import ColourModel, colour_segmentor, make_segmentor, table_of
 from torch.nn import functional as F
 
 from ldm.data.classes import read_mask
+from ldm.data.images import Pair
 from ldm.files import append_lines, file_identity, read_lines
 from ldm.run_folder import RunFolder
 from ldm.util import UserError, run_entry_point
 from post_processing.filter import main
 from post_processing.run_index import read_mask_at
-from post_processing.segmentation.loading import Item, find_items
+from post_processing.segmentation.loading import find_generated
 from post_processing.segmentation.segmentor import Segmentor
 from post_processing.selection.hardness import fingerprint_of, get_hardness, measure_hardness, pixel_loss
 from post_processing.selection.rules import PixelFilter, encode_mask, judge_batch
@@ -43,7 +44,7 @@ def make_pictures(folder, count, classes, seed, name="{}", absent=()):
         image, label = folder / f"img/{name.format(number)}.png", folder / f"label/{number}.png"
         Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(image)
         Image.fromarray(mask).save(label)
-        items.append(Item(image, label))
+        items.append(Pair(image, label))
     return items
 
 
@@ -220,9 +221,9 @@ def test_filtered_masks_are_read_by_the_table_of_their_source(tmp_path, form):
         picture = Image.fromarray(ids * 255).convert("1")
     picture.save(tmp_path / "a.png")
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "b.png")
-    from post_processing.segmentation.loading import load_item
+    from post_processing.segmentation.loading import load_pair
 
-    loaded = load_item(Item(tmp_path / "b.png", tmp_path / "a.png"), table)
+    loaded = load_pair(Pair(tmp_path / "b.png", tmp_path / "a.png"), table)
     is_dropped = np.random.default_rng(1).random(ids.shape) < 0.4
     (tmp_path / "c.png").write_bytes(encode_mask(loaded.raw, is_dropped, table))
     np.testing.assert_array_equal(read_mask(tmp_path / "c.png", table), np.where(is_dropped, 255, ids))
@@ -240,11 +241,11 @@ def test_only_the_last_seed_is_no_part_of_the_masks_name(tmp_path):
         (tmp_path / part).mkdir()
         for name in names:
             (tmp_path / part / name).touch()
-    found = {item.image.name: item.mask.name for item in find_items(tmp_path / "img", tmp_path / "label")}
+    found = {item.image.name: item.mask.name for item in find_generated(tmp_path / "img", tmp_path / "label")}
     assert found == {"a_seed_1.png": "a.png", "a_seed_1_seed_22.jpg": "a_seed_1.png", "b.png": "b.png",
                      "c_seed_x.png": "c_seed_x.png", "d_seed_3.png": "d.png"}  # fmt: skip
     with pytest.raises(FileNotFoundError, match="none of the 5 pictures"):
-        find_items(tmp_path / "img", tmp_path)
+        find_generated(tmp_path / "img", tmp_path)
 
 
 KILLED = """
@@ -252,7 +253,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import post_processing.selection.rules as filtering
-from post_processing.segmentation.loading import find_items
+from post_processing.segmentation.loading import find_generated
 from segmentors import colour_segmentor
 
 folder, out, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -271,7 +272,7 @@ segmentor = colour_segmentor(4)
 (out / ".shard-0-of-1.partial").mkdir(parents=True)
 limits = torch.full((256,), 1.0)
 worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".shard-0-of-1.partial", 2, 1)
-worker.run(find_items(folder / "img", folder / "label"))
+worker.run(find_generated(folder / "img", folder / "label"))
 """
 
 

@@ -101,7 +101,7 @@ def score_run(
         images, masks = stack_batch(batch, segmentor.device)
         prediction = torch.cat(run_in_parts(segmentor.predict, images))
         own.add(prediction, masks)
-        numbers = [place[loaded.item.mask, loaded.mask.shape] for loaded in batch]
+        numbers = [place[loaded.pair.mask, loaded.mask.shape] for loaded in batch]
         for score, order in zip(shuffled, orders, strict=True):
             score.add(prediction, torch.stack([mask_of(order[number]) for number in numbers]))
     return own, shuffled

@@ -160,7 +160,7 @@ def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argpars
     for batch in run_batches(samples, table, args.batch_size, args.num_threads):
         images, masks = stack_batch(batch, segmentor.device)
         prediction = torch.cat(run_in_parts(segmentor.predict, images))
-        numbers = [number_of[loaded.item.image] for loaded in batch]
+        numbers = [number_of[loaded.pair.image] for loaded in batch]
         areas[numbers] = class_areas(prediction, masks, table.num_classes, table.ignore_index)
     return areas
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.data.images import Pair
 from ldm.util import UserError
-from post_processing.segmentation.loading import Item, load_batches, run_in_parts, stack_batch
+from post_processing.segmentation.loading import load_batches, run_in_parts, stack_batch
 from post_processing.segmentation.segmentor import Segmentor
 
 SRGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
@@ -123,8 +124,9 @@ def score_pairs(
     """
     table, problems = segmentor.class_table, []
     score = SegmentationScore(table.names, table.ignore_index)
-    items = [Item(image, mask, is_resized=True) for image, mask in dict.fromkeys(pairs)]
-    for batch in load_batches(items, table, batch_size, workers, lambda _, error: problems.append(str(error))):
+    items = [Pair(image, mask) for image, mask in dict.fromkeys(pairs)]
+    for batch in load_batches(items, table, batch_size, workers, lambda _, error: problems.append(str(error)),
+                              is_resized=True):  # fmt: skip
         images, masks = stack_batch(batch, segmentor.device)
         score.add(torch.cat(run_in_parts(segmentor.predict, images)), masks)
     if problems:

@@ -18,7 +18,7 @@ from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import class_weights
-from post_processing.segmentation.loading import Item, load_item
+from post_processing.segmentation.loading import load_pair
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
 
@@ -77,7 +77,7 @@ def write_unfiltered(plan: "Plan") -> None:
         (folder / name).mkdir(exist_ok=True)
     rows = []
     for sample in samples:
-        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        loaded = load_pair(sample, table, is_resized=True)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
         atomic_write(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
         (folder / image).unlink(missing_ok=True)
