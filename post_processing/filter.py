@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ldm import ray_pool
-from ldm.cli import add_classes, choose_device, natural, positive_float, positive_int, shard
+from ldm.cli import add_classes, choose_device, markdown_table, natural, positive_float, positive_int, shard
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.images import Pair
 from ldm.data.manifest import read_manifest
@@ -272,16 +272,15 @@ def write_report(
     everything, dropped = (sum(int(total[k]) for total in totals.values()) for k in (0, 1))
     report = {"pictures": len(records), "failed": len(failed), "tolerance_margin": margin, "pixels": everything,
               "dropped": dropped, "share": round(dropped / max(1, everything), 6), "classes": classes}  # fmt: skip
-    lines = [
-        "| class | real pixels | mean loss | limit | pictures | pixels | dropped |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, row in classes.items():
-        loss = f"{row['mean_loss']:.4f} | {row['limit']:.4f}" if row["real_pixels"] else "none | left alone"
-        share = "-" if row["share"] is None else f"{row['share']:.1%}"
-        lines.append(f"| {name} | {row['real_pixels']:,} | {loss} | {row['pictures']} | {row['pixels']:,} | {share} |")
-    lines.append(f"| all | | | | {len(records)} | {everything:,} | {report['share']:.1%} |")
-    text = "\n".join(lines) + f"\n\n{len(records)} pictures filtered, {len(failed)} failed (failures.jsonl).\n"
+        loss = [f"{row[key]:.4f}" if row["real_pixels"] else text
+                for key, text in (("mean_loss", "none"), ("limit", "left alone"))]  # fmt: skip
+        share = None if row["share"] is None else f"{row['share']:.1%}"
+        rows.append([name, f"{row['real_pixels']:,}", *loss, row["pictures"], f"{row['pixels']:,}", share])
+    rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
+    table = markdown_table(["class", "real pixels", "mean loss", "limit", "pictures", "pixels", "dropped"], rows)
+    text = f"{table}\n{len(records)} pictures filtered, {len(failed)} failed (failures.jsonl).\n"
     with lock(folder / ".lock"):
         write_json(folder / "report.json", report)
         atomic_write(folder / "report.md", text)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.cli import add_classes
+from ldm.cli import add_classes, fraction, positive_int
 from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.data.manifest import write_manifest
 from ldm.files import atomic_folder, digest_of, link_or_copy, write_json
@@ -47,17 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more pictures")
     add("--rare", nargs="+", type=str.strip, default=["auto"], metavar="CLASS",
         help="rule: names of rare classes; none; auto = the worst of the segmentor's classes (see --iou)")
-    add("--num-rare", type=int, default=3, help="how many classes --rare auto takes")
+    add("--num-rare", type=positive_int, default=3, help="how many classes --rare auto takes")
     add("--iou", help="JSON with the IoU of every class, such as results.json of evaluate.py; for --rare auto")
     add("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="measure the IoU of this one instead; needs:")
     add("--iou_txt_file", help="manifest of real validation pairs to measure the IoU on; paths start at its folder")
     add("--device", default="auto", help="where --segmentor runs")
-    add("--min-rare-pixels", type=int, default=1, help="rule: pixels of a rare class that must survive")
-    add("--valid-ratio", type=float, default=0.8, help="rule: or more than this share of the mask must survive")
+    add("--min-rare-pixels", type=positive_int, default=1, help="rule: pixels of a rare class that must survive")
+    add("--valid-ratio", type=fraction, default=0.8, help="rule: or more than this share of the mask must survive")
     add("--count-ignored", action="store_true", help="rule: pixels that never had a class count as dropped")
     add("--hardness", help="hardness.json for --policy hardness; default: the one beside the filtered masks")
-    add("--max-per-mask", type=int, help="most pictures of one mask")
-    add("--max-per-class", type=int, help="most pictures kept for one class, each counting for its rarest class")
+    add("--max-per-mask", type=positive_int, help="most pictures of one mask")
+    add("--max-per-class", type=positive_int,
+        help="most pictures kept for one class, each counting for its rarest class")
     add("--seed", type=int, default=0, help="of every random choice")
     add("--overwrite", action="store_true", help="replace another choice in --out-dir")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -67,11 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Choose and write; returns 0. Mistakes of the user raise ValueError, FileNotFoundError or FileExistsError."""
     args = build_parser().parse_args(argv)
-    for flag in ("num_rare", "min_rare_pixels", "max_per_mask", "max_per_class"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is not possible. Expected at least 1.")
-    if not 0 <= args.valid_ratio <= 1:
-        raise UserError(f"--valid-ratio: {args.valid_ratio} is not possible. Expected a share between 0 and 1.")
     filtered = Path(args.filtered_mask_path)
     settings = RunFolder(filtered, record="filter.json").read().get("settings", {})
     if not settings and not args.classes:

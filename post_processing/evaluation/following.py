@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.cli import choose_device
+from ldm.cli import choose_device, markdown_table
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.manifest import read_manifest
 from ldm.util import UserError
@@ -75,8 +75,7 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     score = {"OA": score["aAcc"], **score}
     rows = [(key, score[key]) for key in ("OA", "mIoU", "mAcc")] + [(f"IoU {k}", v) for k, v in score["IoU"].items()]
     results = {"measure": "segmentor", "metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
-    table = "| | % |\n|---|---|\n" + "".join(f"| {k} | {'-' if v is None else f'{v:.2f}'} |\n" for k, v in rows)
-    return results | {"arguments": plain_arguments(args)}, table
+    return results | {"arguments": plain_arguments(args)}, markdown_table(["", "%"], rows)
 
 
 def score_run(
@@ -123,32 +122,22 @@ def mean_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def mask_table(results: dict[str, Any]) -> str:
     """Markdown text of mask following."""
-    names = list(results["real"]["IoU"])
-    lines = [
-        "| scored on | images | mIoU | aAcc | mAcc | " + " | ".join(f"IoU {name}" for name in names) + " |",
-        "|---|" + "---|" * (4 + len(names)),
-    ]
-    counts = results["images"]
-    for key, label, count in (
-        ("real", "real test tiles (ceiling)", counts["real"]),
-        ("synthesized", "synthesized, own masks", counts["synthesized"]),
-        (
-            "shuffled",
-            f"synthesized, shuffled masks (floor, mean of {len(results['shuffled_mIoU'])})",
-            counts["synthesized"],
-        ),
-    ):
+    names, counts = list(results["real"]["IoU"]), results["images"]
+    floor = f"synthesized, shuffled masks (floor, mean of {len(results['shuffled_mIoU'])})"
+    rows = []
+    for key, label, count in (("real", "real test tiles (ceiling)", counts["real"]),
+                              ("synthesized", "synthesized, own masks", counts["synthesized"]),
+                              ("shuffled", floor, counts["synthesized"])):  # fmt: skip
         row = results[key]
-        values = [row["mIoU"], row["aAcc"], row["mAcc"], *(row["IoU"][name] for name in names)]
-        cells = " | ".join("-" if value is None else f"{value:.2f}" for value in values)
-        lines.append(f"| {label} | {count} | {cells} |")
+        rows.append([label, count, row["mIoU"], row["aAcc"], row["mAcc"], *(row["IoU"][name] for name in names)])
+    table = markdown_table(["scored on", "images", "mIoU", "aAcc", "mAcc", *(f"IoU {name}" for name in names)], rows)
     place = results["position"]
     sentence = (
         f"The synthesized mIoU lies at {place:.1f} % of the way from floor to ceiling."
         if place is not None
         else "The ceiling is not above the floor: the segmentor cannot judge these masks."
     )
-    return "\n".join(lines) + f"\n\n{sentence} ({results['metric']}; {counts['masks']} masks)\n"
+    return f"{table}\n{sentence} ({results['metric']}; {counts['masks']} masks)\n"
 
 
 def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -232,15 +221,9 @@ def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, to
 
 def reference_table(results: dict[str, Any]) -> str:
     """Markdown text of reference following."""
-    lines = [
-        "| painted with | pairs | nearer to own | share % | distance to own | to the other | between references |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for key in ("A", "B"):
-        row = results[key]
-        lines.append(
-            f"| set {key} | {row['pairs']} | {row['nearer']} | {row['share']:.1f} | {row['distance_own']:.2f} "
-            f"| {row['distance_other']:.2f} | {row['distance_references']:.2f} |"
-        )
-    lines.append(f"| both | {results['pairs']} | {results['nearer']} | {results['share']:.1f} | | | |")
-    return "\n".join(lines) + f"\n\n{results['metric']}; {results['masks']} masks.\n"
+    keys = ("pairs", "nearer", "share", "distance_own", "distance_other", "distance_references")
+    rows = [[f"set {name}", *(results[name][key] for key in keys)] for name in "AB"]
+    rows.append(["both", results["pairs"], results["nearer"], results["share"], "", "", ""])
+    heads = ["painted with", "pairs", "nearer to own", "share %", "distance to own", "to the other",
+             "between references"]  # fmt: skip
+    return f"{markdown_table(heads, rows)}\n{results['metric']}; {results['masks']} masks.\n"

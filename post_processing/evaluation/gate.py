@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.cli import choose_device
+from ldm.cli import choose_device, markdown_table
 from ldm.data.classes import ClassTable
 from ldm.util import UserError
 from post_processing.evaluation.scores import class_areas, iou_of, mean_iou
@@ -168,15 +168,14 @@ def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argpars
 def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:
     """Markdown text of the gate."""
     rare = list(next(iter(results["runs"].values()))["rare"])
-    lines = ["| run | mIoU exact | mIoU | drop (95 %) | " + " | ".join(f"drop {name}" for name in rare) + " | gate |",
-             "|---|" + "---|" * (4 + len(rare))]  # fmt: skip
+    rows = []
     for folder, row in results["runs"].items():
-        cells = [f"{one['drop']:+.2f} ({one['interval'][0]:+.2f} to {one['interval'][1]:+.2f})"
+        drops = [f"{one['drop']:+.2f} ({one['interval'][0]:+.2f} to {one['interval'][1]:+.2f})"
                  for one in (row, *row["rare"].values())]  # fmt: skip
-        cells = [Path(folder).name, f"{row['mIoU_exact']:.2f}", f"{row['mIoU']:.2f}", *cells, row["gate"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + (
-        f"\n\n{results['pictures']} pictures of {results['masks']} masks. Gate: mIoU loses less than {args.max_drop},"
+        rows.append([Path(folder).name, row["mIoU_exact"], row["mIoU"], *drops, row["gate"]])
+    heads = ["run", "mIoU exact", "mIoU", "drop (95 %)", *(f"drop {name}" for name in rare), "gate"]
+    return markdown_table(heads, rows) + (
+        f"\n{results['pictures']} pictures of {results['masks']} masks. Gate: mIoU loses less than {args.max_drop},"
         f" each of the {args.rare} rarest classes less than {args.max_rare_drop} points. pass: the whole interval is\n"
         "below; open: the drop is, the interval is not.\n"
     )

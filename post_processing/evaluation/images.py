@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldm.cli import choose_device
+from ldm.cli import choose_device, markdown_table
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
@@ -248,13 +248,15 @@ def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]
 
 def distribution_table(results: dict[str, Any]) -> str:
     """Markdown text of distribution."""
-    lines = ["| sets | images | FID | KID x 1000 (sd of subsets) |", "|---|---|---|---|"]
-    for key, label in (("all", "real, synthesized"), ("same_size", "part of the real, as many synthesized"),
-                       ("floor", "part of the real, as many other real (floor)")):  # fmt: skip
-        row = results[key]
-        lines.append(f"| {label} | {row['images'][0]}, {row['images'][1]} | {row['fid']:.3f} "
-                     f"| {1000 * row['kid']:.3f} ({1000 * row['kid_sd']:.3f}) |")  # fmt: skip
-    text = "\n".join(lines) + f"\n\nFeatures: {results['features']}. {results['note']}\n"
+    rows = [
+        (label, f"{row['images'][0]}, {row['images'][1]}", f"{row['fid']:.3f}",
+         f"{1000 * row['kid']:.3f} ({1000 * row['kid_sd']:.3f})")
+        for label, row in (("real, synthesized", results["all"]),
+                           ("part of the real, as many synthesized", results["same_size"]),
+                           ("part of the real, as many other real (floor)", results["floor"]))
+    ]  # fmt: skip
+    table = markdown_table(["sets", "images", "FID", "KID x 1000 (sd of subsets)"], rows)
+    text = f"{table}\nFeatures: {results['features']}. {results['note']}\n"
     smallest = min(results["all"]["images"])
     if smallest < results["columns"]:
         text += f"FID of {smallest} images in {results['columns']} features is far above that of large sets: use KID.\n"

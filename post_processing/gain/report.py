@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.cli import markdown_table
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import read_image
 from ldm.files import atomic_write, write_json
@@ -103,12 +104,12 @@ def make_table(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """Markdown table of a summary: an arm a row, `mean ± SD`."""
     classes = list(next(iter(summary.values()))["IoU"])
     heads = ["trained on", "seeds", *MEASURES, "gain in mIoU", *(f"IoU {name}" for name in classes)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for arm, row in summary.items():
         values = [*(row[key] for key in MEASURES), row["gain"], *(row["IoU"][name] for name in classes)]
         cells = [show(value, is_signed=place == len(MEASURES)) for place, value in enumerate(values)]
-        lines.append(f"| {labels[arm]} | {len(row['seeds'])} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([labels[arm], len(row["seeds"]), *cells])
+    return markdown_table(heads, rows)
 
 
 def show(value: tuple[float, float | None] | None, is_signed: bool = False) -> str:
