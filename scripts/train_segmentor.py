@@ -53,6 +53,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--label_smoothing", type=float, default=0.0, help="share of the loss of synthesized pixels that asks "
         "for equal probabilities")  # fmt: skip
     add("--noise_border", type=int, default=0, help="pixels from a class border that get an estimate of their own")
+    add("--target_txt_file", help="unlabelled images of another place, a manifest (target) or a folder: self-training "
+        "with a teacher's labels for them")  # fmt: skip
     add("--work_dir", required=True, help="output folder")
     add("--max_steps", type=int, help="optimizer steps (default: the config's)")
     add("--batch_size", type=int, help="tiles a step (default: the config's)")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
 from post_processing.gain.report import draw_curves, make_table, read_curves, summarise
+from post_processing.gain.sets import write_random_drop, write_targets
 from post_processing.gain.stages import Stage, StageRunner, make_slots
+from post_processing.segmentation.self_training import list_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -190,6 +193,13 @@ def measure(workspace, outdir, *extra):
     main([str(flag) for flag in flags])
 
 
+def make_plan(workspace, outdir):
+    from scripts.measure_gain import build_parser
+
+    flags = ["--class_table", "mini", "--ckpt", "x", "--references", str(workspace / "ref")]
+    return Plan(build_parser().parse_args([*flags, "--data_root", str(workspace), "--outdir", str(outdir)]))
+
+
 def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mmseg")
     monkeypatch.setattr(StageRunner, "run_command", in_this_process)
@@ -204,7 +214,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
     for flag in ("--init_from", "--train_txt_file"):
         assert [flag in half for half in halves] == [False, True]
-    measure(workspace, out, "--arms", "joint,unfiltered,pretrain", *flags)
+    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,dlc,random_drop", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
     paint = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]
@@ -214,7 +224,9 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
     assert len(list((out / "unfiltered/images").iterdir())) == 6
     results = json.loads((out / "results.json").read_text())
-    assert list(results["summary"]) == ["real", "joint", "unfiltered", "pretrain"]
+    assert list(results["summary"]) == ["real", "joint", "unfiltered", "dlc", "random_drop", "pretrain"]
+    noise = json.loads((out / "dlc/seed_1/noise.json").read_text())
+    assert noise["estimator"] == "hoc" and noise["step"] == 1
     for arm in results["summary"]:
         score = results["scores"][arm]["1"]
         assert score["images"] == 4 and score["mIoU"] == pytest.approx(
@@ -224,7 +236,8 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     page = (out / "report.html").read_text()
     assert "<svg" in page and "data:image/png" in page and "validation mIoU" in page
     trained = [name for module, name in RAN if module == "scripts.train_segmentor"]
-    assert sorted(trained) == ["joint/seed_1", *["pretrain/seed_1"] * 2, "real/seed_1", "unfiltered/seed_1"]
+    assert sorted(trained) == ["dlc/seed_1", "joint/seed_1", *["pretrain/seed_1"] * 2, "random_drop/seed_1",
+                               "real/seed_1", "unfiltered/seed_1"]  # fmt: skip
     assert "6 pictures painted, 6 kept" in page
 
     measure(workspace, out, "--arms", "joint,cutmix", *flags)  # goes on: only what is new runs
@@ -240,6 +253,47 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert list(json.loads((out / "results.json").read_text())["summary"]) == ["real", "joint"]
     with pytest.raises(UserError, match="were run with other settings"):
         measure(workspace, out, "--arms", "joint", *flags, "--steps", "5")
+
+    random = np.random.default_rng(0)  # the filter of the tiny nets drops nothing: drop something, and its like again
+    for path in sorted((out / "filter/masks").glob("*.png"))[:4]:
+        mask = np.asarray(Image.open(path)).copy()
+        mask[(random.random(mask.shape) < 0.6) & (mask > 1)] = 255
+        Image.fromarray(mask).save(path)
+    write_random_drop(make_plan(workspace, out))
+    masks = {name: np.stack([np.asarray(Image.open(path)) for path in sorted((out / name).glob("*.png"))])
+             for name in ("filter/masks", "random_drop/masks", "unfiltered/masks")}  # fmt: skip
+    for label in range(5):
+        counts = [int((mask == label).sum()) for mask in masks.values()]
+        assert counts[0] == counts[1] <= counts[2]
+    filtered, dropped, whole = masks.values()
+    assert (filtered != dropped).any() and (dropped == 255).sum() == (filtered == 255).sum() > 500
+    assert np.array_equal(dropped[dropped != 255], whole[dropped != 255])
+
+
+def test_arms_of_noise_correction_train_on_the_right_sets(workspace, tmp_path, capsys):
+    out = tmp_path / "out"
+    arms = "dlc,smooth,random_drop,dlc_filtered,self_training,dlc_self_training"
+    measure(workspace, out, "--arms", arms, "--dry_run")
+    plan = capsys.readouterr().out
+    lines = {part.split()[0]: part for part in re.split(r"^open +", plan, flags=re.MULTILINE)[1:]}
+    assert {"filter", "resample", "unfiltered", "random_drop", "targets"} <= set(lines)
+    expected = {"dlc": ("unfiltered", "--noise_correction hoc"), "smooth": ("unfiltered", "--label_smoothing 0.1"),
+                "random_drop": ("random_drop", "--synthetic_ratio 1.0"),
+                "dlc_filtered": ("resample/set", "--noise_correction hoc")}  # fmt: skip
+    for arm, (folder, flag) in expected.items():
+        line = lines[f"{arm}/seed_1"]
+        assert f"--synthetic_txt_file {out}/{folder}/train_set_items.json" in line and flag in line
+        assert "--train_txt_file" in line and f"after sets, {folder.split('/')[0]}" in line
+        assert ("--noise_correction" in line) == arm.startswith("dlc")
+    assert "--synthetic_txt_file" not in lines["self_training/seed_1"]
+    for arm in ("self_training", "dlc_self_training"):
+        assert f"--target_txt_file {out}/targets/targets.json" in lines[f"{arm}/seed_1"]
+    measure(workspace, out, "--arms", "self_training", "--dry_run")
+    assert "synthesis" not in capsys.readouterr().out  # no generator is asked
+    plan = make_plan(workspace, out)
+    (out / "targets").mkdir(parents=True)
+    write_targets(plan)
+    assert len(list_targets(plan.manifests["targets"], workspace)) == 12
 
 
 def test_generators_without_references_need_none(workspace, tmp_path):

@@ -30,7 +30,7 @@ import inference
 from ldm.generation.generator import Painter, generate
 from ldm.generation.machine import compile_blocks
 from ldm.generation.plan import make_plan
-from ldm.sampling.modes import METHOD_SETTINGS, Sampling
+from ldm.sampling.modes import METHOD_SETTINGS, Rectify, Sampling
 from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method
@@ -259,7 +259,7 @@ def test_ten_kinds_of_bad_rows_are_one_error_before_the_model_loads(workspace, t
         (["--H", "18", "--W", "16"], "multiples of 4"),
         (["--ddim_steps", "1000"], "1000 steps"),
         (["--device", "abacus"], "--device: abacus"),
-        (["--dataset", "gid24"], "24 classes"),
+        (["--classes", "gid24"], "24 classes"),
     ],
 )
 def test_settings_that_do_not_fit_are_errors(workspace, tmp_path, capsys, flags, message):
@@ -347,7 +347,8 @@ def test_every_flag_is_read_has_help_and_a_default():
         node.attr for file in files for node in ast.walk(ast.parse((REPOSITORY / file).read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("args", "settings")
     }  # fmt: skip
-    read |= {field.name for field in fields(Sampling)} - {"method"} | set(METHOD_SETTINGS) | {"mode"}  # choose_sampling
+    read |= {field.name for field in fields(Sampling)} - {"method", "rectify"} | set(METHOD_SETTINGS) | {"mode"}
+    read |= {f"rectify_{field.name}" for field in fields(Rectify)} - {"rectify_rule"} | {"guide", "rectify_preset"}
     actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.dest for action in actions} <= read
     assert all(action.help for action in actions)

@@ -238,3 +238,13 @@ def test_an_audit_is_painted_over_and_read_back(toy_data: Path, tmp_path: Path, 
     Image.fromarray(np.full((32, 32, 3), 77, np.uint8)).save(tmp_path / "audit/corrected" / names[0])
     with pytest.raises(UserError, match=f"{names[0]}: colours"):
         read_audit(tmp_path / "audit", table)
+
+
+@pytest.mark.slow
+def test_correction_recovers_nearly_all_that_the_noise_of_a_toy_costs():
+    from benchmarks.noise_toy import run_arm
+
+    clean, noisy, corrected = (run_arm(arm, seed=1) for arm in ("clean", "noisy", "hoc"))
+    assert corrected["tv"] <= 0.10 and noisy["tv"] == pytest.approx(0.364)
+    assert corrected["OA"] >= noisy["OA"] + 0.05 and corrected["mIoU"] >= noisy["mIoU"] + 0.08
+    assert corrected["OA"] >= clean["OA"] - 0.03

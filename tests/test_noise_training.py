@@ -270,7 +270,7 @@ def test_the_domain_survives_the_whole_pipeline(data):
     config = mmengine_config.Config.fromfile(ROOT / "configs/mmseg/small.py")
     table = ClassTable.load("mini")
     args = type("Args", (), {"noise_border": 0, "label_smoothing": 0.0, "noise_correction": "hoc", "warm_up_share": 0.5,
-                             "seed": 1, "noise_matrix": None})  # fmt: skip
+                             "seed": 1, "noise_matrix": None, "target_txt_file": None})  # fmt: skip
     nodes = [dataset_config(table, config.train_pipeline, manifest=data / f"{name}.json", data_root=data,
                             is_synthetic=name == "synthetic") for name in ("train", "synthetic")]  # fmt: skip
     dlc_training.add_noise_correction(config, table, args, nodes)

@@ -84,6 +84,10 @@ class Path(nn.Module):
         """Signal and noise factor of each sample, both (B, 1, ..., 1) float32 on the device of `like` (B, ...)."""
         raise NotImplementedError
 
+    def velocity(self, x: Tensor, clean: Tensor, level: Level) -> Tensor:
+        """Direction of the path at x, scaled as a network on it would predict it, of the clean latent at its end."""
+        raise NotImplementedError
+
     def levels(self, num_steps: int, spacing: str, end: str, strength: float = 1.0) -> list[Level]:
         """Levels that a sampler visits, from noisy to clean.
 
@@ -149,6 +153,10 @@ class DiscretePath(Path):
         """Square roots of the signal's and of the noise's variance (see Path and gather)."""
         return (self.gather("sqrt_alphas_cumprod", time, like),
                 self.gather("sqrt_one_minus_alphas_cumprod", time, like))
+
+    def velocity(self, x: Tensor, clean: Tensor, level: Level) -> Tensor:
+        """V = signal * epsilon - noise * clean (see Path)."""
+        return (level.signal * x - clean) / level.noise
 
     def gather(self, name: str, timestep: Tensor, like: Tensor) -> Tensor:
         """Look up one value per sample, shaped to multiply a batch.
@@ -261,6 +269,10 @@ class FlowPath(Path):
         """1 - s and s (see Path)."""
         noise = (time.to(like.device).float() / self.num_timesteps).reshape(-1, *[1] * (like.ndim - 1))
         return 1 - noise, noise
+
+    def velocity(self, x: Tensor, clean: Tensor, level: Level) -> Tensor:
+        """Epsilon - clean (see Path)."""
+        return (x - clean) / level.noise
 
     def levels(self, num_steps: int, spacing: str = "uniform", end: str = "clean",
                strength: float = 1.0) -> list[Level]:

@@ -16,10 +16,12 @@ from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset
 from ldm.data.manifest import Row
 from ldm.data.transforms import normalize_batch, to_uint8
+from ldm.generation.guide import load_guide
 from ldm.generation.machine import compile_blocks, in_parts
 from ldm.generation.plan import Job, Plan, size_of
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
+from ldm.sampling.rectify import Rectifier
 from ldm.util import UserError, leave_signals_to_main, locate
 from ldm.weights.load import load_method
 
@@ -185,8 +187,12 @@ class Generator:
         method = load_method(settings.ckpt, plan.config, self.device, kept)
         if settings.compile:
             compile_blocks(method)
+        rectifier = None
+        if plan.sampling.rectify is not None:
+            guide = load_guide(settings.guide, method, self.device, settings.allow_modules)
+            rectifier = Rectifier(plan.sampling.rectify, guide)
         self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
-                               is_compiled=settings.compile)  # fmt: skip
+                               settings.compile, rectifier)  # fmt: skip
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
         dataset = ConditionDataset(plan.rows, plan.table, size_of(settings), method.image_channels)
@@ -239,11 +245,13 @@ class Painter:
         use_autocast: bfloat16 where it is safe; False computes in float32 throughout.
         batch_size: images at once; on a CPU CPU_BATCH.
         is_compiled: the method's blocks are compiled, for batches of one size.
+        rectifier: corrects clean latents while sampling.
     """
 
     def __init__(self, method: nn.Module, sampling: Sampling, device: torch.device, use_autocast: bool,
-                 batch_size: int, is_compiled: bool = False) -> None:
+                 batch_size: int, is_compiled: bool = False, rectifier: Rectifier | None = None) -> None:
         self.method, self.sampling, self.device, self.use_autocast = method, sampling, device, use_autocast
+        self.rectifier = rectifier
         self.batch_size = CPU_BATCH if device.type == "cpu" else batch_size
         self.is_padded = is_compiled or device.type == "cpu"
 
@@ -305,7 +313,9 @@ def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int],
         method.condition_cache = None  # it holds what was computed in the other precision
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
-            images = method.sample(conditions, noise, painter.sampling, draw)
+            images = method.sample(conditions, noise, painter.sampling, draw, painter.rectifier)
     finally:
         method.condition_cache = cache
+    if painter.rectifier is not None:
+        painter.rectifier.settle(len(chosen))
     return images[: len(chosen)].float().clone()

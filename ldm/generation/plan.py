@@ -16,6 +16,7 @@ from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
 from ldm.files import Record, file_sha256
+from ldm.generation.guide import guide_fingerprint, load_guide
 from ldm.generation.machine import find_share
 from ldm.generation.store import ShardStore
 from ldm.methods.base import Method
@@ -235,6 +236,8 @@ def check_settings(settings: Namespace, sampling: Sampling, method: Method) -> N
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
     method.check(sampling)
+    if settings.guide:
+        load_guide(settings.guide, method, "cpu", settings.allow_modules)
 
 
 def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
@@ -344,5 +347,5 @@ def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTa
         "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.H, "W": settings.W,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,
         "fixed_code": settings.fixed_code, "ext": settings.ext, "format": settings.format,
-        **sampling.to_dict(),
+        **sampling.to_dict(), **(guide_fingerprint(settings.guide, settings.allow_modules) if settings.guide else {}),
     }  # fmt: skip

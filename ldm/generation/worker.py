@@ -57,6 +57,8 @@ class Worker:
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
                        "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.generator.device),
                        "batch_size": self.generator.painter.batch_size, "torch": torch.__version__}  # fmt: skip
+            rectifier = self.generator.painter.rectifier
+            details |= {"rectified": rectifier.report()} if rectifier else {}
             self.store.publish(claim, [r for r in records if r["image"] in claim.files], failures, details)
         return True
 

@@ -12,7 +12,7 @@ from ldm.diffusion.objective import loss_weight, variational_bound
 from ldm.diffusion.path import DiscretePath, Path
 from ldm.diffusion.prediction import target_of
 from ldm.methods.base import Method
-from ldm.sampling.guidance import Correct, PredictBranches, guide, join_branches, make_denoiser
+from ldm.sampling.guidance import Correct, PredictBranches, Run, guide, join_branches, make_denoiser
 from ldm.sampling.modes import MODES, Sampling, make_sampling
 from ldm.sampling.samplers import Denoise, sample
 from ldm.util import instantiate_from_config
@@ -142,6 +142,10 @@ class DiffusionMethod(Method):
             if not 0 < scale < math.inf:
                 raise ValueError(f"sampling: {name} is {scale!r}. Expected above 0.")
         self.levels(sampling)
+        if sampling.rectify is not None and sampling.rectify.rule == "clamped" and "velocity" not in \
+                self.path.predictions:
+            raise ValueError("--rectify_preset: upstream is a rule for velocities of a flow. Expected default for this "
+                             "model. Leave the flag out.")
 
     def setting(self, sampling: Sampling, name: str) -> Any:
         """Value of one of sampling_settings."""
@@ -203,6 +207,8 @@ class DiffusionMethod(Method):
                       correct: Correct | None = None) -> Tensor:
         """Latents of images, (B, C, h, w) float32; arguments as for `sample`."""
         sampling = sampling or self.own_sampling
+        if sampling.rectify is not None and correct is None:
+            raise ValueError("sampling: rectify is set, but there is no guide. Give one with --guide.")
         levels = self.levels(sampling)
         # Gradients are off where the networks run and nowhere else: a correction may want those of its own.
         with evaluating(self):  # in training mode `conditions` would drop some
@@ -211,7 +217,7 @@ class DiffusionMethod(Method):
                 conditions = self.conditions(batch)
             denoise = self.denoiser(conditions, sampling)
             if correct is not None:
-                denoise = correct(denoise, batch, levels, self.decode_latent)
+                denoise = correct(denoise, Run(batch, sampling, self.path, levels, self.decode_latent))
             return sample(denoise, noise, levels, sampling.solver, sampling.eta, draw, start)
 
     def find_start(self, batch: Mapping[str, Any]) -> Tensor:

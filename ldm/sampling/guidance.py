@@ -1,21 +1,41 @@
 """Closures round a network: classifier-free guidance, and the clean latent that a prediction implies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.path import Level
+from ldm.diffusion.path import Level, Path
 from ldm.diffusion.prediction import to_x0
+from ldm.sampling.modes import Sampling
 from ldm.sampling.samplers import Denoise
 
 Predict = Callable[[Tensor, Level], Tensor]
 # predict(x (n * B, C, h, w), time (n * B,), n): predictions of the last n branches; the last has all conditions.
 PredictBranches = Callable[[Tensor, Tensor, int], Tensor]
-# correct(denoise, batch, levels, decode) -> denoise: a closure round the denoiser of one run of a sampler, bound to its
-# batch, the levels that the sampler is going to visit, and the decoder (B, C, h, w) -> images in about [-1, 1].
-Correct = Callable[[Denoise, Mapping[str, Any], Sequence[Level], Callable[[Tensor], Tensor]], Denoise]
+
+
+class Run(NamedTuple):
+    """What a correction may know of one run of a sampler.
+
+    Attributes:
+        batch: what is sampled for, after normalize_batch.
+        sampling: settings.
+        path: of the method.
+        levels: that the sampler is going to visit, and the end.
+        decode: clean latents (B, C, h, w) to images in about [-1, 1], differentiable.
+    """
+
+    batch: Mapping[str, Any]
+    sampling: Sampling
+    path: Path
+    levels: Sequence[Level]
+    decode: Callable[[Tensor], Tensor]
+
+
+# correct(denoise, run) -> denoise: a closure round the denoiser that changes clean latents.
+Correct = Callable[[Denoise, Run], Denoise]
 
 
 def guide(predict: PredictBranches, scales: Sequence[float], interval: tuple[float, float] = (0.0, 1.0),

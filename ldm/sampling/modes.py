@@ -18,6 +18,49 @@ METHOD_SETTINGS = {"hint_scale": 1.0, "reference_scale": 1.0, "share_control": F
 
 
 @dataclass(frozen=True)
+class Rectify:
+    """How far the gradient of a guide moves clean latents towards the mask, and when (see ldm.sampling.rectify).
+
+    Args:
+        scale: of a step relative to the velocity, [0, 0.5]; with the rule `clamped` factor of the raw gradient.
+        window: rectify at levels within these shares of the path; 1 is pure noise.
+        steps: rectify the first so many evaluations instead; None = as window says.
+        schedule: `constant`, or `falling` linearly to 0 over all steps.
+        loss: over `all` labelled pixels, or those that the guide gets `wrong`.
+        rule: `normalised`, or `clamped` (of the published code, flow paths only).
+        log: decode once more to note the loss behind each step.
+
+    Raises:
+        ValueError: naming the field that is not possible.
+    """
+
+    scale: float = 0.2
+    window: tuple[float, float] = (0.7, 1.0)
+    steps: int | None = None
+    schedule: str = "constant"
+    loss: str = "all"
+    rule: str = "normalised"
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.window
+        for name, is_possible, expected in (
+            ("scale", 0 <= self.scale <= 0.5, "a value in [0, 0.5]"),
+            ("window", 0 <= low <= high <= 1, "0 <= low <= high <= 1"),
+            ("steps", self.steps is None or self.steps >= 1, "at least 1"),
+            ("schedule", self.schedule in ("constant", "falling"), "constant or falling"),
+            ("loss", self.loss in ("all", "wrong"), "all or wrong"),
+            ("rule", self.rule in ("normalised", "clamped"), "normalised or clamped"),
+        ):
+            if not is_possible:
+                raise ValueError(f"--rectify_{name}: {getattr(self, name)!r} is not possible. Expected {expected}.")
+
+
+# `upstream` is the public code's: four of its 23 steps, no normalisation.
+PRESETS = {"default": Rectify(), "upstream": Rectify(0.1, steps=4, schedule="falling", loss="wrong", rule="clamped")}
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to get from noise to a latent.
 
@@ -36,6 +79,7 @@ class Sampling:
         strength: share of the path, (0, 1]: 1 starts from pure noise; below it a sample starts from its row's own
             image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
         method: settings of the method, by name (see Method.sampling_settings); what is not here is left as it is.
+        rectify: correct clean latents with a guide, which is given beside these settings; None = no.
 
     Raises:
         ValueError: naming the field that is not possible.
@@ -51,6 +95,7 @@ class Sampling:
     guidance_rescale: float = 0.0
     strength: float = 1.0
     method: Mapping[str, Any] = field(default_factory=dict)
+    rectify: Rectify | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -66,15 +111,19 @@ class Sampling:
             ("end", self.end == "clean" or self.spacing not in FROM_ZERO, f"clean with spacing {self.spacing}"),
             ("guidance_interval", 0 <= low <= high <= 1, "0 <= low <= high <= 1"),
             ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "a value in [0, 1]"),
+            ("rectify", self.rectify is None or self.solver != "ddpm", "none with ddpm"),
             ("strength", 0 < self.strength <= 1, "a value in (0, 1]"),
         ):
             if not is_possible:
                 raise ValueError(f"sampling: {name} is {getattr(self, name)!r}. Expected {expected}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for records and fingerprints; no strength where it is 1: runs from before it go on."""
+        """Plain values, for records and fingerprints; nothing of strength 1 and of no rectify: older runs go on."""
         values = asdict(self) | {"guidance_interval": list(self.guidance_interval)}
         values |= METHOD_SETTINGS | values.pop("method")
+        rectify = values.pop("rectify") or {}
+        values |= {f"rectify_{name}": list(value) if name == "window" else value
+                   for name, value in rectify.items() if name != "log"}
         return {key: value for key, value in values.items() if (key, value) != ("strength", 1.0)}
 
 
@@ -88,7 +137,7 @@ def make_sampling(base: Sampling, changes: Mapping[str, Any]) -> Sampling:
     Raises:
         ValueError: if a field is out of range.
     """
-    known = {field.name for field in fields(Sampling)} - {"method"}
+    known = {field.name for field in fields(Sampling)} - {"method", "rectify"}
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     own = {name: value for name, value in changes.items() if name in known}
     others = {name: value for name, value in changes.items() if name not in known}
@@ -141,6 +190,22 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     add("--strength", dest="strength", kind=float,
         help="0 to 1: start from the row's own image (target), noised to this share of the timesteps; default: 1, pure "
         "noise")  # fmt: skip
+    group.add_argument("--guide", nargs="+", metavar="FILE", help="rectify: let a segmentor's gradient correct every "
+                       "image towards its mask; config and weights of scripts/train_segmentor.py, or the dotted path "
+                       "of a class of your own (with --allow_modules) and its files; default: no guide")  # fmt: skip
+
+    def rectify(name: str, text: str, **options: Any) -> None:
+        group.add_argument(f"--rectify_{name}", default=None, help=f"{text}; default: the preset's", **options)
+
+    group.add_argument("--rectify_preset", choices=list(PRESETS), default=None,
+                       help="settings of rectifying to start from; upstream: a flow model's, as published")  # fmt: skip
+    rectify("scale", "size of a step relative to the velocity, up to 0.5", type=float)
+    rectify("window", "rectify at levels within these shares of the path, 1 is noise", type=float, nargs=2,
+            metavar=("LOW", "HIGH"))  # fmt: skip
+    rectify("steps", "rectify the first so many steps, whatever the window", type=int)
+    rectify("schedule", "scale over the steps", choices=["constant", "falling"])
+    rectify("loss", "pixels that count: all with a class, or those the guide gets wrong", choices=["all", "wrong"])
+    rectify("log", "note the guide's loss behind every step too, for one decoding more", action="store_true")
 
 
 def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
@@ -156,9 +221,22 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     Raises:
         ValueError: if a flag is out of range.
     """
-    names = [field.name for field in fields(Sampling) if field.name != "method"]
+    names = [field.name for field in fields(Sampling) if field.name not in ("method", "rectify")]
     given = {name: getattr(args, name) for name in (*names, *METHOD_SETTINGS) if getattr(args, name) is not None}
     has_own = replace(own, guidance_scale=None) != MODES["exact"]
     name = args.mode or ("exact" if has_own or given.keys() & set(SAMPLER) else DEFAULT_MODE)
     mode = own if name == "exact" else replace(MODES[name], guidance_scale=own.guidance_scale)
-    return make_sampling(mode, given)
+    return replace(make_sampling(mode, given), rectify=choose_rectify(args))
+
+
+def choose_rectify(args: argparse.Namespace) -> Rectify | None:
+    """Settings of rectifying of a command line, None without a guide; ValueError for flags that need one."""
+    names = [field.name for field in fields(Rectify) if field.name != "rule"]
+    given = {name: getattr(args, f"rectify_{name}") for name in names if getattr(args, f"rectify_{name}") is not None}
+    if not args.guide:
+        if given or args.rectify_preset:
+            raise ValueError(f"--rectify_{next(iter(given), 'preset')}: there is no guide to rectify with. Expected "
+                             "--guide CONFIG WEIGHTS. Add it, or leave the flag out.")
+        return None
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(PRESETS[args.rectify_preset or "default"], **given)

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from post_processing.gain.sets import write_masks, write_real_set, write_unfiltered
+from post_processing.gain.sets import (
+    write_masks,
+    write_random_drop,
+    write_real_set,
+    write_targets,
+    write_unfiltered,
+)
 from post_processing.gain.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,14 +43,24 @@ class Arm:
 
 REAL = ("--train_txt_file", "{real}")
 RATIO = ("--synthetic_ratio", "{synthetic_ratio}")
+UNFILTERED = (*REAL, "--synthetic_txt_file", "{unfiltered}", *RATIO)
+RESAMPLED = (*REAL, "--synthetic_txt_file", "{resampled}", *RATIO)
+CORRECTED = ("--noise_correction", "hoc")
+SELF_TRAINING = ("--target_txt_file", "{targets}")
 ARMS = {arm.name: arm for arm in (
     Arm("real", "real", REAL),
-    Arm("joint", "real + synthesized, filtered and resampled", (*REAL, "--synthetic_txt_file", "{resampled}", *RATIO),
-        ("resample",)),
+    Arm("joint", "real + synthesized, filtered and resampled", RESAMPLED, ("resample",)),
     Arm("synthetic", "synthesized only, filtered and resampled", ("--synthetic_txt_file", "{resampled}"),
         ("resample",)),
-    Arm("unfiltered", "real + synthesized, neither filtered nor resampled",
-        (*REAL, "--synthetic_txt_file", "{unfiltered}", *RATIO), ("unfiltered",)),
+    Arm("unfiltered", "real + synthesized, neither filtered nor resampled", UNFILTERED, ("unfiltered",)),
+    Arm("dlc", "real + unfiltered, noise corrected", (*UNFILTERED, *CORRECTED), ("unfiltered",)),
+    Arm("smooth", "real + unfiltered, labels smoothed", (*UNFILTERED, "--label_smoothing", "0.1"), ("unfiltered",)),
+    Arm("random_drop", "real + unfiltered, random pixels dropped",
+        (*REAL, "--synthetic_txt_file", "{random_drop}", *RATIO), ("random_drop",)),
+    Arm("dlc_filtered", "real + filtered and resampled, noise corrected", (*RESAMPLED, *CORRECTED), ("resample",)),
+    Arm("self_training", "real, self-training on the references", (*REAL, *SELF_TRAINING), ("targets",)),
+    Arm("dlc_self_training", "real + unfiltered, noise corrected, self-training",
+        (*UNFILTERED, *CORRECTED, *SELF_TRAINING), ("unfiltered", "targets")),
     Arm("copy_paste", "real, with copy-paste", (*REAL, "--augment", "copy_paste")),
     Arm("cutmix", "real, with CutMix", (*REAL, "--augment", "cutmix")),
     Arm("mixed", "real + the mixtures themselves, not painted", (*REAL, "--synthetic_txt_file", "{painted}", *RATIO),
@@ -81,6 +97,8 @@ class Plan:
             "painted": str(self.outdir / "masks/synthesis.json"),
             "unfiltered": str(self.outdir / "unfiltered/train_set_items.json"),
             "resampled": str(self.outdir / "resample/set/train_set_items.json"),
+            "random_drop": str(self.outdir / "random_drop/train_set_items.json"),
+            "targets": str(self.outdir / "targets/targets.json"),
         }
         self.first = f"real/seed_{args.seeds[0]}"  # its segmentor filters
 
@@ -130,6 +148,9 @@ class Plan:
             Stage("filter", (filter_command,), ("synthesis", self.first)),
             Stage("resample", (score, resample_command), ("filter",)),
             Stage("unfiltered", needs=("synthesis",), action=lambda: write_unfiltered(self)),
+            Stage("random_drop", needs=("filter",), action=lambda: write_random_drop(self)),
+            Stage("targets", (), ("sets",), tuple(given), action=lambda: write_targets(self),
+                  settings={"references": args.references}),
         ]  # fmt: skip
 
     def scoring(self, segmentor: Sequence[str], manifest: str, outdir: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from post_processing.selection.rules import encode_mask
 
 if TYPE_CHECKING:
     from post_processing.gain.plan import Plan
+    from post_processing.run_index import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +70,77 @@ def write_masks(plan: "Plan") -> None:
 
 
 def write_unfiltered(plan: "Plan") -> None:
-    """Write all synthesized pictures with their whole masks as a training set; pictures are linked, not copied."""
-    folder = plan.outdir / "unfiltered"
-    samples, run = read_run(plan.outdir / "synthesis")
-    table = ClassTable.load(run["class_table"]) if run.get("class_table") else ClassTable.load(plan.table)
-    for name in ("images", "masks"):
-        (folder / name).mkdir(exist_ok=True)
+    """Write all synthesized images with their whole masks as a training set; images are linked, not copied."""
+    write_synthesized(plan, "unfiltered", lambda sample, mask: np.zeros(mask.shape, bool))
+
+
+def write_synthesized(
+    plan: "Plan", name: str, choose_dropped: Callable[["Sample", np.ndarray], np.ndarray]
+) -> None:
+    """Write all synthesized images as a training set.
+
+    Args:
+        plan: the measurement.
+        name: folder of the set, and its key in the plan's manifests.
+        choose_dropped: called with each sample and its mask (H, W) uint8; gives the pixels (H, W) bool to ignore.
+    """
+    folder, (samples, table) = plan.outdir / name, read_samples(plan)
+    for part in ("images", "masks"):
+        (folder / part).mkdir(exist_ok=True)
     rows = []
     for sample in samples:
         loaded = load_pair(sample, table, is_resized=True)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
-        atomic_write(folder / mask, encode_mask(loaded.raw, np.zeros(loaded.mask.shape, bool), table))
+        atomic_write(folder / mask, encode_mask(loaded.raw, choose_dropped(sample, loaded.mask), table))
         (folder / image).unlink(missing_ok=True)
         link_or_copy(sample.image, folder / image)
         rows.append({"source": mask, "target": image})
-    write_manifest(plan.manifests["unfiltered"], rows)
+    write_manifest(plan.manifests[name], rows)
+
+
+def read_samples(plan: "Plan") -> "tuple[list[Sample], ClassTable]":
+    """Synthesized images with their masks, and the class table of these."""
+    samples, run = read_run(plan.outdir / "synthesis")
+    return samples, ClassTable.load(run["class_table"]) if run.get("class_table") else ClassTable.load(plan.table)
+
+
+def write_random_drop(plan: "Plan") -> None:
+    """Write all synthesized images, with as many random pixels of each class dropped as the filter dropped in all.
+
+    What the filter gains over this is worth of its choice, not of its strictness.
+    """
+    samples, table = read_samples(plan)
+    pixels, kept = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    for sample in samples:
+        loaded = load_pair(sample, table, is_resized=True)
+        pixels += np.bincount(loaded.mask.ravel(), minlength=256)
+        filtered = plan.outdir / f"filter/masks/{sample.image.stem}.png"
+        mask = read_mask(filtered, table) if filtered.is_file() else loaded.mask  # one that was not judged
+        kept += np.bincount(mask.ravel(), minlength=256)
+    random, left = np.random.default_rng([SPLIT_SEED, 3]), np.stack([pixels - kept, kept])  # to drop and to keep
+
+    def choose(_: "Sample", mask: np.ndarray) -> np.ndarray:
+        is_dropped = np.zeros(mask.size, bool)
+        for number in range(table.num_classes):
+            places = np.flatnonzero(mask == number)
+            count = random.hypergeometric(*left[:, number], len(places)) if len(places) else 0
+            is_dropped[random.choice(places, count, replace=False)] = True
+            left[:, number] -= count, len(places) - count
+        return is_dropped.reshape(mask.shape)
+
+    write_synthesized(plan, "random_drop", choose)
+    logger.info("dropped %d of %d pixels at random, as many of each class as the filter",
+                (pixels - kept)[: table.num_classes].sum(), pixels[: table.num_classes].sum())  # fmt: skip
+
+
+def write_targets(plan: "Plan") -> None:
+    """Write the manifest of the references as unlabelled images of the target, for self-training."""
+    _, others = split_real(plan.real, plan.root, ClassTable.load(plan.table), plan.args.real_fraction)
+    images = find_references(plan.args.references, Path(plan.root))
+    images += [str(relative(row.image, plan.root)) for row in others]
+    if not images:
+        raise UserError("--references: none. Expected unlabelled images of the target, for the arms of self-training.")
+    write_manifest(plan.manifests["targets"], [{"target": image} for image in dict.fromkeys(images)])
 
 
 def list_items(

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from ldm.data.images import read_image
 from ldm.files import write_json
 from ldm.util import UserError
-from post_processing.segmentation.dataset import read_image
 from post_processing.segmentation.noise import count_corrections, estimate_from_counts, make_safe
 
 FOLDERS = ("images", "masks", "corrected")

@@ -45,18 +45,24 @@ from post_processing.segmentation.noise import (
     write_noise,
 )
 from post_processing.segmentation.segmentor import load_segmentor
+from post_processing.segmentation.self_training import add_self_training
 
 LOG = logging.getLogger(__name__)
 NOISE_HOOK = "post_processing.segmentation.dlc_training.make_noise_hook"
 ESTIMATORS = ("none", "hoc", "audit", "teacher", "learned")
 NOISE_FLAGS = ("noise_correction", "noise_matrix", "audit", "teacher", "warm_up_share", "label_smoothing",
-               "noise_border")  # fmt: skip
+               "noise_border", "target_txt_file")  # fmt: skip
 LEARNED_RATE = 5e-2  # of the parameters of a learned T
 ROUNDS, ROUND_POINTS, LEAST_IMAGES, MOST_IMAGES = 5, 4000, 8, 32  # reservoir of HOC: points and images of a round
 APART = 8  # pixels between two points of an image
 
 
 def is_corrected(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for labels of several domains and the loss that reads them."""
+    return corrects_synthetic(args) or bool(args.target_txt_file)
+
+
+def corrects_synthetic(args: argparse.Namespace) -> bool:
     """Whether the command line asks for another loss on synthesized pixels."""
     return args.noise_correction != "none" or bool(args.noise_matrix) or args.label_smoothing > 0
 
@@ -65,7 +71,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags of the noise correction that contradict each other or are out of range."""
     kind = args.noise_correction
     rules = [
-        (is_corrected(args) and not args.synthetic_txt_file,
+        (corrects_synthetic(args) and not args.synthetic_txt_file,
          "--noise_correction: no synthesized pairs, whose labels it corrects. Expected --synthetic_txt_file"),
         (bool(args.noise_matrix) and kind != "none", "--noise_matrix: gives T. Expected no --noise_correction with it"),
         ((kind == "audit") != bool(args.audit), "--audit: expected together with --noise_correction audit"),
@@ -77,6 +83,8 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.noise_border < 0, f"--noise_border: {args.noise_border}. Expected 0 or more pixels"),
         (args.noise_border > 0 and kind != "hoc" and not args.noise_matrix,
          "--noise_border: expected with --noise_correction hoc or --noise_matrix, which tell borders apart"),
+        (bool(args.target_txt_file) and args.augment != "none",
+         "--target_txt_file: mixes images by itself. Expected --augment none with it"),
         (args.noise_border > 0 and args.augment == "copy_paste",
          "--noise_border: copy_paste would take borders for classes of their own. Expected --augment none or cutmix"),
     ]  # fmt: skip
@@ -86,7 +94,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespace, nodes: Sequence[dict]) -> None:
-    """Change a config in place: coded labels, the corrected loss in all heads, and the hook that finds T.
+    """Change a config in place: coded labels, the corrected loss in all heads, the hook that finds T, target images.
 
     Args:
         config: with classes and class weights filled in.
@@ -114,6 +122,8 @@ def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespac
         keys = dict(parameters.get("custom_keys") or {})
         keys["transition"] = dict(lr_mult=LEARNED_RATE / config.learning_rate, decay_mult=0.0)
         config.paramwise_cfg = {**parameters, "custom_keys": keys}
+    if args.target_txt_file:
+        add_self_training(config, args, table.num_classes)
 
 
 def correct_losses(config: Any, num_classes: int, label_smoothing: float, is_learned: bool) -> None:

@@ -151,7 +151,10 @@ class Segmentor:
             raise ValueError(
                 f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, (B, 3, H, W)."
             )
-        images = images.to(self.device, non_blocking=True)
+        return self.scores(images.to(self.device, non_blocking=True))
+
+    def scores(self, images: torch.Tensor) -> torch.Tensor:
+        """Class scores, differentiable: (B, 3, H, W) RGB in [0, 255] on the device -> (B, K, H, W) float32."""
         # mmseg's models normalise what mmseg loads: BGR.
         inputs = self.model.data_preprocessor({"inputs": list(images.flip(1))}, training=False)["inputs"]
         size = tuple(images.shape[-2:])

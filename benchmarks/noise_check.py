@@ -1,0 +1,167 @@
+"""Does noise correction work on real images and a real network? Labels flipped by a known T, no generator involved.
+
+    python -m benchmarks.noise_check --class_table dubai --data_root data/dubai --outdir outputs/noise_check
+
+Flips the labels of the training pairs, and trains with true labels (clean), flipped ones (noisy), label smoothing on
+flipped ones (smooth) and noise correction (dlc), for equal steps, and scores all on real test pairs. What is finished
+is skipped when the command is given again. `recovered` is (arm - noisy) / (clean - noisy), in mIoU.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from ldm.data.manifest import read_manifest, write_manifest
+from ldm.files import link_or_copy
+from ldm.util import UserError
+from post_processing.segmentation.noise import read_noise
+
+ROOT = Path(__file__).resolve().parents[1]
+# building, land, road, vegetation, water of the table `dubai`; made by hand before the first run
+DUBAI = [[0.55, 0.40, 0.05, 0, 0], [0.10, 0.73, 0.10, 0.07, 0], [0.05, 0.42, 0.53, 0, 0], [0, 0.42, 0, 0.58, 0],
+         [0, 0.25, 0, 0.05, 0.70]]  # fmt: skip
+ARMS = {"clean": [], "noisy": [], "smooth": ["--label_smoothing", "0.1"], "dlc": ["--noise_correction", "hoc"],
+        "true_t": ["--noise_matrix"]}  # fmt: skip
+
+
+def flip_mask(mask: np.ndarray, levels: np.ndarray, block: int, random: np.random.Generator) -> np.ndarray:
+    """Draw the label of each pixel from the row of its class; blocks of pixels share the random number.
+
+    Args:
+        mask: (H, W) uint8, 255 = ignored.
+        levels: (K, K) cumulated rows of T.
+        block: side of the blocks.
+        random: generator.
+    """
+    height, width = mask.shape
+    draws = random.random((-(-height // block), -(-width // block))).repeat(block, 0).repeat(block, 1)
+    known = np.where(mask == IGNORE_INDEX, 0, mask)
+    flipped = (draws[:height, :width, None] > levels[known]).sum(-1).clip(max=len(levels) - 1)
+    return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, flipped).astype(np.uint8)
+
+
+def write_sets(args: argparse.Namespace, table: ClassTable, folder: Path) -> float:
+    """Write the true and the flipped pairs as training sets; returns the share of labels that were flipped."""
+    levels = np.cumsum(DUBAI, 1)
+    counts = np.zeros(2, np.int64)
+    rows: dict[str, list] = {"clean": [], "noisy": []}
+    for name in ("images", "clean", "noisy"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(read_manifest(args.train_txt_file, args.data_root, table=table)):
+        mask = read_mask(row.mask, table)
+        flipped = flip_mask(mask, levels, args.block, np.random.default_rng([args.noise_seed, number]))
+        counts += (flipped != mask).sum(), (mask != IGNORE_INDEX).sum()
+        name = f"{number:06d}"
+        image = folder / "images" / (name + row.image.suffix)
+        if not image.exists():
+            link_or_copy(row.image, image)
+        for kind, content in (("clean", mask), ("noisy", flipped)):
+            Image.fromarray(content).save(folder / kind / f"{name}.png")
+            rows[kind].append({"source": f"{kind}/{name}.png", "target": f"images/{image.name}"})
+    for kind, items in rows.items():
+        write_manifest(folder / f"{kind}.json", items)
+    return float(counts[0] / counts[1])
+
+
+def run(*command: str) -> None:
+    """Run one of the project's commands; UserError with its last lines if it fails."""
+    done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = "\n".join(done.stderr.splitlines()[-5:])
+        raise UserError(f"{' '.join(command[:2])}: exit code {done.returncode}\n{last}")
+
+
+def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, matrix: Path) -> dict:
+    """Train one arm with one seed, and score it on the test pairs; finished ones are read."""
+    folder = Path(args.outdir).absolute() / f"{arm}/seed_{seed}"
+    results = folder / "test/results.json"
+    if not results.is_file():
+        kind = "clean" if arm == "clean" else "noisy"
+        flags = [*ARMS[arm], str(matrix)] if arm == "true_t" else ARMS[arm]
+        run("scripts/train_segmentor.py", "--config", args.config, "--class_table", str(sets / "table.json"),
+            "--synthetic_txt_file", str(sets / f"{kind}.json"), "--max_steps", str(args.steps), "--batch_size",
+            str(args.batch_size), "--threads", str(args.threads), "--seed", str(seed), "--work_dir", str(folder),
+            "--resume", *flags)  # fmt: skip
+        segmentor = [str(folder / name) for name in ("config.json", "segmentor.pth")]
+        run("scripts/evaluate.py", "segmentor", "--segmentor", *segmentor, "--real",
+            str(Path(args.test_txt_file).absolute()), "--real_root", str(Path(args.data_root).absolute()), "--outdir",
+            str(folder / "test"))  # fmt: skip
+    return json.loads(results.read_text())
+
+
+def make_table(scores: dict[str, dict[int, dict]]) -> str:
+    """Markdown: mean and SD over the seeds, the share recovered, and the difference to `noisy` paired by seed."""
+    heads = ["arm", "OA", "mIoU", "recovered", "mIoU - noisy, paired", *next(iter(scores["noisy"].values()))["IoU"]]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    mean = {arm: statistics.fmean(found["mIoU"] for found in seeds.values()) for arm, seeds in scores.items()}
+    cost = mean["clean"] - mean["noisy"]
+    for arm, seeds in scores.items():
+        gains = [seeds[seed]["mIoU"] - scores["noisy"][seed]["mIoU"] for seed in seeds]
+        cells = [arm, *(show([found[key] for found in seeds.values()]) for key in ("OA", "mIoU")),
+                 "-" if arm == "noisy" else f"{statistics.fmean(gains) / cost:.0%}", show(gains),
+                 *(show([found["IoU"][name] for found in seeds.values()]) for name in heads[5:])]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show(values: list[float]) -> str:
+    """Mean, and sample standard deviation if there are several."""
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main() -> None:
+    """Make the sets, train all arms, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--class_table", required=True)
+    parser.add_argument("--data_root", required=True)
+    parser.add_argument("--train_txt_file", help="default: train_set_items.json in --data_root")
+    parser.add_argument("--test_txt_file", help="default: test_set_items.json in --data_root")
+    parser.add_argument("--outdir", required=True)
+    parser.add_argument("--config", default="configs/mmseg/small.py")
+    parser.add_argument("--arms", default="clean,noisy,smooth,dlc", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--block", type=int, default=1, help="side of the squares whose labels are flipped together")
+    parser.add_argument("--noise_seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    args.train_txt_file = args.train_txt_file or str(Path(args.data_root) / "train_set_items.json")
+    args.test_txt_file = args.test_txt_file or str(Path(args.data_root) / "test_set_items.json")
+    table = ClassTable.load(args.class_table).without_source_ids()
+    if table.num_classes != len(DUBAI):
+        raise UserError(f"--class_table {args.class_table}: {table.num_classes} classes. Expected {len(DUBAI)}, T's.")
+    sets = Path(args.outdir).absolute() / "sets"
+    if not (sets / "facts.json").is_file():
+        share = write_sets(args, table, sets)
+        (sets / "table.json").write_text(json.dumps(table.to_dict()))
+        domains = {"1": {"transition": DUBAI}}
+        (sets / "noise.json").write_text(json.dumps({"classes": table.names, "domains": domains}))
+        (sets / "facts.json").write_text(json.dumps({"flipped": share, "block": args.block}))
+    scores: dict[str, dict[int, dict]] = {}
+    for seed in map(int, args.seeds.split(",")):  # seed by seed: a table of one is soon there
+        for arm in args.arms.split(","):
+            scores.setdefault(arm, {})[seed] = train_and_score(args, arm, seed, sets, sets / "noise.json")
+            print(f"{arm} {seed}: mIoU {scores[arm][seed]['mIoU']}", flush=True)
+        print(f"flipped: {json.loads((sets / 'facts.json').read_text())['flipped']:.1%}", flush=True)
+        if {"clean", "noisy"} <= set(scores):
+            print(make_table(scores), flush=True)
+    truth = torch.tensor(DUBAI, dtype=torch.float64)
+    for seed in scores.get("dlc", {}):
+        found = read_noise(Path(args.outdir) / f"dlc/seed_{seed}/noise.json", table.names)[1]
+        distance = float((found - truth).abs().sum(1).mean()) / 2
+        print(f"seed {seed}: total-variation distance of the estimated T from the true one {distance:.3f}, "
+              f"of the identity {float((1 - truth.diagonal()).mean()):.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
