@@ -244,7 +244,7 @@ def test_only_the_last_seed_is_no_part_of_the_masks_name(tmp_path):
     found = {item.image.name: item.mask.name for item in find_generated(tmp_path / "img", tmp_path / "label")}
     assert found == {"a_seed_1.png": "a.png", "a_seed_1_seed_22.jpg": "a_seed_1.png", "b.png": "b.png",
                      "c_seed_x.png": "c_seed_x.png", "d_seed_3.png": "d.png"}  # fmt: skip
-    with pytest.raises(FileNotFoundError, match="none of the 5 pictures"):
+    with pytest.raises(FileNotFoundError, match="none of the 5 images"):
         find_generated(tmp_path / "img", tmp_path)
 
 

@@ -221,9 +221,10 @@ def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, to
 
 def reference_table(results: dict[str, Any]) -> str:
     """Markdown text of reference following."""
-    keys = ("pairs", "nearer", "share", "distance_own", "distance_other", "distance_references")
-    rows = [[f"set {name}", *(results[name][key] for key in keys)] for name in "AB"]
-    rows.append(["both", results["pairs"], results["nearer"], results["share"], "", "", ""])
+    keys = ("distance_own", "distance_other", "distance_references")
+    parts = {"set A": results["A"], "set B": results["B"], "both": results}
+    rows = [[name, part["pairs"], part["nearer"], f"{part['share']:.1f}", *(part.get(key, "") for key in keys)]
+            for name, part in parts.items()]  # fmt: skip
     heads = ["painted with", "pairs", "nearer to own", "share %", "distance to own", "to the other",
              "between references"]  # fmt: skip
     return f"{markdown_table(heads, rows)}\n{results['metric']}; {results['masks']} masks.\n"
