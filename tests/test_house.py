@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
     "ldm.modules": ("ldm.modules", "ldm.util", "ldm.files", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
-    "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.cli"),
+    "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.cli"),
     "ldm.sampling": ("ldm.sampling", "ldm.diffusion", "ldm.util"),
     "ldm.methods": ("ldm.methods", "ldm.modules", "ldm.diffusion", "ldm.sampling", "ldm.data", "ldm.util"),
     "ldm.training": ("ldm",),
