@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "post_processing": ("post_processing", "ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.ray_pool",
                         "ldm.sheet", "ldm.cli",
                         "ldm.modules.perceptual", "ldm.weights.files", "ldm.generation.machine"),
-    "scripts": ("scripts", "post_processing", "cldm", "ldm"),
+    "scripts": ("scripts", "post_processing", "cldm", "ldm", "train", "inference"),  # gpu_check runs the entry points
     "train": ("cldm", "ldm"),
     "inference": ("cldm", "ldm"),
 }
