@@ -34,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--vectors", default=None,
         help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the training's",
     )  # fmt: skip
+    model.add_argument("--prompt_pieces", type=positive_int, default=None, help="read prompts that are longer than the "
+                       "text encoder's limit in up to so many pieces (of 75 tokens for CLIP); default: the model's own")
     model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--precision", choices=["auto", "full", "autocast"], default="auto",

@@ -280,7 +280,8 @@ def write_report(
         rows.append([name, f"{row['real_pixels']:,}", *loss, row["pictures"], f"{row['pixels']:,}", share])
     rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
     table = markdown_table(["class", "real pixels", "mean loss", "limit", "pictures", "pixels", "dropped"], rows)
-    text = f"{table}\n{len(records)} pictures filtered, {len(failed)} failed (failures.jsonl).\n"
+    where = " (failures.jsonl)" if failed else ""
+    text = f"{table}\n{len(records)} pictures filtered, {len(failed)} failed{where}.\n"
     with lock(folder / ".lock"):
         write_json(folder / "report.json", report)
         atomic_write(folder / "report.md", text)

@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=positive_int, default=2000, help="optimizer steps of every training")
     add("--batch_size", type=positive_int, default=16, help="tiles a step")
     add("--synthetic_ratio", type=positive_float, default=1.0, help="synthesized pictures for each real one in a batch")
+    add("--noise_matrix", help="for --arms dlc_audit: noise.json that audit_masks.py made of the unfiltered set")
     add("--train_args", default="", help="further flags of train_segmentor.py")
     add = parser.add_argument_group("running").add_argument
     add("--outdir", required=True, help="output folder")
@@ -103,12 +104,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     rules = [
         (not 0 < args.real_fraction <= 1, f"--real_fraction {args.real_fraction}: expected above 0, at most 1"),
         ("mixed" in args.arms and not args.mix_masks, "--arms mixed: expected --mix_masks with it"),
+        (("dlc_audit" in args.arms) != bool(args.noise_matrix),
+         "--arms dlc_audit: expected together with --noise_matrix"),
+        (any("targets" in ARMS[arm].needs for arm in args.arms) and not args.references and args.real_fraction == 1,
+         "--references: none. Expected unlabelled images of the target for arms of self-training"),
         *((args.steps < 2, f"--steps {args.steps}: expected 2 or more for --arms {arm}")
           for arm in args.arms if ARMS[arm].first),
         (not Path(args.data_root).is_dir(), f"--data_root {args.data_root}: folder not found"),
         *((not Path(path).is_file(), f"file not found: {path}") for path in (
             args.ckpt, args.real_txt_file or Path(args.data_root) / "train_set_items.json",
-            args.test_txt_file or Path(args.data_root) / "test_set_items.json", *filter(None, [args.val_txt_file]),
+            args.test_txt_file or Path(args.data_root) / "test_set_items.json",
+            *filter(None, [args.val_txt_file, args.noise_matrix]),
         )),
         *((not Path(path).exists(), f"--references {path}: not found") for path in args.references),
     ]  # fmt: skip

@@ -312,11 +312,12 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
 
 
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 import post_processing.filter as entry
 import post_processing.selection.rules as filtering
 from segmentors import colour_segmentor
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started all this with it ignored
 number, last, *flags = sys.argv[1:]
 write, count = filtering.atomic_write, 0
 

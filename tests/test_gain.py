@@ -290,6 +290,11 @@ def test_arms_of_noise_correction_train_on_the_right_sets(workspace, tmp_path, c
         assert f"--target_txt_file {out}/targets/targets.json" in lines[f"{arm}/seed_1"]
     measure(workspace, out, "--arms", "self_training", "--dry_run")
     assert "synthesis" not in capsys.readouterr().out  # no generator is asked
+    (tmp_path / "noise.json").write_text("{}")
+    measure(workspace, out, "--arms", "dlc_audit", "--noise_matrix", tmp_path / "noise.json", "--dry_run")
+    assert f"--noise_matrix {tmp_path}/noise.json" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--arms dlc_audit: expected together with --noise_matrix"):
+        measure(workspace, out, "--arms", "dlc_audit")
     plan = make_plan(workspace, out)
     (out / "targets").mkdir(parents=True)
     write_targets(plan)

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -114,20 +114,22 @@ def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> D
     )  # fmt: skip
 
 
-def plan_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Request]]:
+def plan_batches(jobs: Sequence[Job], batch_size: int,
+                 kind: Callable[[str], Hashable] = lambda prompt: None) -> list[list[Request]]:
     """Split jobs into batches whose images have one size, in the order of the jobs within each size.
 
     Args:
         jobs: to generate.
         batch_size: most jobs in a batch.
+        kind: of a prompt; a batch has prompts of one kind (see Method.batch_kind).
 
     Returns:
         Requests, each job in exactly one batch.
     """
-    groups: dict[tuple[int, int], list[Request]] = {}
+    groups: dict[Hashable, list[Request]] = {}
     for slot, job in enumerate(jobs):
         size = job.record["height"], job.record["width"]
-        groups.setdefault(size, []).append(Request(job.position, slot, size))
+        groups.setdefault((size, kind(job.row.prompt)), []).append(Request(job.position, slot, size))
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
@@ -145,7 +147,7 @@ def generate_batches(painter: "Painter", loader: DataLoader, jobs: Sequence[Job]
         What became of the jobs of a batch; each job comes once. A file that cannot be read and an image that is not
         finite are no error, they have a reason.
     """
-    loader.batch_sampler.batches = plan_batches(jobs, batch_size)
+    loader.batch_sampler.batches = plan_batches(jobs, batch_size, painter.method.batch_kind)
     for batch in loader:
         results = [Result(jobs[slot], None, error) for slot, error in batch["errors"].items()]
         if batch["slot"]:

@@ -187,8 +187,10 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     if settings.shard is None:
         settings.shard = find_share() if settings.engine == "local" else (0, 1)
     config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
-    if settings.tokenizer_dir:
-        use_tokenizer(config, settings.tokenizer_dir)
+    for flag, argument, value in (("tokenizer_dir", "tokenizer_dir", settings.tokenizer_dir),
+                                  ("prompt_pieces", "max_pieces", settings.prompt_pieces)):  # fmt: skip
+        if value:
+            set_text_encoder(config, flag, argument, value)
     if settings.vectors:
         config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
@@ -214,12 +216,12 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     return plan
 
 
-def use_tokenizer(config: dict[str, Any], folder: str) -> None:
-    """Put the folder of --tokenizer_dir into the config of the model."""
+def set_text_encoder(config: dict[str, Any], flag: str, argument: str, value: Any) -> None:
+    """Put the value of a flag into the config of the model's text encoder."""
     text = config["model"].get("params", {}).get("text_encoder")
     if text is None:
-        raise UserError(f"--tokenizer_dir: {folder} is of no use, the model has no text encoder. Leave the flag out.")
-    text.setdefault("params", {})["tokenizer_dir"] = folder
+        raise UserError(f"--{flag}: {value} is of no use, the model has no text encoder. Leave the flag out.")
+    text.setdefault("params", {})[argument] = value
 
 
 def check_settings(settings: Namespace, sampling: Sampling, method: Method) -> None:

@@ -28,7 +28,7 @@ class Arm:
         label: in tables and figures.
         data: flags of train_segmentor.py; {real}, {painted}, {unfiltered}, {resampled} stand for the manifests of the
             real pairs, of the masks to generate from, and of the synthesized pairs before and after filter and
-            resample, {synthetic_ratio} for the flag's value.
+            resample, {targets} for unlabelled images, {synthetic_ratio} and {noise_matrix} for the flags' values.
         needs: stages that must be finished before, besides `sets`.
         first: flags for the first half of the steps, if that is a training of its own; the second half goes on from
             its weights.
@@ -54,6 +54,8 @@ ARMS = {arm.name: arm for arm in (
         ("resample",)),
     Arm("unfiltered", "real + synthesized, neither filtered nor resampled", UNFILTERED, ("unfiltered",)),
     Arm("dlc", "real + unfiltered, noise corrected", (*UNFILTERED, *CORRECTED), ("unfiltered",)),
+    Arm("dlc_audit", "real + unfiltered, noise corrected as audited",
+        (*UNFILTERED, "--noise_matrix", "{noise_matrix}"), ("unfiltered",)),
     Arm("smooth", "real + unfiltered, labels smoothed", (*UNFILTERED, "--label_smoothing", "0.1"), ("unfiltered",)),
     Arm("random_drop", "real + unfiltered, random pixels dropped",
         (*REAL, "--synthetic_txt_file", "{random_drop}", *RATIO), ("random_drop",)),
@@ -166,7 +168,8 @@ class Plan:
         halves = [(folder / "first_half", half, arm.first)] if half else []
         start = ("--init_from", str(folder / "first_half/segmentor.pth")) if half else ()
         validate = ["--val_txt_file", self.val, "--val_interval", str(max(1, args.steps // 4))] if self.val else []
-        values = {**self.manifests, "synthetic_ratio": args.synthetic_ratio}
+        audited = args.noise_matrix and os.path.abspath(args.noise_matrix)
+        values = {**self.manifests, "synthetic_ratio": args.synthetic_ratio, "noise_matrix": audited}
         commands = [
             (args.python_seg, "-W", "ignore", "scripts/train_segmentor.py", "--config", self.config, "--class_table",
              self.table, "--data_root", self.root, *(flag.format(**values) for flag in data), *extra, *validate,
@@ -179,4 +182,5 @@ class Plan:
         commands.append(self.scoring(segmentor, self.test, str(folder / "test")))
         inputs = [self.config, self.test] + ([self.val] if self.val else [])
         inputs += [self.table] if Path(self.table).is_file() else []
+        inputs += [audited] if "{noise_matrix}" in arm.data else []
         return Stage(name, tuple(commands), ("sets", *arm.needs), tuple(inputs))

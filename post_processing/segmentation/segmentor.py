@@ -172,7 +172,9 @@ class Segmentor:
 def require_mmseg() -> None:
     """Import MMSegmentation's models and choose its registry; UserError with what to install if that fails."""
     try:
-        import mmseg.models  # noqa: F401  registers the models
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of mmcv, about operators that no config of ours uses
+            import mmseg.models  # noqa: F401  registers the models
         from mmengine.registry import init_default_scope
     except ImportError as error:
         raise UserError(
@@ -199,7 +201,9 @@ def build_model(config: str | Path | Mapping[str, Any]) -> torch.nn.Module:
     config = Config(dict(config)) if isinstance(config, Mapping) else read_config(config)
     fill_preprocessor(config, source)
     try:
-        return init_model(config, checkpoint=None, device="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about defaults of mmseg's own
+            return init_model(config, checkpoint=None, device="cpu")
     except Exception as error:  # of any class of mmseg that the config names
         raise UserError(f"segmentor config {source}: its model cannot be built ({type(error).__name__}: "
                         f"{str(error)[:300]}). Expected one of MMSegmentation 1.x. See --debug.") from error
