@@ -1,16 +1,16 @@
 """Drop the pixels of synthesized pictures that do not look like their class.
 
 A segmentor trained on real tiles says how well every pixel shows the class of its mask. Its mean loss on real tiles,
-class by class, is the measure; where the loss in a synthesized picture exceeds --tolerance-margin times that mean, the
-mask becomes 255 (ignored). The result is one mask a picture in --filtered-mask-path, with reports beside them. An
-interrupted run, started again, goes on where it ended.
+class by class, is the measure (better on tiles that it was not trained on, see --hardness_txt_file). Where the loss in
+a synthesized picture exceeds --tolerance-margin times that mean, the mask becomes 255 (ignored). The result is one mask
+a picture in --filtered-mask-path, with reports beside them. An interrupted run, started again, goes on where it ended.
 """
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from ldm.util import UserError, run_entry_point
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import match_folders
 from post_processing.segmentation.loading import find_generated
-from post_processing.segmentation.segmentor import load_segmentor
+from post_processing.segmentation.segmentor import Segmentor, load_segmentor
 from post_processing.selection.hardness import Hardness, fingerprint_of, get_hardness
 from post_processing.selection.rules import PixelFilter, draw_overlay, is_finished
 
@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--real-mask-path", "--real-label-path", help="folder of their masks, with the stems of the images")
     add("--real_txt_file", help="manifest of real pairs (source, target), instead of the two folders")
     add("--data_root", help="where the paths of --real_txt_file start; default: its folder")
+    add("--hardness_txt_file", help="manifest of real pairs that the segmentor was not trained on: the class means are "
+        "taken on these, which are not as low as on its training pairs. Paths start at --data_root")
+    add("--fold", nargs=3, action="append", default=[], metavar=("CONFIG", "CKPT", "TXT_FILE"),
+        help="another segmentor and pairs that it was not trained on: the class means are those of all folds. Give it "
+        "once for each")
     add("--syn-img-path", help="folder of synthesized pictures, {mask stem}_seed_{N}.png or .jpg")
     add("--syn-mask-path", help="folder of the masks that they were painted for")
     add("--run", help="--outdir of inference.py, instead of the two folders")
@@ -94,7 +99,7 @@ def run_filter(args: argparse.Namespace) -> int:
     number, count = args.shard
     items, run, images = find_synthesized(args)
     is_resized = any(run.get("settings", {}).get(key) is not None for key in ("H", "W"))
-    pairs = find_real(args)
+    parts = find_judged(args)
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else None
     given = ClassTable.load(args.classes) if args.classes else run_table
     segmentor = load_segmentor(args.config, args.checkpoint, choose_device(args.device), given)
@@ -104,7 +109,11 @@ def run_filter(args: argparse.Namespace) -> int:
             f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
             "Expected the same ones. Leave --classes out."
         )
-    fingerprint = fingerprint_of(args.config, args.checkpoint, segmentor.class_table, pairs)
+    own_table = segmentor.class_table
+    real = [pair for *_, pairs in parts for pair in pairs]
+    fingerprint = fingerprint_of(args.config, args.checkpoint, own_table, real)
+    if args.fold:
+        fingerprint["folds"] = [fingerprint_of(*part[:2], own_table, part[2]) for part in parts]
     settings = {
         "images": str(images.absolute()),
         "class_table": table.to_dict(),
@@ -119,8 +128,8 @@ def run_filter(args: argparse.Namespace) -> int:
             raise FileExistsError(f"--shard: another process filters {number}/{count} of {folder}. Expected one a "
                                   "shard. Wait for it, or give every process its own --shard.")
         hardness = get_hardness(
-            Path(args.hardness or folder / "hardness.json"), fingerprint, segmentor, pairs, args.batch_size,
-            args.num_workers,
+            Path(args.hardness or folder / "hardness.json"), fingerprint, load_parts(parts, args, segmentor),
+            args.batch_size, args.num_workers,
         )  # fmt: skip
         warn_of_unknown(hardness, args.tolerance_margin)
         records, work = run_folder.done(), run_folder.work(part)
@@ -130,7 +139,7 @@ def run_filter(args: argparse.Namespace) -> int:
         limits = hardness.limits(args.tolerance_margin)
         if args.engine == "ray":
             config, checkpoint = os.path.abspath(args.config), os.path.abspath(args.checkpoint)
-            own_table, absolute = segmentor.class_table, folder.absolute()
+            absolute = folder.absolute()
 
             def build(place: Path) -> PixelFilter:  # without the segmentor, which each actor loads
                 judge = load_segmentor(config, checkpoint, choose_device(args.device), own_table)
@@ -191,11 +200,15 @@ def build_in_actor(build: Callable[[Path], PixelFilter], work: Path) -> Callable
 
 def check_arguments(args: argparse.Namespace) -> None:
     """UserError where neither or both of two sources are given."""
+    if args.fold and args.hardness_txt_file:
+        raise UserError("--fold, --hardness_txt_file: expected one of the two. The class means are taken on either.")
     for one, (first_folder, second_folder) in (
         ("real_txt_file", ("real_img_path", "real_mask_path")),
         ("run", ("syn_img_path", "syn_mask_path")),
     ):
         folders = [getattr(args, first_folder), getattr(args, second_folder)]
+        if one == "real_txt_file" and (args.fold or args.hardness_txt_file) and not any(folders):
+            continue  # the pairs of the training are not looked at
         if (getattr(args, one) is None) != all(folders) or (getattr(args, one) and any(folders)):
             names = f"--{first_folder.replace('_', '-')} and --{second_folder.replace('_', '-')}"
             raise UserError(f"--{one}: expected it, or both {names}. Give one of the two.")
@@ -230,17 +243,33 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, An
     return items, run, images
 
 
-def find_real(args: argparse.Namespace) -> list[Pair]:
-    """Real pairs, each once; which files are sound shows when they are read."""
-    if args.real_txt_file:
-        root = args.data_root or Path(args.real_txt_file).parent
-        rows = read_manifest(args.real_txt_file, root, need=("image",), check_files=False)
-        pairs = list(dict.fromkeys((row.image, row.mask) for row in rows))  # rows may differ in the reference only
-    else:
-        pairs = match_folders(Path(args.real_img_path), Path(args.real_mask_path))
+def find_judged(args: argparse.Namespace) -> list[tuple[str, str, list[Pair]]]:
+    """Config, checkpoint and real pairs of every segmentor whose losses make the class means."""
+    if args.fold:
+        return [(*fold, read_pairs(manifest, args.data_root)) for *fold, manifest in args.fold]
+    manifest = args.hardness_txt_file or args.real_txt_file
+    if manifest:
+        return [(args.config, args.checkpoint, read_pairs(manifest, args.data_root))]
+    pairs = [Pair(*pair) for pair in match_folders(Path(args.real_img_path), Path(args.real_mask_path))]
     if not pairs:
         raise UserError(f"--real-img-path: no pictures in {args.real_img_path}. Expected the real training images.")
+    return [(args.config, args.checkpoint, pairs)]
+
+
+def read_pairs(manifest: str, root: str | None) -> list[Pair]:
+    """Real pairs of a manifest, each once; which files are sound shows when they are read."""
+    rows = read_manifest(manifest, root or Path(manifest).parent, need=("image",), check_files=False)
+    pairs = dict.fromkeys((row.image, row.mask) for row in rows)  # rows may differ in the reference only
     return [Pair(image, mask) for image, mask in pairs]
+
+
+def load_parts(parts: Sequence[tuple[str, str, list[Pair]]], args: argparse.Namespace,
+               segmentor: Segmentor) -> Iterator[tuple[Segmentor, list[Pair]]]:
+    """The segmentors of find_judged, one at a time, with their pairs; the one that filters is there already."""
+    for config, checkpoint, pairs in parts:
+        is_own = (config, checkpoint) == (args.config, args.checkpoint)
+        yield segmentor if is_own else load_segmentor(
+            config, checkpoint, choose_device(args.device), segmentor.class_table), pairs
 
 
 def warn_of_unknown(hardness: Hardness, margin: float) -> None:

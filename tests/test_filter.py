@@ -394,17 +394,31 @@ def test_a_cut_off_line_is_dropped_and_the_next_one_is_not(tmp_path):
 def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
     real = make_pictures(tmp_path / "real", 4, 3, 0)
     segmentor, path = colour_segmentor(3), tmp_path / "hardness.json"
-    first = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+    first = get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
     calls = []
     monkeypatch.setattr("post_processing.selection.hardness.measure_hardness",
                         lambda *args: calls.append(args) or first)
-    again = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+    again = get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
     assert not calls and again.mean.tolist() == first.mean.tolist() and again.pixels.tolist() == first.pixels.tolist()
-    get_hardness(path, {"real": 2}, segmentor, real, 2, 1)
+    get_hardness(path, {"real": 2}, [(segmentor, real)], 2, 1)
     assert len(calls) == 1
     path.write_text("{}")
     with pytest.raises(UserError, match="not a hardness file"):
-        get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+        get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
+
+
+def test_hardness_of_folds_is_that_of_all_their_pixels(tmp_path):
+    parts = [(colour_segmentor(3), make_pictures(tmp_path / f"fold{n}", 4 + n, 3, n, absent=[n])) for n in range(2)]
+    pooled = get_hardness(tmp_path / "hardness.json", {}, iter(parts), 2, 1)
+    sums, pixels = np.zeros(3), np.zeros(3)
+    for segmentor, items in parts:
+        for item in items:
+            loss, mask = slow_losses(segmentor, item)
+            for number in range(3):
+                sums[number] += loss[mask == number].sum()
+                pixels[number] += (mask == number).sum()
+    assert pooled.pixels.tolist() == pixels.tolist()
+    np.testing.assert_allclose(pooled.mean, sums / pixels, rtol=1e-5)
 
 
 def test_fingerprint_follows_masks_weights_and_class_table(tmp_path):
@@ -518,6 +532,33 @@ def test_hardness_in_the_folder_is_used_again(workspace, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == before
     with pytest.raises(AssertionError, match="measured again"):
         main(flags(workspace, tmp_path / "other", tmp_path))
+
+
+def test_class_means_of_pairs_that_were_not_trained_on(workspace, tmp_path):
+    """--hardness_txt_file and --fold take the place of the training pairs, which need not be named then."""
+    make_pictures(tmp_path, 3, 5, 1, "{}_seed_7")
+    make_pictures(tmp_path / "val", 5, 5, 9)
+    rows = [{"source": f"val/label/{n}.png", "target": f"val/img/{n}.png"} for n in range(5)]
+    for name, part in (("val", rows), ("a", rows[:2]), ("b", rows[2:])):
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+    segmentor = [workspace / "segmentor/config.json", workspace / "segmentor/segmentor.pth"]
+    own = [*segmentor, "--syn-img-path", tmp_path / "img", "--syn-mask-path", tmp_path / "label", "--device", "cpu",
+           "--data_root", tmp_path]  # fmt: skip
+    held_out = ["--hardness_txt_file", tmp_path / "val.json"]
+    folds = [word for name in "ab" for word in ("--fold", *segmentor, tmp_path / f"{name}.json")]
+    found = {}
+    for name, extra in (("val", held_out), ("folds", folds)):
+        assert main([str(word) for word in (*own, *extra, "--filtered-mask-path", tmp_path / name)]) == 0
+        found[name] = json.loads((tmp_path / name / "hardness.json").read_text())
+    assert main(flags(workspace, tmp_path / "train", tmp_path)) == 0
+    trained = json.loads((tmp_path / "train/hardness.json").read_text())
+    assert found["val"]["classes"]["class 4"]["pixels"] > 0  # the training pairs have none of it
+    assert found["val"]["classes"] != trained["classes"]
+    for name, entry in found["val"]["classes"].items():  # one segmentor in both: the same pixels, the same means
+        assert found["folds"]["classes"][name] == pytest.approx(entry, rel=1e-5)
+    assert len(found["folds"]["fingerprint"]["folds"]) == 2
+    with pytest.raises(UserError, match="expected one of the two. The class means"):
+        main([str(word) for word in (*own, *held_out, *folds, "--filtered-mask-path", tmp_path / "both")])
 
 
 def test_tables_with_numbers_of_their_own_on_disk_go_on_too(tmp_path, colours, monkeypatch):

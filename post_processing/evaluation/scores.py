@@ -189,6 +189,18 @@ def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
+def lab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
+    """The way back of rgb_to_lab: (B, 3, H, W) float32 -> uint8, clipped to what sRGB has."""
+    level = (lab[:, 0] + 16) / 116
+    ratio = torch.stack([level + lab[:, 1] / 500, level, level - lab[:, 2] / 200], dim=1)
+    ratio = torch.where(ratio > 6 / 29, ratio**3, (ratio - 4 / 29) * 3 * (6 / 29) ** 2)
+    matrix = torch.linalg.inv(torch.tensor(SRGB_TO_XYZ, dtype=torch.float64)).float().to(lab.device)
+    white = torch.tensor(WHITE_D65, device=lab.device).view(1, 3, 1, 1)
+    linear = torch.einsum("ij,bjhw->bihw", matrix, ratio * white).clamp(0, 1)
+    value = torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (value * 255).round().to(torch.uint8)
+
+
 def colour_statistics(images: torch.Tensor) -> torch.Tensor:
     """Mean and standard deviation of L*, a* and b* over an image: (B, 3, H, W) uint8 RGB -> (B, 6) float32."""
     lab = rgb_to_lab(images).flatten(2)

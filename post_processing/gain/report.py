@@ -40,8 +40,10 @@ def write_report(plan: Plan) -> str:
     atomic_write(plan.outdir / "table.md", table)
     tiles = scores["real"][args.seeds[0]]["images"]
     real, resampled = plan.manifests["real"], plan.manifests["resampled"]
+    scored = (f"Scored on {tiles} tiles of held-out training scenes, to choose settings: no test tile was looked at."
+              if args.held_out else f"Test tiles, unseen: {tiles}.")
     facts = [
-        f"Real pairs: {count_lines(real)} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}."
+        f"Real pairs: {count_lines(real)} ({args.real_fraction:.0%} of the set). {scored}"
         " Scores: mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
         f" {', '.join(map(str, args.seeds))}; gains are paired by seed.",
         f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized pictures for each"
