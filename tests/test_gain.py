@@ -443,7 +443,7 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
     log = json.loads((out / "mixed/seed_1/config.json").read_text())
     assert str(out / "masks/synthesis.json") in json.dumps(log)
     run = json.loads((out / "synthesis/run.json").read_text())
-    assert run["fingerprint"]["strength"] == 0.4 and run["data_root"] == str(out / "masks")
+    assert run["settings"]["strength"] == 0.4 and run["data_root"] == str(out / "masks")
     assert "6 pictures of mixed masks painted" in (out / "report.html").read_text()
 
     RAN.clear()  # other ways to paint do not train the baseline again

@@ -19,7 +19,7 @@ from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import class_weights
-from post_processing.segmentation.loading import Item, load_item
+from post_processing.segmentation.loading import load_pair
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
 
@@ -161,7 +161,7 @@ def write_synthesized(
         (folder / part).mkdir(exist_ok=True)
     rows = []
     for sample in samples:
-        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        loaded = load_pair(sample, table, is_resized=True)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
         atomic_write(folder / mask, encode_mask(loaded.raw, choose_dropped(sample, loaded.mask), table))
         (folder / image).unlink(missing_ok=True)
@@ -184,7 +184,7 @@ def write_random_drop(plan: "Plan") -> None:
     samples, table = read_samples(plan)
     pixels, kept = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for sample in samples:
-        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        loaded = load_pair(sample, table, is_resized=True)
         pixels += np.bincount(loaded.mask.ravel(), minlength=256)
         filtered = plan.outdir / f"filter/masks/{sample.image.stem}.png"
         mask = read_mask(filtered, table) if filtered.is_file() else loaded.mask  # one that was not judged

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data.classes import ClassTable
+from ldm.data.images import Pair
 from ldm.files import digest_of, file_sha256, lock, write_json
 from ldm.util import UserError
-from post_processing.segmentation.loading import Item, identity_of, load_batches, run_in_parts, stack_batch
+from post_processing.segmentation.loading import identity_of, load_batches, run_in_parts, stack_batch
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def pixel_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable, pairs: Sequence[Item]) -> dict:
+def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable, pairs: Sequence[Pair]) -> dict:
     """What a hardness depends on: the segmentor, the class table, and the content of the real pairs."""
     require_mmseg()
     from mmengine.config import Config
@@ -122,7 +123,7 @@ def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable
 
 
 def get_hardness(
-    path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Item]]], batch_size: int, workers: int
+    path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Pair]]], batch_size: int, workers: int
 ) -> Hardness:
     """Take the hardness from a file if it was measured from the same, else measure and write it.
 
@@ -161,7 +162,7 @@ def pool_hardness(parts: Sequence[Hardness]) -> Hardness:
 
 @torch.inference_mode()
 def measure_hardness(
-    fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Item], batch_size: int, workers: int
+    fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
 ) -> Hardness:
     """Mean loss of each class over all its pixels in the real pairs, summed in double precision.
 
@@ -180,7 +181,7 @@ def measure_hardness(
         masks = masks.flatten()
         return torch.bincount(masks, weights=loss, minlength=256), torch.bincount(masks, minlength=256)
 
-    for batch in load_batches(pairs, table, batch_size, workers, lambda item, error: failures.append(str(error))):
+    for batch in load_batches(pairs, table, batch_size, workers, lambda _, error: failures.append(str(error))):
         for part in run_in_parts(count, *stack_batch(batch, segmentor.device)):
             sums += part[0]
             pixels += part[1]
