@@ -41,7 +41,7 @@ class Pair:
 
     image: Path
     mask: Path | None
-    name: str
+    name: str = ""
     reference: Path | None = None
 
 
