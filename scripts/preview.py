@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.classes import ClassTable, read_mask
-from ldm.data.images import read_image
+from ldm.data.images import read_for_show
 from ldm.files import atomic_write, read_lines
 from ldm.util import UserError, run_entry_point
 
@@ -92,11 +92,11 @@ class Sources:
         """Reference as it is; an empty tile where the method takes none."""
         if record["reference"] is None:
             return Cell(None)
-        return Cell(_read_rgb(self.data_root / record["reference"]), Path(record["reference"]).stem)
+        return Cell(read_for_show(self.data_root / record["reference"]), Path(record["reference"]).stem)
 
     def result(self, record: Record | None, label: str) -> Cell:
         """Painted image; an empty tile if there is none."""
-        return Cell(None if record is None else _read_rgb(self.folder / record["image"]), label)
+        return Cell(None if record is None else read_for_show(self.folder / record["image"]), label)
 
     def legend(self, records: list[Record]) -> list[tuple[str, tuple[int, int, int]]]:
         """Names and colours of the classes in the masks of these records."""
@@ -104,11 +104,6 @@ class Sources:
         present = set().union(*(np.unique(read_mask(path, self.table)).tolist() for path in paths))
         rows = zip(self.table.ids, self.table.names, self.table.colours, strict=True)
         return [(name, colour) for index, name, colour in rows if index in present]
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    image = read_image(path, None)  # of many bands the first three
-    return image[..., np.minimum(range(3), image.shape[2] - 1)]
 
 
 def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:

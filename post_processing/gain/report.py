@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
-from ldm.data.images import read_image
+from ldm.data.images import read_for_show
 from ldm.files import atomic_write, write_json
 from post_processing.gain.plan import LABELS, Plan
 from post_processing.run_index import read_mask_at, read_run
@@ -169,8 +169,8 @@ def draw_examples(run_folder: Path, filtered: Path, count: int, class_table: Cla
         kept = read_mask(filtered / f"{sample.image.stem}.png", table)
         reference = np.zeros((height, width, 3), np.uint8)
         if sample.reference:
-            reference = np.asarray(Image.fromarray(read_image(sample.reference)).resize((width, height)))
-        parts = [table.colourise(mask), reference, read_image(sample.image), table.colourise(kept)]
+            reference = np.asarray(Image.fromarray(read_for_show(sample.reference)).resize((width, height)))
+        parts = [table.colourise(mask), reference, read_for_show(sample.image), table.colourise(kept)]
         rows.append(np.pad(np.concatenate(parts, axis=1), ((0, 4), (0, 0), (0, 0)), constant_values=255))
     width = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=IGNORE_INDEX) for row in rows]
