@@ -7,12 +7,11 @@ import torch
 from segmentors import table_of
 from torch import nn
 
-from ldm.data.images import read_for_show
+from ldm.data.images import Pair
 from ldm.data.manifest import read_manifest, write_manifest
 from ldm.util import UserError
 from post_processing.gain.sets import write_mixtures
-from post_processing.run_index import read_image_batch
-from post_processing.segmentation.loading import Item, load_batches, stack_batch
+from post_processing.segmentation.loading import load_batches, stack_batch
 from post_processing.segmentation.segmentor import Segmentor
 
 BANDS, SIZE = 5, 16
@@ -34,7 +33,7 @@ class BandModel(nn.Module):
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> list[Item]:
+def pairs(tmp_path: Path) -> list[Pair]:
     from PIL import Image
 
     items = []
@@ -44,29 +43,24 @@ def pairs(tmp_path: Path) -> list[Item]:
         ids = image[:, :, :3].argmax(2).astype(np.uint8)
         np.save(tmp_path / f"{number}.npy", image)
         Image.fromarray(ids).save(tmp_path / f"{number}.png")
-        items.append(Item(tmp_path / f"{number}.npy", tmp_path / f"{number}.png"))
+        items.append(Pair(tmp_path / f"{number}.npy", tmp_path / f"{number}.png"))
     return items
 
 
-def test_filter_and_evaluation_see_all_bands(pairs: list[Item]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_filter_and_evaluation_see_all_bands(pairs: list[Pair]) -> None:
     segmentor = Segmentor(BandModel(), table_of(3))
     failures: list = []
     (batch,) = load_batches(pairs, segmentor.class_table, 8, 1, lambda *wrong: failures.append(wrong))
     images, masks = stack_batch(batch, torch.device("cpu"))
     assert images.shape == (3, BANDS, SIZE, SIZE) and not failures
     assert torch.equal(segmentor.predict(images), masks)
-    with ThreadPoolExecutor(1) as pool:
-        assert torch.equal(read_image_batch([item.image for item in pairs], (SIZE, SIZE), pool), images)
-    assert read_for_show(pairs[0].image).shape == (SIZE, SIZE, 3)
     with pytest.raises(ValueError, match=r"Expected uint8, \(B, 5, H, W\)"):
         segmentor.logits(images[:, :3])
     with pytest.raises(UserError, match="5 means and turns BGR to RGB"):
         Segmentor(BandModel(turns_colours=True), table_of(3))
 
 
-def test_mixed_masks_of_the_gain_keep_all_bands(pairs: list[Item], tmp_path: Path) -> None:
+def test_mixed_masks_of_the_gain_keep_all_bands(pairs: list[Pair], tmp_path: Path) -> None:
     write_manifest(tmp_path / "all.json", [{"source": item.mask.name, "target": item.image.name} for item in pairs])
     table = table_of(3)
     rows = read_manifest(tmp_path / "all.json", tmp_path, table=table)
@@ -77,7 +71,7 @@ def test_mixed_masks_of_the_gain_keep_all_bands(pairs: list[Item], tmp_path: Pat
         assert np.load(row.image).shape == (SIZE, SIZE, BANDS)
 
 
-def test_a_segmentor_trains_on_bands_in_their_order(pairs: list[Item], tmp_path: Path) -> None:
+def test_a_segmentor_trains_on_bands_in_their_order(pairs: list[Pair], tmp_path: Path) -> None:
     pytest.importorskip("mmengine")
     from post_processing.segmentation.dataset import TableSegDataset
 

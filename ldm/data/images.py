@@ -41,7 +41,7 @@ class Pair:
 
     image: Path
     mask: Path | None
-    name: str
+    name: str = ""
     reference: Path | None = None
 
 
@@ -160,11 +160,6 @@ def read_image(path: str | Path, channels: int | None = 3, reading: Reading | No
     """Read an image (see open_image) as (H, W, C) uint8, upright; alpha is dropped."""
     with open_image(path, channels, reading) as image:
         return image.read()[0]
-
-
-def read_for_show(path: str | Path) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 to look at: of a .npy of many bands the first three."""
-    return first_three(read_image(path, None))
 
 
 def first_three(image: np.ndarray) -> np.ndarray:
