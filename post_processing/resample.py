@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ldm.cli import add_classes
-from ldm.data.classes import ClassTable, read_mask, same_names
+from ldm.data.classes import ClassTable, name_key, read_mask, same_names
 from ldm.data.manifest import write_manifest
 from ldm.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
 from ldm.util import UserError, nearest, run_entry_point
@@ -227,8 +227,9 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         found = found.get("real", found)
-        found = found.get("IoU", found)
-        return {name: None if found[name] is None else float(found[name]) for name in table.names}
+        found = {name_key(name): value for name, value in found.get("IoU", found).items()}
+        values = {name: found[name_key(name)] for name in table.names}
+        return {name: None if value is None else float(value) for name, value in values.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object IoU with "
