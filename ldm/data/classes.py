@@ -363,9 +363,10 @@ def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path
         others = {int(i): int(c) for i, c in enumerate(classes) if 0 <= c < IGNORE_INDEX}
         is_own = len(set(others.values())) > table.num_classes // 2 and all(ids.get(i) != c for i, c in others.items())
         return is_own and bool((classes[named] == IGNORE_INDEX).all())
-    if not elsewhere:
-        return False
-    if len(named) == len(used) and (classes[named] >= 0).all():
+    all_known = len(named) == len(used) and bool((classes[named] >= 0).all())
+    if not elsewhere:  # ids and colours agree; an index that is no id may have the ignore colour
+        return all_known and not set(used.tolist()) <= {*ids, IGNORE_INDEX}
+    if all_known:
         return True
     unknown = [tuple(map(int, palette[i])) for i in named if classes[i] < 0]
     raise UserError(f"{path}: its palette has colours of class table {table.name} at other numbers (index "

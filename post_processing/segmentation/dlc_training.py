@@ -19,6 +19,7 @@ import torch
 
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable, same_names
+from ldm.data.images import Pair
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
 from post_processing.segmentation.dataset import list_pairs
@@ -31,7 +32,7 @@ from post_processing.segmentation.dlc import (
     decode_labels,
     find_losses,
 )
-from post_processing.segmentation.loading import Item, load_batches, stack_batch
+from post_processing.segmentation.loading import load_batches, stack_batch
 from post_processing.segmentation.noise import (
     LEAST_POINTS,
     count_consensus,
@@ -201,12 +202,12 @@ def ask_teacher(table: ClassTable, args: argparse.Namespace) -> tuple[torch.Tens
 
 def count_predictions(segmentor: Any, pairs: Sequence[tuple[Path, Path]], table: ClassTable) -> torch.Tensor:
     """Pixels by prediction k and given label j, (K, K) float64."""
-    def stop(_: Item, error: Exception) -> None:
+    def stop(_: Pair, error: Exception) -> None:
         raise error
 
     count = table.num_classes
     total = torch.zeros(count * (count + 1), device=segmentor.device)
-    for batch in load_batches([Item(*pair) for pair in pairs], table, 8, 2, stop):
+    for batch in load_batches([Pair(*pair) for pair in pairs], table, 8, 2, stop):
         images, masks = stack_batch(batch, segmentor.device)
         codes = segmentor.predict(images).long() * (count + 1) + masks.long().clamp_max(count)  # column K: ignored
         total += torch.bincount(codes.flatten(), minlength=len(total))
