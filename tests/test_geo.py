@@ -134,7 +134,7 @@ def test_scenes_of_16_bits_need_the_scale_of_the_training(tmp_path: Path, segmen
     (tmp_path / "prepared").mkdir()
     reading = {"bands": None, "scale": [[0, 255]], "nodata": None}
     (tmp_path / "prepared/summary.json").write_text(json.dumps({"reading": reading}))
-    with pytest.raises(UserError, match="made with another reading"):
+    with pytest.raises(FileExistsError, match="other settings .reading.scale was"):
         run(tmp_path, segmentor_files, "--scale_from", tmp_path / "prepared")
 
 
