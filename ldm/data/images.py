@@ -162,6 +162,11 @@ def read_image(path: str | Path, channels: int | None = 3, reading: Reading | No
         return image.read()[0]
 
 
+def first_three(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) -> (H, W, 3): the first three channels, the last one repeated where there are fewer."""
+    return image[:, :, np.minimum(range(3), image.shape[2] - 1)]
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the header alone; errors as open_image."""
     source, info = open_source(Path(path))

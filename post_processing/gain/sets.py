@@ -272,8 +272,12 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
             here[:height, :width][chosen] = there[:height, :width][chosen]
         name = f"{number:06d}.png"
         (folder / "masks" / name).write_bytes(encode_mask(raw, np.zeros((1, 1), bool), table))
-        Image.fromarray(image).save(folder / "images" / name)
-        mixed.append({"source": f"masks/{name}", "target": f"images/{name}", "prompt": table.prompt(mask)})
+        image_name = f"images/{number:06d}.{'png' if image.shape[2] == 3 else 'npy'}"
+        if image.shape[2] == 3:
+            Image.fromarray(image).save(folder / image_name)
+        else:
+            np.save(folder / image_name, image)
+        mixed.append({"source": f"masks/{name}", "target": image_name, "prompt": table.prompt(mask)})
         if "ref_image" in item:
             reference = f"references/{item['ref_image']}"  # the whole path: names may repeat in other folders
             mixed[-1]["ref_image"] = reference

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable
-from ldm.data.images import Pair
+from ldm.data.images import Pair, first_three
 from ldm.files import Record, append_lines, atomic_write, file_sha256
 from post_processing.segmentation.loading import (
     Loaded,
@@ -191,7 +191,8 @@ def draw_overlay(record: Record, pair: Pair, folder: Path, table: ClassTable) ->
     loaded = load_pair(pair, table, is_resized=True)
     filtered = load_pair(Pair(pair.image, folder / record["file"]), table).mask
     is_dropped = (filtered == IGNORE_INDEX) & (loaded.mask != IGNORE_INDEX)
-    marked = loaded.image.astype(np.float32)
+    image = first_three(loaded.image)
+    marked = image.astype(np.float32)
     marked[is_dropped] = 0.4 * marked[is_dropped] + 0.6 * DROPPED_COLOUR
-    parts = [loaded.image, table.colourise(loaded.mask), marked.round().astype(np.uint8)]
+    parts = [image, table.colourise(loaded.mask), marked.round().astype(np.uint8)]
     return Image.fromarray(np.concatenate(parts, axis=1))
