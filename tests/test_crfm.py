@@ -375,6 +375,18 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
                   "model.params.transformer.caption_projection_dim=64")  # fmt: skip
 
 
+def test_the_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    pytest.importorskip("peft")
+    from benchmarks import bench_sd35
+
+    monkeypatch.chdir(ROOT)
+    bench_sd35.main(["--device", "cpu", "--config", "configs/model/sd35_tiny.yaml", "--sizes", "32", "--batches", "1"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("work") for line in lines[1:]] == ["pass without mask", "pass with mask", "decode",
+                                                        "decode with gradient", *["training step"] * 2]
+    assert all(line["seconds"] > 0 for line in lines[1:])
+
+
 def test_configs_build_and_say_how_large_they_are():
     config = OmegaConf.to_container(OmegaConf.merge(
         OmegaConf.load(ROOT / "configs/model/sd35_crfm.yaml"), OmegaConf.load(ROOT / "configs/train/fusu_sd35.yaml")))
