@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ldm.cli import add_classes, fraction, positive_int
-from ldm.data.classes import ClassTable, read_mask, same_names
+from ldm.data.classes import ClassTable, name_key, read_mask, same_names
 from ldm.data.manifest import write_manifest
 from ldm.files import atomic_folder, digest_of, link_or_copy, write_json
 from ldm.run_folder import RunFolder
@@ -221,8 +221,9 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         found = found.get("real", found)
-        found = found.get("IoU", found)
-        return {name: None if found[name] is None else float(found[name]) for name in table.names}
+        found = {name_key(name): value for name, value in found.get("IoU", found).items()}
+        values = {name: found[name_key(name)] for name in table.names}
+        return {name: None if value is None else float(value) for name, value in values.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object IoU with "

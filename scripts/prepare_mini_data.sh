@@ -5,7 +5,6 @@
 # usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each
 # unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/. OUT becomes the data_root:
 #   OUT/train_set_items.json     128-pixel tiles, classes of the table `mini`: masks of Dubai and Kampala alone
-#   OUT/mixed_set_items.json     of these the labelled tiles that are rich in rare classes, and about as many unlabelled ones
 #   OUT/val_set_items.json
 #   OUT/inference_items.json             Dubai test masks, references from Dubai train (nearest class mix)
 #   OUT/inference_items_folder.json      the same masks, references from Monterey's test images
@@ -54,11 +53,3 @@ prepare --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/la
 # The same tiles as in dubai/, which the comparison of references needs.
 sed 's|"source": "label_train/|"source": "dubai/label_test/|; s|"target": "img_train/|"target": "dubai/img_test/|
     s|"ref_image": "|"ref_image": "ucmerced/|' "$out/ucmerced/inference_items.json" >"$out/inference_items_ucmerced.json"
-
-# Most Dubai tiles are bare land: a training sees those that are not, and every second tile without labels.
-"$python" "$here/select_rows.py" "$out/train_set_items.json" "$out/rich_set_items.json" --data_root "$out" \
-    --classes mini --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
-{
-    cat "$out/rich_set_items.json"
-    grep '"unlabelled/' "$out/train_set_items.json" | awk 'NR % 2'
-} >"$out/mixed_set_items.json"

@@ -117,6 +117,33 @@ def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptu
     assert "train.py" not in (tmp_path / "log").read_text()
 
 
+def test_train_mini_goes_on_with_references_from_a_whole_model(tmp_path: Path):
+    """Rich labelled tiles, every second unlabelled one, and one training; nothing that the model has already."""
+    (tmp_path / "out/data").mkdir(parents=True)
+    rows = [*(f"dubai/{n}" for n in range(4)), *(f"unlabelled/{n}" for n in range(5))]
+    lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
+    (tmp_path / "out/data/train_set_items.json").write_text("".join(lines))
+    (tmp_path / "out/lpips_vgg16.safetensors").touch()
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$@" >>"$LOG"\ncase $1 in scripts/select_rows.py) head -2 "$2" >"$3" ;;\n'
+                    'train.py) mkdir -p "$3" ;; esac\n')  # fmt: skip
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(tmp_path / "log"), "START": "whole.safetensors"}
+    command = ["sh", "scripts/train_mini.sh", "unused", tmp_path / "out", "tisynth_references"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    mixed = (tmp_path / "out/mixed_set_items.json").read_text().splitlines(keepends=True)
+    assert mixed == [*lines[:2], lines[4], lines[6], lines[8]]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in log] == ["scripts/select_rows.py", "train.py", "scripts/convert_checkpoint.py"]
+    assert "--pretrain_path whole.safetensors init=null" in log[1] and "mini_references.yaml" in log[1]
+    environment["START"] = ""
+    (tmp_path / "log").unlink()
+    (tmp_path / "out/references/done").unlink()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    stages = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines() if "-p " in line or "fit" in line]
+    assert stages == ["demo/make/fit_patches.py", "train.py", "train.py"]
+
+
 def test_a_packed_set_trains_the_autoencoder(toy_data: Path, tmp_path: Path, perceptual: Path,
                                              monkeypatch: pytest.MonkeyPatch):  # fmt: skip
     monkeypatch.chdir(ROOT)

@@ -10,6 +10,7 @@ import torch
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 CLIP_VOCAB_SIZE = 49408
+CHUNK = 10_000  # prompts that are looked at together
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL_TOKENS = ((CLIP_START, CLIP_END), ("<start>", "<end>"))
 # Contractions, runs of letters, single digits, runs of other signs; white space only separates.
@@ -83,15 +84,20 @@ class PromptTokenizer:
 
     def describe_cut(self, prompts: Sequence[str], pieces: int = 1) -> str:
         """Say how many prompts are cut, at which limit, and what the longest loses; empty if none is."""
-        limit = pieces * self.room
-        cut = [(len(ids), ids, prompt) for ids, prompt in zip(self.split_words(prompts), prompts, strict=True)
-               if len(ids) > limit]  # fmt: skip
-        if not cut:
+        limit, count = pieces * self.room, 0
+        ids: list[int] = []
+        prompt = ""
+        for start in range(0, len(prompts), CHUNK):  # the tokens of a million prompts need not fit into memory
+            part = prompts[start : start + CHUNK]
+            for found, text in zip(self.split_words(part), part, strict=True):
+                count += len(found) > limit
+                if len(found) > max(limit, len(ids)):
+                    ids, prompt = found, text
+        if not count:
             return ""
-        count, ids, prompt = max(cut, key=lambda one: one[0])
         lost = " ".join(self.backend.decode(ids[limit:], skip_special_tokens=False).split())
-        return (f"{len(cut)} of {len(prompts)} different prompts are longer than the {limit} tokens that the text "
-                f"encoder reads, and lose their end. The longest has {count} tokens ({prompt[:40]!r}...) and loses "
+        return (f"{count} of {len(prompts)} different prompts are longer than the {limit} tokens that the text "
+                f"encoder reads, and lose their end. The longest has {len(ids)} tokens ({prompt[:40]!r}...) and loses "
                 f"{lost[:120]!r}{'...' if len(lost) > 120 else ''}")
 
     def decode(self, token_ids: Sequence[int]) -> str:

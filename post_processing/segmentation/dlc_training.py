@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device
-from ldm.data.classes import ClassTable
+from ldm.data.classes import ClassTable, same_names
 from ldm.data.images import Pair
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
@@ -189,8 +189,8 @@ def find_matrices(table: ClassTable, args: argparse.Namespace) -> dict[int, torc
 
 def ask_teacher(table: ClassTable, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """T from a segmentor of real pairs (see estimate_from_teacher), and pixels by its prediction and given label."""
-    teacher = load_segmentor(*args.teacher, device=choose_device("auto"))
-    if list(teacher.class_table.names) != list(table.names):
+    teacher = load_segmentor(*args.teacher, device=choose_device("auto"), default_table=table)
+    if not same_names(teacher.class_table.names, table.names):
         raise UserError(f"--teacher {args.teacher[1]}: knows {list(teacher.class_table.names)}. Expected "
                         f"{list(table.names)} of class table {table.name}. Train it with that table.")
     root = args.synthetic_root or Path(args.synthetic_txt_file).parent
