@@ -14,7 +14,7 @@ from post_processing.gain.stages import Stage, StageRunner, make_slots
 from post_processing.run_index import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--ckpt", str(ROOT / "models/tisynth_mini.safetensors"), "--data_root", "pairs", "--txt_file",
+FLAGS = ["--ckpt", str(ROOT / "models/tisynth_mini_1.safetensors"), "--data_root", "pairs", "--txt_file",
          "pairs/rows.json", "--ddim_steps", "2", "--device", "cpu", "--outdir", "run"]  # fmt: skip
 SEGMENTOR = ["segmentor/config.json", "segmentor/segmentor.pth"]
 FILTER = [*SEGMENTOR, "--real_txt_file", "pairs/rows.json", "--run", "run", "--run_root", "pairs", "--device", "cpu",

@@ -198,3 +198,22 @@ def test_impossible_settings_of_the_method_are_named(name, value):
         make_method("tisynth_mini").check(Sampling(method={name: value}))
     with pytest.raises(ValueError, match="TISynth has no hint_scales. Expected of these"):
         make_method("tisynth_mini").check(Sampling(method={"hint_scales": 2.0}))
+
+
+def test_a_models_guidance_scales_are_those_of_every_mode():
+    import argparse
+
+    from ldm.sampling.modes import MODES, add_sampling_flags, choose_sampling, make_sampling
+
+    parser = argparse.ArgumentParser()
+    add_sampling_flags(parser.add_argument_group("sampling"))
+    own = make_sampling(MODES["exact"], {"guidance_scale": 4.0, "reference_scale": 3.0})
+
+    def choose(*words):
+        return choose_sampling(parser.parse_args(words), own)
+
+    for words in ((), ("--mode", "fast"), ("--mode", "turbo"), ("--mode", "exact")):
+        found = choose(*words)
+        assert (found.guidance_scale, found.method["reference_scale"]) == (4.0, 3.0)
+    assert choose().solver == "unipc" and choose("--mode", "turbo").method["share_control"]  # scales alone: no own mode
+    assert choose("--reference_scale", "1.5").method["reference_scale"] == 1.5

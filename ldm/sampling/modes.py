@@ -213,7 +213,7 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
 
     Args:
         args: parsed with add_sampling_flags.
-        own: the model's own, which `exact` stands for; its guidance scale is that of all modes.
+        own: the model's own, which `exact` stands for; its guidance scales are those of all modes.
 
     Returns:
         Settings without any None.
@@ -223,10 +223,17 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     """
     names = [field.name for field in fields(Sampling) if field.name not in ("method", "rectify")]
     given = {name: getattr(args, name) for name in (*names, *METHOD_SETTINGS) if getattr(args, name) is not None}
-    has_own = replace(own, guidance_scale=None) != MODES["exact"]
+    modes = {name: keep_strengths(mode, own) for name, mode in MODES.items()}
+    has_own = own != modes["exact"]
     name = args.mode or ("exact" if has_own or given.keys() & set(SAMPLER) else DEFAULT_MODE)
-    mode = own if name == "exact" else replace(MODES[name], guidance_scale=own.guidance_scale)
+    mode = own if name == "exact" else modes[name]
     return replace(make_sampling(mode, given), rectify=choose_rectify(args))
+
+
+def keep_strengths(mode: Sampling, own: Sampling) -> Sampling:
+    """A mode with a model's own guidance scales: how strongly it wants to be guided is its own matter."""
+    scales = {name: own.method[name] for name in ("hint_scale", "reference_scale") if name in own.method}
+    return replace(mode, guidance_scale=own.guidance_scale, method={**mode.method, **scales})
 
 
 def choose_rectify(args: argparse.Namespace) -> Rectify | None:
