@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from denoisers import STABLE, gaussian_denoiser
-from painting import arguments, contents, make_workspace, pixels, run
+from omegaconf import OmegaConf
+from painting import MODEL, arguments, contents, make_workspace, pixels, run
+from PIL import Image
 from segmentors import make_segmentor, table_of
 from zygote import Zygote, wait_until
 
@@ -22,6 +24,7 @@ from ldm.sampling.modes import PRESETS, Rectify, Sampling
 from ldm.sampling.noise import SampleNoise, sample_noise
 from ldm.sampling.rectify import Rectifier
 from ldm.sampling.samplers import sample
+from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method, read_model_config
 
 MINI = ClassTable.load("mini")
@@ -270,3 +273,48 @@ def test_another_guide_is_another_run(workspace: Path, finished: Path, tmp_path:
     assert "guide was" in capsys.readouterr().err
     assert run(workspace, finished, *guided(workspace, "--rectify_scale", "0.2")) == 2
     assert "rectify_scale was 0.1, is 0.2" in capsys.readouterr().err
+
+
+def test_a_guide_on_latents_learns_and_guides_without_the_decoder(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+    """Trained on images whose colours are their classes, it knows them; with it the decoder runs once an image."""
+    from scripts import train_segmentor
+
+    random = np.random.default_rng(0)
+    colours = np.array(MINI.colours, np.uint8)
+    rows = []
+    for index in range(6):
+        mask = np.kron(random.integers(0, 5, (2, 2)), np.ones((8, 8))).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"mask_{index}.png")
+        Image.fromarray(colours[mask]).save(tmp_path / f"image_{index}.png")
+        rows.append({"source": f"mask_{index}.png", "target": f"image_{index}.png", "prompt": "x"})
+    (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--on_latents", str(workspace / "tiny.safetensors"), "--classes", "mini", "--data_root", str(tmp_path),
+             "--train_txt_file", str(tmp_path / "train.json"), "--max_steps", "120",
+             "--learning_rate", "0.01"]  # fmt: skip
+    train_segmentor.main([*flags, "--work_dir", str(tmp_path / "guide")])
+    file = tmp_path / "guide/guide.safetensors"
+    from ldm.training.latent_guide import LatentGuide, encode_pairs
+
+    method = load_method(workspace / "tiny.safetensors", read_model_config(workspace / "tiny.safetensors"), "cpu")
+    pairs = [(tmp_path / row["target"], tmp_path / row["source"]) for row in rows]
+    latents, wanted = encode_pairs(method, pairs, MINI, torch.device("cpu"))
+    found = torch.nn.functional.interpolate(LatentGuide(file)(latents.float()), wanted.shape[-2:]).argmax(1)
+    assert (found == wanted).float().mean() > 0.45  # by chance 0.2; the autoencoder is random
+
+    calls = []
+    monkeypatch.setattr("ldm.methods.latent.LatentDiffusion.decode_latent", lambda self, z: calls.append(len(z)) or
+                        self.first_stage_model.decode(z / self.scale_factor))  # fmt: skip
+    out = tmp_path / "out"
+    flags = ["--rectify_window", "0", "1", "--num_steps", "4", "--rectify_log"]
+    assert run(workspace, out, "--guide", str(file), *flags) == 0
+    records = [record for path in (out / "shards").iterdir() for record in json.loads(path.read_text())["rectified"]]
+    assert len(records) == 4 and all(record["loss_after"] < record["loss"] for record in records)
+    assert calls == [2, 2]  # two batches of two, one of them filled up
+    assert run(workspace, tmp_path / "no", "--guide", str(workspace / "tiny.safetensors")) == 2
+    assert "no guide on latents" in capsys.readouterr().err
+    make_workspace(tmp_path)
+    weights = method.state_dict()
+    weights["first_stage_model.quant_conv.bias"] = weights["first_stage_model.quant_conv.bias"] + 1
+    save_safetensors(tmp_path / "tiny.safetensors", weights, OmegaConf.create({"model": MODEL}))
+    assert run(tmp_path, tmp_path / "other", "--guide", str(file)) == 2
+    assert "another autoencoder" in capsys.readouterr().err
