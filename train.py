@@ -212,13 +212,14 @@ def run_training(config, args: argparse.Namespace, budget) -> int:  # noqa: ANN0
         raise FileExistsError(f"--project {run_dir}: holds a run. Go on with it by -r {run_dir}, or name a new folder.")
     import torch
 
-    from ldm.training.build import build_method, cache_latents, start_finetuning
+    from ldm.training.build import build_method, cache_latents, compile_training, start_finetuning
     from ldm.training.module import TrainingModule
     from ldm.util import arguments_of, instantiate_from_config
     from ldm.weights.load import build_skeleton
     settings = OmegaConf.to_container(config.training, resolve=True)
     # those that are not of TrainingModule
-    others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents", "max_minutes")
+    others = ("ema_decay", "ema_warmup", "patience", "preview_every", "channels_last", "cache_latents", "max_minutes",
+              "compile")
     check_keys("training", settings, [*others, *(set(arguments_of(TrainingModule)) - {"method", "seed", "left_out"})])
     options = {k: v for k, v in settings.items() if k not in others}
     skeleton = build_skeleton(OmegaConf.to_container(config, resolve=True))
@@ -244,6 +245,9 @@ def run_training(config, args: argparse.Namespace, budget) -> int:  # noqa: ANN0
     if settings.get("cache_latents"):
         cache_latents(method, data, trainer, settings["cache_latents"])
     module = TrainingModule(method, seed=config.seed, left_out=start.left_out, **options)
+    if settings.get("compile"):
+        compile_training(method)
+        module.is_compiled = True
     if args.train == "false":
         return 0
     # It means well, but RowSampler does go on in the middle of an epoch, and no state_dict of a loader could.

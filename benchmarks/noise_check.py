@@ -1,6 +1,6 @@
 """Does noise correction work on real images and a real network? Labels flipped by a known T, no generator involved.
 
-    python -m benchmarks.noise_check --class_table dubai --data_root data/dubai --outdir outputs/noise_check
+    python -m benchmarks.noise_check --classes dubai --data_root data/dubai --outdir outputs/noise_check
 
 Flips the labels of the training pairs, and trains with true labels (clean), flipped ones (noisy), label smoothing on
 flipped ones (smooth) and noise correction (dlc), for equal steps, and scores all on real test pairs. What is finished
@@ -10,21 +10,21 @@ is skipped when the command is given again. `recovered` is (arm - noisy) / (clea
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ldm.cli import add_classes
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
 from ldm.data.manifest import read_manifest, write_manifest
 from ldm.files import link_or_copy
 from ldm.util import UserError
 from post_processing.segmentation.noise import read_noise
+from scripts.evaluate import main as evaluate
+from scripts.train_segmentor import main as train
 
-ROOT = Path(__file__).resolve().parents[1]
 # building, land, road, vegetation, water of the table `dubai`; made by hand before the first run
 DUBAI = [[0.55, 0.40, 0.05, 0, 0], [0.10, 0.73, 0.10, 0.07, 0], [0.05, 0.42, 0.53, 0, 0], [0, 0.42, 0, 0.58, 0],
          [0, 0.25, 0, 0.05, 0.70]]  # fmt: skip
@@ -71,14 +71,6 @@ def write_sets(args: argparse.Namespace, table: ClassTable, folder: Path) -> flo
     return float(counts[0] / counts[1])
 
 
-def run(*command: str) -> None:
-    """Run one of the project's commands; UserError with its last lines if it fails."""
-    done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-5:])
-        raise UserError(f"{' '.join(command[:2])}: exit code {done.returncode}\n{last}")
-
-
 def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, matrix: Path) -> dict:
     """Train one arm with one seed, and score it on the test pairs; finished ones are read."""
     folder = Path(args.outdir).absolute() / f"{arm}/seed_{seed}"
@@ -86,14 +78,12 @@ def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, m
     if not results.is_file():
         kind = "clean" if arm == "clean" else "noisy"
         flags = [*ARMS[arm], str(matrix)] if arm == "true_t" else ARMS[arm]
-        run("scripts/train_segmentor.py", "--config", args.config, "--class_table", str(sets / "table.json"),
-            "--synthetic_txt_file", str(sets / f"{kind}.json"), "--max_steps", str(args.steps), "--batch_size",
-            str(args.batch_size), "--threads", str(args.threads), "--seed", str(seed), "--work_dir", str(folder),
-            "--resume", *flags)  # fmt: skip
+        train(["--config", args.config, "--classes", str(sets / "table.json"), "--synthetic_txt_file",
+               str(sets / f"{kind}.json"), "--max_steps", str(args.steps), "--batch_size", str(args.batch_size),
+               "--threads", str(args.threads), "--seed", str(seed), "--work_dir", str(folder), "--resume", *flags])
         segmentor = [str(folder / name) for name in ("config.json", "segmentor.pth")]
-        run("scripts/evaluate.py", "segmentor", "--segmentor", *segmentor, "--real",
-            str(Path(args.test_txt_file).absolute()), "--real_root", str(Path(args.data_root).absolute()), "--outdir",
-            str(folder / "test"))  # fmt: skip
+        evaluate(["segmentor", "--segmentor", *segmentor, "--real", args.test_txt_file, "--real_root", args.data_root,
+                  "--outdir", str(folder / "test")])  # fmt: skip
     return json.loads(results.read_text())
 
 
@@ -121,7 +111,7 @@ def show(values: list[float]) -> str:
 def main() -> None:
     """Make the sets, train all arms, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--class_table", required=True)
+    add_classes(parser.add_argument, "of the masks", is_required=True)
     parser.add_argument("--data_root", required=True)
     parser.add_argument("--train_txt_file", help="default: train_set_items.json in --data_root")
     parser.add_argument("--test_txt_file", help="default: test_set_items.json in --data_root")
@@ -137,9 +127,9 @@ def main() -> None:
     args = parser.parse_args()
     args.train_txt_file = args.train_txt_file or str(Path(args.data_root) / "train_set_items.json")
     args.test_txt_file = args.test_txt_file or str(Path(args.data_root) / "test_set_items.json")
-    table = ClassTable.load(args.class_table).without_source_ids()
+    table = ClassTable.load(args.classes).without_source_ids()
     if table.num_classes != len(DUBAI):
-        raise UserError(f"--class_table {args.class_table}: {table.num_classes} classes. Expected {len(DUBAI)}, T's.")
+        raise UserError(f"--classes {args.classes}: {table.num_classes} classes. Expected {len(DUBAI)}, T's.")
     sets = Path(args.outdir).absolute() / "sets"
     if not (sets / "facts.json").is_file():
         share = write_sets(args, table, sets)

@@ -40,7 +40,7 @@ class CRFM(LatentDiffusion):
         mlp_modulation, init, use_checkpoint: see MaskTransformer.
         sample_mask: draw the mask's latent from the autoencoder's posterior (upstream, also while sampling) instead of
             taking its mean.
-        norm_groups: of the autoencoder.
+        norm_groups: of the autoencoder (see set_norm_groups); None = as its class has them.
         scale_factor, shift_factor: SD3.5's, of vae/config.json.
         guidance_scale: 1 = off, as published; 2 to 4.5 for weights trained with prompt_dropout.
         path: of the flow, see FlowPath.
@@ -54,7 +54,7 @@ class CRFM(LatentDiffusion):
                  class_table: str | Mapping[str, Any], hint_mode: str = "palette",
                  train: Sequence[str] = ("image", "mask"), lora_rank: int = 16, vectors_dir: str | None = None,
                  frozen_dtype: str | None = None, mlp_modulation: str = "own", init: str = "image",
-                 use_checkpoint: bool = True, sample_mask: bool = False, norm_groups: int = 32,
+                 use_checkpoint: bool = True, sample_mask: bool = False, norm_groups: int | None = 32,
                  scale_factor: float = 1.5305, shift_factor: float = 0.0609, guidance_scale: float = 1.0,
                  path: Mapping[str, Any] | None = None, **latent: Any) -> None:
         super().__init__(autoencoder=autoencoder, class_table=class_table, scale_factor=scale_factor,
@@ -70,7 +70,8 @@ class CRFM(LatentDiffusion):
         if frozen_dtype not in (None, "bfloat16"):
             raise UserError(f"frozen_dtype: {frozen_dtype!r} is not possible. Expected bfloat16 or null.")
         self.frozen_dtype = None if frozen_dtype is None else torch.bfloat16
-        set_norm_groups(self.first_stage_model, norm_groups)
+        if norm_groups is not None:
+            set_norm_groups(self.first_stage_model, norm_groups)
         self.network = MaskTransformer(transformer, mlp_modulation, init, use_checkpoint)
         self.size_factor = self.first_stage_model.downsampling * self.network.patch_size
         self._vectors: PromptVectors | None = None
@@ -106,8 +107,8 @@ class CRFM(LatentDiffusion):
                 WeightGroup("image stream", BASE), *super().weight_groups())
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks of the transformer, for torch.compile."""
-        return list(self.network.base.transformer_blocks)
+        """The blocks of three streams, for torch.compile."""
+        return list(self.network.mask_blocks)
 
     def vectors(self) -> PromptVectors:
         """The vectors of prompts; UserError if the config names no folder."""

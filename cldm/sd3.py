@@ -97,6 +97,10 @@ class MaskStream(nn.Module):
             self.norm_q = RMSNorm(width // heads, eps=1e-6)
             self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
 
+    def forward(self, block: nn.Module, *tokens: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One block of all three streams (see joint_block); what torch.compile takes as a whole."""
+        return joint_block(block, self, *tokens)
+
     def modulate(self, tokens: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
         """Normed tokens (B, M, D), and with more to come the gate of the attention, shift, scale, gate of the ff."""
         shift, scale, *rest = self.norm1(F.silu(embedding))[:, None].chunk(2 if self.is_last else 6, dim=-1)
@@ -202,11 +206,11 @@ class MaskTransformer(nn.Module):
         base = self.base
         embedding, text = base.time_text_embed(timestep, pooled), base.context_embedder(context)
         for block, stream in zip(base.transformer_blocks, self.mask_blocks, strict=True):
-            arguments = (block, stream, image, text, mask, embedding, self.mlp_modulation == "image")
+            arguments = (block, image, text, mask, embedding, self.mlp_modulation == "image")
             if self.use_checkpoint and torch.is_grad_enabled():
-                image, text, mask = checkpoint(joint_block, *arguments, use_reentrant=False)
+                image, text, mask = checkpoint(stream, *arguments, use_reentrant=False)
             else:
-                image, text, mask = joint_block(*arguments)
+                image, text, mask = stream(*arguments)
         tokens = base.proj_out(base.norm_out(image, embedding))
         patch = self.patch_size
         height, width = size[0] // patch, size[1] // patch

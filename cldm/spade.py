@@ -3,7 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.modules.attention import FusedSelfAttention
-from ldm.modules.blocks import ResBlock, group_norm, resampler, zero_module
+from ldm.modules.blocks import ResBlock, embed, group_norm, resampler, zero_module
 from ldm.modules.unet import Parts
 
 
@@ -60,7 +60,7 @@ class SpadeResBlock(nn.Module):
         """(B, C_in, h, w), (B, E) and the hint (B, K, H, W) -> (B, C_out, h, w), or twice as large with `up`."""
         activation, convolution = self.in_layers
         residual = convolution(self.resample(activation(self.in_norm(h, hint))))
-        scale, shift = self.emb_layers(embedding)[:, :, None, None].to(residual.dtype).chunk(2, dim=1)
+        scale, shift = embed(self.emb_layers, embedding)[:, :, None, None].to(residual.dtype).chunk(2, dim=1)
         residual = self.out_layers(self.out_norm(residual, hint) * (1 + scale) + shift)
         return self.skip_connection(self.resample(h)) + residual
 

@@ -215,6 +215,10 @@ class TISynth(LatentDiffusion):
                 notes.append(f"warning: all zero-convolutions of the {group} are zero: the {what} has no effect yet")
         return notes
 
+    def training_loss(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoising loss (see DiffusionMethod)."""
+        return super().training_loss(self.encode_together(batch))
+
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                       reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
         """Output of the network.
@@ -231,6 +235,7 @@ class TISynth(LatentDiffusion):
             Prediction of kind prediction_type, (B, C, h, w).
         """
         unet, mask, reference = (None, None, None) if look is None else look.unbind(1)
+        context = self.control_model.join_context(context, self.ssl_stage_model, self.model.diffusion_model)
         from_mask = self.control_model(latent, timestep, context, hint, mask)
         from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent, reference)
         return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference, unet)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import add_classes  # noqa: E402
+from ldm.cli import add_classes, positive_int  # noqa: E402
 from ldm.data.classes import ClassTable  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.segmentation.audit import estimate_audit, read_facts, write_audit  # noqa: E402
@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--synthetic_txt_file", help="manifest of synthesized pairs")
     add("--synthetic_root", help="where its paths start (default: its folder)")
     add_classes(add, "of the masks")
-    add("--count", type=int, default=8, help="pairs to draw")
+    add("--count", type=positive_int, default=8, help="pairs to draw")
     add("-s", "--seed", type=int, default=23, help="of the draw")
     add("--read", action="store_true", help="count the corrections in --outdir")
     add("-d", "--debug", action="store_true", help="show tracebacks")
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         print(make_noise_table(transition, table.names))
         print("\n".join([*notes, f"{counts.sum()} pixels; wrote {folder / 'noise.json'}"]))
         return
-    if not args.synthetic_txt_file or not args.classes or args.count < 1:
-        raise UserError("--synthetic_txt_file, --classes: expected both, and --count of 1 or more. See --help.")
+    if not args.synthetic_txt_file or not args.classes:
+        raise UserError("--synthetic_txt_file, --classes: expected both, or --read. See --help.")
     table = ClassTable.load(args.classes)
     root = args.synthetic_root or Path(args.synthetic_txt_file).parent
     pairs = list_pairs(table, manifest=args.synthetic_txt_file, data_root=root)

@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, ... (default: %(default)s)")
     add("--precision", choices=["auto", "full", "autocast"], default="auto", help="as inference.py's")
+    add("--guide", nargs="+", default=[], metavar="FILE", help="config and weights of a segmentor to rectify with, as "
+        "inference.py's; adds a slider")
     add("--masks", default="demo/label", help="folder of masks to start from, in the model's classes "
         "(default: %(default)s)")
     add("--references", default="demo/ref", help="folder of images to choose from (default: %(default)s)")
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from demo.page.session import Studio
 
-    studio = Studio(args.ckpt, args.config, args.device, args.precision)
+    studio = Studio(args.ckpt, args.config, args.device, args.precision, args.guide)
     factor = studio.method.size_factor
     if args.size % factor or not factor <= args.size <= 1024:
         raise UserError(f"--size: {args.size} is not possible. Expected a multiple of {factor}, at most 1024.")

@@ -213,6 +213,54 @@ def test_training_moves_what_it_names(root: Path, tmp_path: Path, groups: list[s
     assert image.isfinite().all()
 
 
+def test_frozen_weights_stay_in_the_folder_of_sd35(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("ldm.training.build.WHOLE_BELOW", 0)
+    folder = run_train(root, tmp_path / "run", "--pretrain_path", str(root / "sd35"), "model.params.train=[lora,mask]",
+                       "training.ema_decay=0.9")  # fmt: skip
+    exported, own = read_state(folder / "last.safetensors"), make(root).state_dict()
+    changed = {name for name in exported if not name.startswith("network.mask_")}
+    assert changed < set(own) and not any("norm1_context" in name or "context_embedder" in name for name in changed)
+    assert all(".attn" in name or ".ff.net." in name for name in changed)  # adapters are in them
+    method = load_method(folder / "last.safetensors", read_model_config(folder / "last.safetensors"), "cpu")
+    loaded = method.state_dict()
+    assert all(torch.equal(loaded[name], exported.get(name, own[name])) for name in own)
+    train.main(["-r", str(folder.parent), "--gpus", "", "lightning.trainer.max_steps=3"])
+    (root / "sd35").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="holds only what was trained"):
+        read_model_config(folder / "last.safetensors")
+    (tmp_path / "gone").rename(root / "sd35")
+    train.main(["--config_model", "configs/model/sd35_tiny.yaml", "-b", str(root / "train.yaml"), "--data_root",
+                str(root), "--gpus", "", "-p", str(tmp_path / "on"), f"model.params.vectors_dir={root / 'vectors'}",
+                "model.params.train=[lora,mask]", "training.ema_decay=0.9", "--finetune",
+                str(folder / "last.safetensors")])  # fmt: skip
+    assert (tmp_path / "on/checkpoints/last.safetensors").is_file()
+
+
+def test_published_weights_are_one_file_with_the_folder(root: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch):
+    from safetensors.torch import save_file
+    from test_sd3 import make_inputs, make_network, upstream_state
+
+    from scripts import convert_checkpoint
+
+    monkeypatch.chdir(ROOT)
+    network, method = make_network(), make(root)
+    published = {name: value.detach().contiguous() for name, value in upstream_state(network).items()}
+    save_file(published, tmp_path / "up.safetensors")
+    convert_checkpoint.main([str(root / "sd35"), str(tmp_path / "up.safetensors"), str(tmp_path / "crfm.safetensors"),
+                             "--config", "configs/model/sd35_tiny.yaml"])  # fmt: skip
+    loaded = load_method(tmp_path / "crfm.safetensors", read_model_config(tmp_path / "crfm.safetensors"), "cpu")
+    trained = {f"base.{name}" for name in network.image_parameters()} | {
+        name for name, _ in network.named_parameters() if name.startswith("mask_")}
+    published = {name: value for name, value in network.state_dict().items() if name in trained}
+    method.network.load_state_dict(method.network.state_dict() | published)
+    with torch.no_grad():
+        inputs = make_inputs()
+        assert torch.equal(loaded.network(*inputs), method.network.eval()(*inputs))
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_latents_are_kept(root: Path, tmp_path: Path):
     script = tmp_path / "two.py"

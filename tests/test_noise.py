@@ -207,7 +207,7 @@ def test_an_audit_is_painted_over_and_read_back(toy_data: Path, tmp_path: Path, 
     from scripts.audit_masks import main
 
     table = ClassTable.load("mini")
-    flags = ["--synthetic_txt_file", str(toy_data / "train_set_items.json"), "--class_table", "mini", "--count", "3"]
+    flags = ["--synthetic_txt_file", str(toy_data / "train_set_items.json"), "--classes", "mini", "--count", "3"]
     main(["--outdir", str(tmp_path / "audit"), *flags])
     main(["--outdir", str(tmp_path / "again"), *flags])
     names = sorted(path.name for path in (tmp_path / "audit/corrected").iterdir())

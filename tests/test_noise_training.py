@@ -61,7 +61,7 @@ def train(data, config, work_dir, *flags, steps=4):
     from scripts.train_segmentor import main
 
     main([str(flag) for flag in (
-        "--config", config, "--class_table", "mini", "--data_root", data, "--train_txt_file", data / "train.json",
+        "--config", config, "--classes", "mini", "--data_root", data, "--train_txt_file", data / "train.json",
         "--synthetic_txt_file", data / "synthetic.json", "--max_steps", steps, "--batch_size", 4, "--threads", 1,
         "--work_dir", work_dir, *flags,
     )])  # fmt: skip
@@ -121,6 +121,8 @@ def test_what_it_writes_passes_the_filter_and_the_evaluation(data, config, tmp_p
     rows = torch.eye(5)
     rows[0, :2] = torch.tensor([2 / 3, 1 / 3])
     dlc_training.write_noise(matrix, {SYNTHETIC: rows}, NAMES, "by hand")
+    with pytest.raises(UserError, match="no matrix of domain 2"):
+        train(data, config, tmp_path / "border", "--noise_matrix", matrix, "--noise_border", 3)
     train(data, config, tmp_path / "work", "--noise_matrix", matrix, steps=2)
     segmentor = [str(tmp_path / "work" / name) for name in ("config.json", "segmentor.pth")]
     loaded = load_segmentor(*segmentor)
@@ -162,7 +164,7 @@ def test_an_audit_becomes_t(data, config, tmp_path):
     from scripts.audit_masks import main
 
     main(["--outdir", str(tmp_path / "audit"), "--synthetic_txt_file", str(data / "synthetic.json"),
-          "--class_table", "mini", "--count", "12"])  # fmt: skip
+          "--classes", "mini", "--count", "12"])  # fmt: skip
     for path in (tmp_path / "audit/masks").iterdir():
         truth = np.asarray(Image.open(path)).copy()
         for top in range(0, 64, 8):  # a cell of the drawing has one class: the less frequent one of two is wrong
@@ -195,7 +197,7 @@ def test_real_pairs_alone_have_nothing_to_correct(data, config, tmp_path):
     from scripts.train_segmentor import main
 
     with pytest.raises(UserError, match="no synthesized pairs"):
-        main(["--config", str(config), "--class_table", "mini", "--train_txt_file", "x", "--work_dir", str(tmp_path),
+        main(["--config", str(config), "--classes", "mini", "--train_txt_file", "x", "--work_dir", str(tmp_path),
               "--noise_correction", "hoc"])  # fmt: skip
 
 

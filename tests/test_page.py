@@ -51,6 +51,17 @@ def make_order(**changes: object) -> Order:
     return Order(**{**order, **changes})
 
 
+def repeat(folder: Path) -> dict[str, np.ndarray]:
+    """Run the command of an unpacked job; its images by name."""
+    note, line = (folder / "command.txt").read_text().splitlines()
+    command = [word.replace("HERE", str(folder)) for word in shlex.split(line)]
+    assert note.startswith("# In the repository") and command[:2] == ["python", "inference.py"]
+    with pytest.raises(SystemExit) as stop:
+        run_entry_point(inference.main, [*command[2:], "--device", "cpu"])
+    assert stop.value.code == 0
+    return pixels(folder / "again")
+
+
 STRENGTH = ["--mode", "fast", "--ddim_steps", "4", "--scale", "2", "--strength", "0.5"]
 
 
@@ -58,7 +69,7 @@ STRENGTH = ["--mode", "fast", "--ddim_steps", "4", "--scale", "2", "--strength",
     {}, {"samples": 2}, {"flags": [*make_order().flags, "--fixed_code"]},
     {"flags": STRENGTH, "start": np.full((SIZE, SIZE, 3), 90, np.uint8)},
 ])  # fmt: skip
-def test_the_downloaded_manifest_gives_the_same_images(studio: Studio, tmp_path: Path, monkeypatch, changes: dict):
+def test_the_downloaded_manifest_gives_the_same_images(studio: Studio, tmp_path: Path, changes: dict):
     folder = tmp_path / "job"
     folder.mkdir()
     order, steps = make_order(**changes), []
@@ -66,14 +77,8 @@ def test_the_downloaded_manifest_gives_the_same_images(studio: Studio, tmp_path:
     assert len(paths) == 3 * order.samples and steps and all(done <= everything for done, everything in steps)
     with zipfile.ZipFile(pack(folder)) as archive:
         archive.extractall(tmp_path / "unpacked")
-    monkeypatch.chdir(tmp_path / "unpacked" / "job")
-    command = shlex.split(Path("command.txt").read_text())
-    assert command[:2] == ["python", "inference.py"]
-    with pytest.raises(SystemExit) as stop:
-        run_entry_point(inference.main, [*command[2:], "--device", "cpu"])
-    assert stop.value.code == 0
-    again = pixels(Path("again"))
-    records = {record["seed"]: record for record in read_lines(Path("again/index.jsonl"))}
+    again = repeat(tmp_path / "unpacked/job")
+    records = {record["seed"]: record for record in read_lines(tmp_path / "unpacked/job/again/index.jsonl")}
     assert len(again) == len(paths)
     for path in paths:  # 00_seed_5.png
         record = records[int(path.stem.rpartition("_")[2])]
@@ -81,6 +86,26 @@ def test_the_downloaded_manifest_gives_the_same_images(studio: Studio, tmp_path:
         assert (again[Path(record["image"]).name] == np.asarray(Image.open(path))).all()
     if "--fixed_code" not in order.flags:
         assert len({path.read_bytes() for path in paths}) == len(paths)
+
+
+def test_a_guide_rectifies_as_inference_does(workspace: Path, tmp_path: Path):
+    pytest.importorskip("mmseg", reason="the segmentors' packages are not installed (requirements/seg.txt)")
+    from segmentors import make_segmentor
+
+    from ldm.data.classes import ClassTable
+
+    config, checkpoint = make_segmentor(tmp_path, ClassTable.load("mini"))
+    guided = Studio(str(workspace / "tiny.safetensors"), device="cpu", guide=[str(config), str(checkpoint)])
+    images = {}
+    for scale in ("0", "0.4"):
+        folder = tmp_path / scale
+        folder.mkdir()
+        rectify = ["--rectify_window", "0", "1", "--rectify_scale", scale, "--guide", *guided.guide_files]
+        flags = make_order().flags + ([] if scale == "0" else rectify)
+        paths = guided.generate(make_order(flags=flags), folder, lambda *_: None)
+        images[scale] = sorted(np.asarray(Image.open(path)).tobytes() for path in paths)
+    assert images["0"] != images["0.4"]
+    assert sorted(values.tobytes() for values in repeat(tmp_path / "0.4").values()) == images["0.4"]
 
 
 def test_orders_that_cannot_be_done_are_sentences(studio: Studio, tmp_path: Path):
@@ -245,7 +270,7 @@ def test_drawing_undo_fill_and_the_prompt_that_follows(tab):
     assert prompt_of(tab) == "a satellite image of water!"
 
 
-def test_generate_and_download_what_inference_repeats(tab, tmp_path: Path, monkeypatch):
+def test_generate_and_download_what_inference_repeats(tab, tmp_path: Path):
     tab.click("#canvas [data-class='3']")
     draw(tab, [(0.2, 0.2), (0.8, 0.8)])
     wait_for_prompt(tab, "a satellite image of land, vegetation")
@@ -260,14 +285,9 @@ def test_generate_and_download_what_inference_repeats(tab, tmp_path: Path, monke
         archive.extractall(tmp_path)
     folder, = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert [row["prompt"] for row in read_lines(folder / "rows.json")] == ["a satellite image of land, vegetation"] * 2
-    monkeypatch.chdir(folder)
-    command = shlex.split((folder / "command.txt").read_text())[2:]
-    assert command[command.index("--seed") + 1] == "7"
-    with pytest.raises(SystemExit) as stop:
-        run_entry_point(inference.main, [*command, "--device", "cpu"])
-    assert stop.value.code == 0
+    assert "--seed 7 " in (folder / "command.txt").read_text()
     shown = sorted(np.asarray(Image.open(path)).tobytes() for path in (folder / "images").iterdir())
-    assert sorted(values.tobytes() for values in pixels(folder / "again").values()) == shown
+    assert sorted(values.tobytes() for values in repeat(folder).values()) == shown
 
 
 def test_cancel_ends_a_job_before_its_images(tab, studio: Studio, monkeypatch):

@@ -101,7 +101,7 @@ def train(data, config, work_dir, *flags):  # noqa: F811
     from scripts.train_segmentor import main
 
     main([str(flag) for flag in (
-        "--config", config, "--class_table", "mini", "--data_root", data, "--train_txt_file", data / "train.json",
+        "--config", config, "--classes", "mini", "--data_root", data, "--train_txt_file", data / "train.json",
         "--target_txt_file", data / "val.json", "--max_steps", 3, "--batch_size", 2, "--threads", 1, "--work_dir",
         work_dir, *flags,
     )])  # fmt: skip

@@ -143,8 +143,8 @@ class Page:
     # Jobs
 
     def generate(self, canvas: str, picker: str, prompt: str, seed: float, samples: float, same_noise: bool, mode: str,
-                 guidance: float, reference_scale: float, strength: float, start: str | None, request: gr.Request,
-                 progress: gr.Progress = gr.Progress()) -> Iterator[tuple[Any, Any, str]]:  # noqa: B008 (gradio's way)
+                 guidance: float, reference_scale: float, rectify: float, strength: float, start: str | None,
+                 request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[tuple[Any, Any, str]]:  # noqa: B008 (gradio's way)
         """Generate, one batch after another: gallery, download and a sentence."""
         stop = self.cancelled[request.session_hash] = threading.Event()
         begun, steps = time.monotonic(), []
@@ -159,7 +159,7 @@ class Page:
         captions: list[str] = []
         try:
             order = self.make_order(canvas, picker, prompt, seed, samples, same_noise, mode, guidance, reference_scale,
-                                    strength, start)
+                                    rectify, strength, start)
             captions = caption_images(order)
             self.jobs += 1
             folder = self.folder / f"tisynth-{self.jobs:04d}"
@@ -179,7 +179,8 @@ class Page:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
 
     def make_order(self, canvas: str, picker: str, prompt: str, seed: float, samples: float, same_noise: bool,
-                   mode: str, guidance: float, reference_scale: float, strength: float, start: str | None) -> Order:
+                   mode: str, guidance: float, reference_scale: float, rectify: float, strength: float,
+                   start: str | None) -> Order:
         """What the page's fields ask for; UserError where a field is not possible."""
         mask = decode_canvas(canvas, self.table)
         chosen = [self.images[key] for key in json.loads(picker)["chosen"] if key in self.images]
@@ -190,6 +191,8 @@ class Page:
             flags.append("--fixed_code")
         if "reference" in self.studio.method.takes and reference_scale != 1:
             flags += ["--reference_scale", f"{reference_scale:g}"]
+        if rectify and self.studio.guide:
+            flags += ["--rectify_scale", f"{rectify:g}", "--guide", *self.studio.guide_files]
         image = None
         if strength < 1:
             flags += ["--strength", f"{strength:g}"]
@@ -257,6 +260,8 @@ class Page:
                         guidance = gr.Slider(1, 12, own.guidance_scale, step=0.5, label="Guidance scale")
                         reference_scale = gr.Slider(0.5, 4, 1, step=0.25, label="Reference scale",
                                                     visible=takes_reference)
+                        rectify = gr.Slider(0, 0.5, 0, step=0.05, label="Rectify by the guide (0: not)",
+                                            visible=self.studio.guide is not None)
                         strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength (below 1: start from an image)")
                         start = gr.Image(label="Image to start from", type="filepath", sources=["upload"], height=160)
                     with gr.Row():
@@ -284,7 +289,8 @@ class Page:
             reference_files.upload(said(self.upload_references), [reference_files, picker], picker)
             generate.click(
                 self.generate,
-                [canvas, picker, prompt, seed, samples, same_noise, mode, guidance, reference_scale, strength, start],
+                [canvas, picker, prompt, seed, samples, same_noise, mode, guidance, reference_scale, rectify, strength,
+                 start],
                 [gallery, download, status], concurrency_limit=1, concurrency_id="model", show_progress="full",
                 show_progress_on=gallery)  # fmt: skip
             cancel.click(self.cancel, queue=False)

@@ -6,21 +6,26 @@ import logging
 import shlex
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, read_manifest
+from ldm.diffusion.path import Level
 from ldm.generation.generator import ConditionDataset, Job, Painter, Request, collate
+from ldm.generation.guide import load_guide
 from ldm.methods.diffusion import DiffusionMethod
+from ldm.sampling.guidance import Run
 from ldm.sampling.modes import Sampling, add_sampling_flags, choose_sampling
 from ldm.sampling.noise import sample_seed
+from ldm.sampling.rectify import Rectifier
+from ldm.sampling.samplers import Denoise
 from ldm.util import UserError
 from ldm.weights.load import load_method, read_model_config
 
@@ -65,12 +70,13 @@ class Studio:
         config: model yaml where the checkpoint has none inside.
         device: auto, cpu, cuda, ...
         precision: auto, full or autocast, as inference.py's.
+        guide: files of --guide, for orders that ask to rectify; empty = none.
     Raises:
         UserError, FileNotFoundError: if it cannot be loaded.
     """
 
     def __init__(self, checkpoint: str, config: str | None = None, device: str = "auto",
-                 precision: str = "auto") -> None:
+                 precision: str = "auto", guide: Sequence[str] = ()) -> None:
         self.checkpoint, self.config_file = str(checkpoint), config
         self.device = choose_device(device)
         self.use_autocast = precision == "autocast" or (precision == "auto" and self.device.type == "cuda")
@@ -80,6 +86,8 @@ class Studio:
             raise UserError(f"--ckpt: {checkpoint} generates {self.method.image_channels} bands. Expected images that "
                             "a browser can show, of one or three. Use inference.py.")
         self.table: ClassTable = self.method.class_table
+        self.guide_files = [str(file) for file in guide]
+        self.guide = load_guide(self.guide_files, self.method, self.device) if guide else None
 
     def sampling(self, flags: Sequence[str]) -> Sampling:
         """Settings that these flags of inference.py mean for this model; UserError where one is not possible."""
@@ -116,26 +124,27 @@ class Studio:
                 number = sample_seed(order.seed, row.index, copy)
                 record = {"image": f"{row.index:02d}_seed_{number}.png", "height": height, "width": width}
                 jobs.append(Job(row, row.index, order.seed if is_fixed else number, record))
-        painter = Painter(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE)
-        dataset = ConditionDataset(rows, self.table, None, self.method.image_channels)
-        parts = [jobs[i:i + painter.batch_size] for i in range(0, len(jobs), painter.batch_size)]
-        evaluations, done = max(1, round(sampling.num_steps * sampling.strength)) * len(parts), 0
+        done = evaluations = 0
 
         def count() -> None:
             nonlocal done
             on_step(min(done, evaluations), evaluations)
             done += 1
 
+        watch = Watch(count, Rectifier(sampling.rectify, self.guide) if sampling.rectify else None)
+        painter = Painter(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE, rectifier=watch)
+        dataset = ConditionDataset(rows, self.table, None, self.method.image_channels)
+        parts = [jobs[i:i + painter.batch_size] for i in range(0, len(jobs), painter.batch_size)]
+        evaluations = max(1, round(sampling.num_steps * sampling.strength)) * len(parts)
+
         (folder / "images").mkdir()
-        with watched(self.method, count):
-            for number, part in enumerate(parts):
-                items = [dataset[Request(job.position, slot, order.mask.shape)] for slot, job in enumerate(part)]
-                batch = collate(items)
-                if batch["errors"]:
-                    raise UserError("; ".join(sorted(set(batch["errors"].values()))))
-                done = number * evaluations // len(parts)
-                images = painter.paint(batch, [job.noise_seed for job in part])
-                yield from self.save(images, [folder / "images" / job.record["image"] for job in part])
+        for number, part in enumerate(parts):
+            batch = collate([dataset[Request(job.position, slot, order.mask.shape)] for slot, job in enumerate(part)])
+            if batch["errors"]:
+                raise UserError("; ".join(sorted(set(batch["errors"].values()))))
+            done = number * evaluations // len(parts)
+            images = painter.paint(batch, [job.noise_seed for job in part])
+            yield from self.save(images, [folder / "images" / job.record["image"] for job in part])
 
     def save(self, images: Any, paths: Sequence[Path]) -> list[Path]:
         """Write images (B, C, H, W) in [-1, 1] as PNG, as inference.py does; UserError for one that is not finite."""
@@ -180,33 +189,39 @@ class Studio:
         return read_manifest(manifest, folder, need=need, table=self.table, size_factor=self.method.size_factor)
 
     def command(self, order: Order) -> str:
-        """What generates an order's images again, to be run where its files were unpacked."""
+        """What generates an order's images again, to be run in the repository."""
         words = ["python", "inference.py", "--ckpt", self.checkpoint,
                  *(["--config", self.config_file] if self.config_file else []), "--precision", self.precision,
-                 "--data_root", ".", "--txt_file", "rows.json", "--outdir", "again", "--seed", str(order.seed),
-                 "--num_per_mask", str(order.samples), *order.flags]  # fmt: skip
-        return shlex.join(words) + "\n"
+                 "--data_root", "HERE", "--txt_file", "HERE/rows.json", "--outdir", "HERE/again",
+                 "--seed", str(order.seed), "--num_per_mask", str(order.samples), *order.flags]  # fmt: skip
+        return "# In the repository, with the folder that this file lies in for HERE:\n" + shlex.join(words) + "\n"
 
 
-@contextmanager
-def watched(method: DiffusionMethod, on_evaluation: Callable[[], None]) -> Iterator[None]:
-    """Within it, `on_evaluation` is called before every evaluation of the network; it may raise to stop sampling."""
-    prepare = method.prepare
+class Watch:
+    """A correction (see ldm.sampling.guidance.Correct) that changes nothing: it counts the steps, and may stop them.
 
-    def prepare_watched(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        predict = prepare(*args, **kwargs)
+    Args:
+        on_step: called before every evaluation of the network; what it raises ends the sampling.
+        rectifier: of a guide, to rectify with; None = none.
+    """
 
-        def predict_watched(*inputs: Any) -> Any:
-            on_evaluation()
-            return predict(*inputs)
+    def __init__(self, on_step: Callable[[], None], rectifier: Rectifier | None) -> None:
+        self.on_step, self.rectifier = on_step, rectifier
 
-        return predict_watched
+    def __call__(self, denoise: Denoise, run: Run) -> Denoise:
+        """Bind it to one run of a sampler."""
+        denoise = self.rectifier(denoise, run) if self.rectifier else denoise
 
-    method.prepare = prepare_watched
-    try:
-        yield
-    finally:
-        del method.prepare
+        def watched(x: Tensor, level: Level) -> Tensor:
+            self.on_step()
+            return denoise(x, level)
+
+        return watched
+
+    def settle(self, count: int) -> None:
+        """See Rectifier.settle."""
+        if self.rectifier:
+            self.rectifier.settle(count)
 
 
 def pack(folder: Path) -> Path:

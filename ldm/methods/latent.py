@@ -133,6 +133,25 @@ class LatentDiffusion(DiffusionMethod):
         return self.cached([("reference", key, size) for key in keys],
                            lambda i: self.pick_reference(encode(reference[i:i + 1])))
 
+    def encode_together(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A training batch whose image and reference, if they are of one size, went through the autoencoder at once.
+
+        Args:
+            batch: see training_loss.
+        Returns:
+            The batch with `moments` and `reference_moments` in their place, as a LatentCache gives them.
+        """
+        if "image" not in batch or "reference" not in batch or batch["image"].shape != batch["reference"].shape:
+            return batch
+        rest = {key: value for key, value in batch.items() if key not in ("image", "reference")}
+        reference = batch["reference"]
+        with torch.no_grad():
+            if self.training and self.reference_augment is not None:
+                reference = self.reference_augment(reference)
+            posterior = self.first_stage_model.encode(torch.cat([batch["image"], reference]))
+            moments, reference_moments = torch.cat([posterior.mean, posterior.logvar], dim=1).chunk(2)
+        return {**rest, "moments": moments, "reference_moments": reference_moments}
+
     def pick_reference(self, posterior: DiagonalGaussian) -> Tensor:
         """Scaled latent of a reference, (B, C, h, w): the posterior's mean, or a draw with sample_reference."""
         return self.scaled(posterior.sample() if self.sample_reference else posterior.mean)

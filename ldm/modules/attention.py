@@ -1,10 +1,10 @@
 """Attention on flattened feature maps: self-, cross- and transformer block of Stable Diffusion."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.blocks import group_norm, zero_module
+from ldm.modules.blocks import group_norm, joint_linear, zero_module
 
 
 class CrossAttention(nn.Module):
@@ -33,13 +33,18 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, context: "Tensor | KeysValues | None" = None) -> Tensor:
         """(B, N, query_dim) and (B, M, context_dim), or its keys and values -> (B, N, query_dim)."""
-        k, v = context if isinstance(context, tuple) else self.keys_values(query if context is None else context)
-        out = F.scaled_dot_product_attention(self.split_heads(self.to_q(query)), k, v)  # (B, heads, N, head_dim)
+        if context is None:
+            q, k, v = map(self.split_heads, joint_linear(query, (self.to_q, self.to_k, self.to_v)))
+        else:
+            k, v = context if isinstance(context, tuple) else self.keys_values(context)
+            q = self.split_heads(self.to_q(query))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def keys_values(self, context: Tensor) -> "KeysValues":
         """(B, M, context_dim) -> keys and values, each (B, heads, M, head_dim)."""
-        return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
+        k, v = joint_linear(context, (self.to_k, self.to_v))
+        return self.split_heads(k), self.split_heads(v)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, N, heads * d) -> (B, heads, N, d)."""
@@ -76,6 +81,21 @@ class FixedContext:
         part = FixedContext(self.context[-count:])
         part.look_up = lambda layer: tuple(tensor[-count:] for tensor in self.keys_values(layer))
         return part
+
+
+class JointContext(FixedContext):
+    """A context whose keys and values of all layers are computed at once, for one training step.
+
+    Args:
+        context: (B, L, D).
+        layers: what attends to it.
+    """
+
+    def __init__(self, context: Tensor, layers: Sequence[CrossAttention]) -> None:
+        super().__init__(context)
+        outputs = joint_linear(context, [linear for layer in layers for linear in (layer.to_k, layer.to_v)])
+        self.kept = {layer: (layer.split_heads(k), layer.split_heads(v))
+                     for layer, k, v in zip(layers, outputs[::2], outputs[1::2], strict=True)}
 
 
 class GEGLU(nn.Module):
@@ -170,8 +190,8 @@ class SelfAttention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         x = self.group_norm(h).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for linear in (self.to_q, self.to_k, self.to_v))  # (B, heads, h*w, d)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in joint_linear(x, (self.to_q, self.to_k, self.to_v)))  # (B, heads, h*w, d)
         out = self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + out.transpose(1, 2).unflatten(2, h.shape[-2:])
 

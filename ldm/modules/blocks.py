@@ -1,5 +1,7 @@
 """Convolutional building blocks of the U-Net, the control branches and the autoencoder."""
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +41,56 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
         (B, dim) float32.
     Source: Vaswani et al. 2017, section 3.5; order of the halves as in Stable Diffusion.
     """
-    half = dim // 2
-    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    frequency = torch.exp(-math.log(max_period) * index / half)
-    angle = timestep.float()[:, None] * frequency[None]  # (B, dim / 2)
+    angle = timestep.float()[:, None] * frequencies(dim // 2, max_period, timestep.device)[None]  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
+    """Falling frequencies of timestep_embedding, (count,) float32; computed once, since they never change."""
+    index = torch.arange(count, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(max_period) * index / count)
+
+
+def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """What several linear layers make of the same input, in one product where gradients are kept.
+
+    A small network's training step is bound by the number of its products, not by their size: forward and backward
+    pass of n layers launch 3 n of them, one layer of all their outputs 3. Without gradients every layer computes for
+    itself, so that samples do not depend on it.
+
+    Args:
+        x: (..., D).
+        layers: all with a bias or none.
+    Returns:
+        Outputs (..., D_i) in order.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(layer(x) for layer in layers)
+    biases = [layer.bias for layer in layers]
+    weight = torch.cat([layer.weight for layer in layers])
+    joint = F.linear(x, weight, None if biases[0] is None else torch.cat(biases))
+    return joint.split([layer.out_features for layer in layers], dim=-1)
+
+
+class JointEmbedding:
+    """An embedding of the timestep with what all residual blocks of a network make of it, computed at once.
+
+    It stands in for the tensor wherever a block takes one.
+
+    Args:
+        embedding: (B, E).
+        layers: `emb_layers` of the blocks, each SiLU and a linear layer.
+    """
+
+    def __init__(self, embedding: Tensor, layers: Sequence[nn.Sequential]) -> None:
+        outputs = joint_linear(F.silu(embedding), [layer[1] for layer in layers])
+        self.outputs = dict(zip(layers, outputs, strict=True))
+
+
+def embed(layers: nn.Sequential, embedding: Tensor | JointEmbedding) -> Tensor:
+    """What a block's `emb_layers` make of an embedding, (B, D)."""
+    return embedding.outputs[layers] if isinstance(embedding, JointEmbedding) else layers(embedding)
 
 
 class TimestepSequential(nn.Sequential):
@@ -120,7 +167,7 @@ class ResBlock(nn.Module):
         """(B, C_in, h, w) and (B, E) -> (B, C_out, h, w); with resample (B, C_out, h/2, w/2) or (B, C_out, 2h, 2w)."""
         norm, activation, convolution = self.in_layers
         residual = convolution(self.resample(activation(norm(h))))
-        embedding = self.emb_layers(embedding)[:, :, None, None].to(residual.dtype)
+        embedding = embed(self.emb_layers, embedding)[:, :, None, None].to(residual.dtype)
         norm, *rest = self.out_layers
         if self.use_scale_shift:
             scale, shift = embedding.chunk(2, dim=1)

@@ -23,13 +23,15 @@ class PromptEncoder:
         device: where to compute.
         dtype: of encoders and vectors: `bf16`, `fp16` or `fp32`.
         use_t5: False puts zeros in the place of T5's vectors, as SD3.5 allows, and needs no text_encoder_3.
+        t5_tokens: vectors of T5 a prompt; the stock pipeline has 256.
     Raises:
         UserError: if parts are missing, cannot be read, or do not belong together.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", dtype: str = "bf16",
-                 use_t5: bool = True) -> None:
+                 use_t5: bool = True, t5_tokens: int = T5_TOKENS) -> None:
         self.folder, self.device, self.dtype, self.use_t5 = Path(folder), torch.device(device), dtype, use_t5
+        self.t5_tokens = t5_tokens
         suffixes = ("", "_2", "_3") if use_t5 else ("", "_2")
         self.parts = [kind + suffix for suffix in suffixes for kind in ("tokenizer", "text_encoder")]
         missing = [part for part in (*self.parts, "transformer") if not (self.folder / part).is_dir()]
@@ -53,15 +55,15 @@ class PromptEncoder:
         """What decides the vectors: digests of weights and tokenizers, number of T5's tokens, precision."""
         digests = {f"{part}/{file.name}": file_sha256(file)
                    for part in self.parts for file in sorted((self.folder / part).iterdir()) if file.is_file()}
-        return {"files": digests, "t5_tokens": T5_TOKENS, "t5": self.use_t5, "dtype": self.dtype}
+        return {"files": digests, "t5_tokens": self.t5_tokens, "t5": self.use_t5, "dtype": self.dtype}
 
     @torch.no_grad()
     def encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Vectors of one prompt, which is encoded alone: neighbours in a batch would change its last bits.
 
         Returns:
-            Context (1, L + 256, joint_attention_dim), L tokens of both CLIPs side by side, then T5's; and the pooled
-            vector (1, P1 + P2) of both CLIPs. On the CPU.
+            Context (1, L + t5_tokens, joint_attention_dim), L tokens of both CLIPs side by side, then T5's; and the
+            pooled vector (1, P1 + P2) of both CLIPs. On the CPU.
         """
         clips, pooled = [], []
         for tokenizer, encoder in self.encoders[:2]:
@@ -73,9 +75,9 @@ class PromptEncoder:
         clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
         if self.use_t5:
             tokenizer, encoder = self.encoders[2]
-            spoken = encoder(tokenize(tokenizer, prompt, T5_TOKENS).to(self.device))[0]
+            spoken = encoder(tokenize(tokenizer, prompt, self.t5_tokens).to(self.device))[0]
         else:
-            spoken = clip.new_zeros(1, T5_TOKENS, self.width)
+            spoken = clip.new_zeros(1, self.t5_tokens, self.width)
         return torch.cat([clip, spoken], dim=1).to("cpu", DTYPES[self.dtype]), torch.cat(pooled, dim=-1).cpu()
 
 

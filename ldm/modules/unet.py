@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, JointContext, SpatialTransformer
 from ldm.modules.blocks import (
     Downsample,
+    JointEmbedding,
     ResBlock,
     TimestepSequential,
     Upsample,
@@ -79,7 +80,7 @@ class UNetEncoder(nn.Module):
         odd = [w for w in widths if w % num_heads and parts.attention is None]
         if odd:
             raise ValueError(f"U-Net: num_heads={num_heads} does not divide the widths {odd}. Change num_heads.")
-        self.parts = parts
+        self.parts, self.is_joint = parts, True  # False where blocks are compiled, which take tensors only
         self.in_channels, self.model_channels, self.num_heads = in_channels, model_channels, num_heads
         self.context_dim, self.use_checkpoint = context_dim, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)
@@ -115,11 +116,21 @@ class UNetEncoder(nn.Module):
         self.input_blocks.append(TimestepSequential(*layers))
         self.feature_channels.append(width)
 
-    def embed_timestep(self, timestep: Tensor, added: Tensor | None = None) -> Tensor:
+    def embed_timestep(self, timestep: Tensor, added: Tensor | None = None) -> Tensor | JointEmbedding:
         """(B,) int64 -> (B, 4 * model_channels), plus what else all residual blocks get to know, of the same shape."""
         embedding = self.time_embed(
             timestep_embedding(timestep, self.model_channels).to(self.time_embed[0].weight.dtype))
-        return embedding if added is None else embedding + added
+        embedding = embedding if added is None else embedding + added
+        if not (self.is_joint and torch.is_grad_enabled()):
+            return embedding
+        return JointEmbedding(embedding, [layer.emb_layers for layer in self.modules() if hasattr(layer, "emb_layers")])
+
+    def join_context(self, context: Tensor, *others: "UNetEncoder") -> Tensor | JointContext:
+        """A context for this network and others, its keys and values for all of them computed at once (training)."""
+        if not (self.is_joint and torch.is_grad_enabled()):
+            return context
+        return JointContext(context, [block.attn2 for network in (self, *others) for part in network.modules()
+                                      if isinstance(part, SpatialTransformer) for block in part.transformer_blocks])
 
     def run(self, block: nn.Module, *args: Tensor, **conditions: Tensor | None) -> Tensor:
         """Run a block, recomputing it in the backward pass when use_checkpoint is on."""

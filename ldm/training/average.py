@@ -39,7 +39,8 @@ class AveragedWeights(pl.Callback):
         """Begin with the weights, with `start`, or with what a checkpoint held; on the device of the weights."""
         trained = trained_parameters(pl_module)
         if self.start is not None and not self.average:
-            self.average = {name: self.start[name.removeprefix("method.")] for name in trained}
+            # What only a training has, such as adapters, has no average yet.
+            self.average = {name: self.start.get(name.removeprefix("method."), p) for name, p in trained.items()}
             self.count = FINETUNED
         source = self.average or trained
         self.average = {name: source[name].detach().to(p.device, torch.float32, copy=True)

@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ldm.generation.machine import compile_blocks
 from ldm.methods.base import Method
+from ldm.modules.unet import UNetEncoder
 from ldm.training.average import AveragedWeights
 from ldm.util import instantiate_from_config
 from ldm.weights.base import open_whole
@@ -107,6 +111,19 @@ def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, avera
     for callback in callbacks:
         if isinstance(callback, AveragedWeights):
             callback.start = average
+
+
+def compile_training(method: nn.Module, **options: Any) -> None:
+    """Compile the repeated blocks; they get plain tensors then, since compiled code groups its products by itself.
+
+    Args:
+        method: to train.
+        options: of torch.compile.
+    """
+    compile_blocks(method, **options)
+    for part in method.modules():
+        if isinstance(part, UNetEncoder):
+            part.is_joint = False
 
 
 def cache_latents(method: Method, data: Any, trainer: Any, folder: str) -> None:

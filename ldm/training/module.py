@@ -2,6 +2,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.transforms import normalize_batch
+from ldm.training.precision import StepWeights
 from ldm.util import UserError
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class TrainingModule(pl.LightningModule):
         self.learning_rate, self.seed, self.weight_decay, self.betas = learning_rate, seed, weight_decay, tuple(betas)
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.micro_batches, self.left_out = 0, left_out
+        self.is_compiled, self.step_weights = False, None
         self.time_share: float | None = None  # of a budget of minutes; whoever keeps it sets it (see Budget)
         self.strict_loading = False  # files may leave parts out; on_load_checkpoint sees to those that train
         log.info(freeze_all_but(method, method.trainable_groups()))
@@ -136,13 +139,22 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of a batch; logs its parts."""
-        loss, parts = self.method.training_loss(batch)
+        with self.half_weights():
+            loss, parts = self.method.training_loss(batch)
         self.micro_batches += 1
         size = len(batch["prompt"])
         self.log_dict({"loss": loss.detach(), **parts}, prog_bar=True, batch_size=size)
         # The mean over an epoch is what lightning.checkpoint.monitor and training.patience can look at.
         self.log("loss_epoch", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return loss
+
+    def half_weights(self) -> AbstractContextManager:
+        """Where autocast is on and nothing is compiled, weights that are cast all at once (see StepWeights)."""
+        device = self.device.type
+        if self.is_compiled or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        self.step_weights = self.step_weights or StepWeights(self.method)
+        return self.step_weights.in_place(torch.get_autocast_dtype(device))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss with draws that are the same at every validation, so that the curve is comparable."""

@@ -111,6 +111,10 @@ def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespac
     start = int(config.max_steps * args.warm_up_share) if kind != "fixed" else 0
     domains = [SYNTHETIC, BORDER] if args.noise_border else [SYNTHETIC]
     matrices = {} if kind != "fixed" else find_matrices(table, args)
+    lacking = [str(domain) for domain in domains if domain not in matrices]
+    if args.noise_matrix and lacking:
+        raise UserError(f"--noise_matrix {args.noise_matrix}: no matrix of domain {', '.join(lacking)}. Expected 1 and "
+                        "2 (class borders) with --noise_border. Estimate it with that flag, or leave the flag out.")
     hook = dict(
         type=NOISE_HOOK, kind=kind, names=list(table.names), start=start, seed=args.seed, domains=domains,
         matrices={str(domain): matrix.tolist() for domain, matrix in matrices.items()},
@@ -370,6 +374,9 @@ def read_points(
         model(batch["inputs"], batch["data_samples"], mode="tensor")
     finally:
         hook.remove()
+    if not kept:
+        raise UserError(f"--noise_correction hoc: {type(list_heads(model)[-1]).__name__} does not classify by its "
+                        "conv_seg, so its features are not known. Expected such a head, or T by audit or teacher.")
     stride = max(1, round(batch["inputs"].shape[-1] / kept[0].shape[-1]))
     step = -(-APART // stride)
     for features, sample in zip(kept[0], batch["data_samples"], strict=True):
