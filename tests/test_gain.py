@@ -214,7 +214,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
     for flag in ("--init_from", "--train_txt_file"):
         assert [flag in half for half in halves] == [False, True]
-    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,dlc,random_drop", *flags)
+    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,dlc,random_drop,rectified", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
     paint = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]
@@ -224,7 +224,12 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
     assert len(list((out / "unfiltered/images").iterdir())) == 6
     results = json.loads((out / "results.json").read_text())
-    assert list(results["summary"]) == ["real", "joint", "unfiltered", "dlc", "random_drop", "pretrain"]
+    assert list(results["summary"]) == ["real", "joint", "unfiltered", "dlc", "random_drop", "rectified", "pretrain"]
+    plain, guided = (sorted((out / folder / "images").iterdir()) for folder in ("synthesis", "rectified_synthesis"))
+    assert [path.name for path in plain] == [path.name for path in guided]
+    assert any(one.read_bytes() != other.read_bytes() for one, other in zip(plain, guided, strict=True))
+    fingerprint = json.loads((out / "rectified_synthesis/run.json").read_text())["fingerprint"]
+    assert fingerprint["guide"][2] == file_sha256(out / "real/seed_1/segmentor.pth")  # of the real pairs
     noise = json.loads((out / "dlc/seed_1/noise.json").read_text())
     assert noise["estimator"] == "hoc" and noise["step"] == 1
     for arm in results["summary"]:
@@ -395,7 +400,8 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
 
 
 def test_masks_with_rare_classes_are_preferred(tmp_path):
-    from ldm.data.classes import ClassTable
+    from ldm.files import file_sha256
+from ldm.data.classes import ClassTable
     from ldm.data.manifest import Row
     from post_processing.gain.sets import choose_masks
 
