@@ -17,6 +17,7 @@ from painting import make_workspace
 from PIL import Image
 from pixel import config, make
 
+from ldm.files import file_sha256
 from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
@@ -400,8 +401,7 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
 
 
 def test_masks_with_rare_classes_are_preferred(tmp_path):
-    from ldm.files import file_sha256
-from ldm.data.classes import ClassTable
+    from ldm.data.classes import ClassTable
     from ldm.data.manifest import Row
     from post_processing.gain.sets import choose_masks
 
