@@ -215,7 +215,8 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
     for flag in ("--init_from", "--train_txt_file"):
         assert [flag in half for half in halves] == [False, True]
-    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,dlc,random_drop,rectified", *flags)
+    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,dlc,random_drop,rectified",
+            "--rectify_args", "--rectify_window 0 1", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
     paint = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]

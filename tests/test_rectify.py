@@ -22,7 +22,7 @@ from ldm.diffusion.prediction import target_of
 from ldm.sampling.guidance import Run, make_denoiser
 from ldm.sampling.modes import PRESETS, Rectify, Sampling
 from ldm.sampling.noise import SampleNoise, sample_noise
-from ldm.sampling.rectify import Rectifier
+from ldm.sampling.rectify import Rectifier, choose_levels
 from ldm.sampling.samplers import sample
 from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method, read_model_config
@@ -46,7 +46,8 @@ class Linear:
 def bind(settings: Rectify, guide, path, mask: torch.Tensor, **sampling):
     levels = path.levels(8, "trailing", "clean")
     # Clean latents are about 1.5: decoded images are within [-1, 1], where nothing is clipped.
-    return Rectifier(settings, guide), Run({"mask": mask}, Sampling(**sampling), path, levels, lambda z: z / 4)
+    sampling = Sampling(rectify=settings, **sampling)
+    return Rectifier(settings, guide), Run({"mask": mask}, sampling, path, levels, lambda z: z / 4)
 
 
 def masks(count: int = 2) -> torch.Tensor:
@@ -131,8 +132,8 @@ def test_ignored_pixels_and_samples_without_a_gradient_keep_the_plain_step():
 
 def test_windows_steps_schedules_and_groups():
     def chosen(settings: Rectify, **sampling) -> dict[int, float]:
-        rectifier, run = bind(settings, Linear(), STABLE, masks(), **sampling)  # 999, 874, ..., 124
-        return {level.time: round(scale, 4) for level, scale in rectifier.choose(run).items()}
+        _, run = bind(settings, Linear(), STABLE, masks(), **sampling)  # 999, 874, ..., 124
+        return {level.time: round(scale, 4) for level, scale in choose_levels(run.sampling, run.levels).items()}
 
     assert chosen(Rectify()) == {999: 0.2, 874: 0.2, 749: 0.2}
     assert chosen(Rectify(0.1, (0.3, 0.6))) == {499: 0.1, 374: 0.1}
@@ -140,6 +141,8 @@ def test_windows_steps_schedules_and_groups():
     assert chosen(Rectify(steps=2, schedule="falling")) == {999: 0.175, 874: 0.15}
     assert chosen(Rectify(steps=1), method={"reuse_every": 2}) == {999: 0.2, 874: 0.2}
     assert chosen(Rectify(0.1, (0.3, 0.8)), method={"reuse_every": 2}) == dict.fromkeys((749, 624, 499, 374), 0.1)
+    with pytest.raises(ValueError, match="holds none of the 8 steps"):
+        chosen(Rectify(window=(0.55, 0.6)))
     for field, value in (("scale", 0.6), ("window", (0.7, 0.1)), ("steps", 0), ("schedule", "cosine"), ("loss", "no")):
         with pytest.raises(ValueError, match=f"--rectify_{field}"):
             Rectify(**{field: value})
