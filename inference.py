@@ -7,14 +7,10 @@ import argparse
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm.cli import add_classes, natural, positive_int, shard
-from ldm.sampling.modes import add_sampling_flags, choose_sampling
+from ldm.sampling.modes import add_sampling_flags
 from ldm.util import run_entry_point
-
-if TYPE_CHECKING:
-    from ldm.generation.plan import RunSettings
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--vectors", default=None,
         help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the training's",
     )  # fmt: skip
+    model.add_argument("--prompt_pieces", type=positive_int, default=None, help="read prompts that are longer than the "
+                       "text encoder's limit in up to so many pieces (of 75 tokens for CLIP); default: the model's own")
     model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     model.add_argument(
         "--precision", choices=["auto", "full", "autocast"], default="auto",
@@ -77,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--outdir", default="outputs", help="folder for images/, index.jsonl and run.json")
     output.add_argument("--ext", choices=["png", "jpg"], default="png", help="png is lossless, jpg is q95 4:4:4")
-    output.add_argument("--format", choices=["folder", "tar"], default="folder", help="tar: a WebDataset tar per shard")
+    output.add_argument("--format", choices=["folder"], default="folder", help=argparse.SUPPRESS)
     output.add_argument("--overwrite", action="store_true", help="paint finished images again instead of skipping them")
     output.add_argument("--status", action="store_true", help="say how far the run in --outdir is, and stop")
     output.add_argument(
@@ -129,39 +127,14 @@ def paint(args: argparse.Namespace) -> int:
     # torch takes seconds to import: only after the command line is known to be right.
     from ldm.generation.machine import Stopped, stop_on_signals
     from ldm.generation.plan import make_plan
-    from ldm.generation.worker import run
+    from ldm.generation.worker import run, run_on_ray
 
-    settings = make_settings(args)
     try:
         with stop_on_signals():
-            if settings.engine == "ray":
-                from ldm.generation.ray_engine import run_on_ray
-
-                return run_on_ray(settings, lambda own: choose_sampling(args, own), args.ray_workers)
-            return run(make_plan(settings, lambda own: choose_sampling(args, own)))
+            return run_on_ray(args) if args.engine == "ray" else run(make_plan(args))
     except Stopped as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
         return stop.code
-
-
-def make_settings(args: argparse.Namespace) -> "RunSettings":
-    """Settings of the run, with the share of the shards that this process paints."""
-    from ldm.generation.machine import find_share
-    from ldm.generation.plan import RunSettings
-
-    if args.shard is None:
-        args.shard = find_share() if args.engine == "local" else (0, 1)
-    return RunSettings(
-        ckpt=args.ckpt, config=args.config, tokenizer_dir=args.tokenizer_dir, vectors_dir=args.vectors,
-        device=args.device,
-        precision=args.precision, compile=args.compile, latent_channels=args.C, downsampling=args.f,
-        data_root=args.data_root, txt_file=args.txt_file, dataset=args.dataset, height=args.H, width=args.W,
-        bad_rows=args.bad_rows, follow_links=args.follow_links, num_workers=args.num_workers, seed=args.seed,
-        fixed_code=args.fixed_code, num_per_mask=args.num_per_mask, batch_size=args.batch_size, outdir=args.outdir,
-        extension=args.ext, format=args.format, shard=args.shard, shard_size=args.shard_size,
-        overwrite=args.overwrite, engine=args.engine, allow_modules=tuple(args.allow_modules),
-        guide=tuple(args.guide or ()),
-    )  # fmt: skip
 
 
 def report(folder: Path, is_verify: bool) -> int:

@@ -178,6 +178,18 @@ def build_trainer(config, args: argparse.Namespace, run_dir: Path, data, budget)
     return pl.Trainer(logger=loggers, callbacks=callbacks, default_root_dir=run_dir, **trainer)
 
 
+def describe_resize(data) -> str:  # noqa: ANN001
+    """Say that tiles are brought to a larger size than they have on disk; empty if they are not."""
+    from ldm.data.images import image_size
+    rows, size = getattr(data.train_set, "rows", ()), getattr(data.train_set, "size", None)
+    own = image_size(rows[0].mask) if rows and size else size
+    if not size or own[0] * own[1] >= size[0] * size[1]:
+        return ""
+    return (f"tiles of {own[0]}x{own[1]} pixels ({rows[0].mask.name}) are enlarged to {size[0]}x{size[1]}, which takes "
+            f"{size[0] * size[1] / (own[0] * own[1]):.0f} times the time. If that is not meant, add "
+            f"data.params.size=[{own[0]},{own[1]}], and take a model of that size.")
+
+
 def main(argv: list[str]) -> int:
     """Train; returns the exit code."""
     started = time.monotonic()
@@ -226,6 +238,8 @@ def run_training(config, args: argparse.Namespace, budget) -> int:  # noqa: ANN0
     data = instantiate_from_config(config.data, seed=config.seed, size_factor=skeleton.size_factor,
                                    takes=skeleton.takes, channels=skeleton.image_channels)
     data.setup("fit")  # reads and checks all input before the network is built
+    if note := describe_resize(data):
+        log.warning("warning: %s", note)
     if "prompt" in skeleton.takes:
         skeleton.check_prompts(data.prompts())
     trainer = build_trainer(config, args, run_dir, data, budget)

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.data.classes import ClassTable  # noqa: E402
-from post_processing.segmentation.loading import Item, load_item  # noqa: E402
+from ldm.data.images import Pair  # noqa: E402
+from post_processing.segmentation.loading import load_pair  # noqa: E402
 from post_processing.segmentation.segmentor import Segmentor  # noqa: E402
 from post_processing.selection.hardness import measure_hardness  # noqa: E402
 from post_processing.selection.rules import PixelFilter  # noqa: E402
@@ -60,7 +61,7 @@ class TimedSegmentor(Segmentor):
         return result
 
 
-def draw_tiles(folder: Path, count: int, size: int, classes: int, seed: int, ext: str) -> list[Item]:
+def draw_tiles(folder: Path, count: int, size: int, classes: int, seed: int, ext: str) -> list[Pair]:
     """Tiles with texture, and masks of smooth areas with 5 % ignored."""
     random = np.random.default_rng(seed)
     folder.mkdir()
@@ -75,16 +76,16 @@ def draw_tiles(folder: Path, count: int, size: int, classes: int, seed: int, ext
         paths = folder / f"{number}_seed_1.{ext}", folder / f"{number}.png"
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(paths[0], quality=95)
         Image.fromarray(mask).save(paths[1])
-        items.append(Item(*paths))
+        items.append(Pair(*paths))
     return items
 
 
-def run_class_loop(segmentor: Segmentor, real: list[Item], synthesized: list[Item], out: Path) -> tuple[float, float]:
+def run_class_loop(segmentor: Segmentor, real: list[Pair], synthesized: list[Pair], out: Path) -> tuple[float, float]:
     """Image by image, with a loop over the classes and .item() in it; returns the CPU seconds of the two passes."""
     count = segmentor.class_table.num_classes
     sums, pixels = [0.0] * count, [0.0] * count
 
-    def losses(item: Item) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(item: Pair) -> tuple[torch.Tensor, torch.Tensor]:
         image = torch.from_numpy(np.array(Image.open(item.image).convert("RGB"))).permute(2, 0, 1)[None]
         mask = torch.from_numpy(np.array(Image.open(item.mask))).long()[None]
         return F.cross_entropy(segmentor.logits(image), mask, ignore_index=255, reduction="none"), mask
@@ -107,7 +108,7 @@ def run_class_loop(segmentor: Segmentor, real: list[Item], synthesized: list[Ite
 
 
 def run_ours(
-    segmentor: Segmentor, real: list[Item], synthesized: list[Item], out: Path, batch_size: int
+    segmentor: Segmentor, real: list[Pair], synthesized: list[Pair], out: Path, batch_size: int
 ) -> tuple[float, float]:
     """The filter as it is, reports included; returns the CPU seconds of the two passes."""
     begun, network = time.process_time(), segmentor.seconds
@@ -149,7 +150,7 @@ def main() -> None:
                 times["ours"].append(run_ours(segmentor, real, synthesized, outs[1], args.batch_size))
             begun = time.process_time()
             for item in real:
-                load_item(item, table)
+                load_pair(item, table)
             reading = 1e3 * (time.process_time() - begun) / args.tiles
             differing = dropped = pixels = 0
             for item in synthesized:

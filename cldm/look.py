@@ -7,6 +7,7 @@ from ldm.modules.blocks import zero_module
 
 COARSE = 4  # latent pixels that the second scale averages along each axis
 NETWORKS = 3  # U-Net, mask branch, reference branch
+GAIN = 8  # AdamW moves a weight by about the learning rate a step: from zero, the look would take thousands of steps
 
 
 def pool_statistics(latent: Tensor) -> Tensor:
@@ -43,4 +44,4 @@ class ReferenceStatistics(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) scaled latents of references -> (B, NETWORKS, embedding_dim)."""
         hidden = F.silu(self.hidden(pool_statistics(latent).to(self.hidden.weight.dtype)))
-        return self.out(hidden).unflatten(1, (NETWORKS, -1))
+        return GAIN * self.out(hidden).unflatten(1, (NETWORKS, -1))

@@ -1,4 +1,5 @@
 """TISynth: a latent diffusion model steered by a mask, a reference image and a prompt."""
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.blocks import set_norm_groups
 from ldm.sampling.modes import MODES, Sampling
 from ldm.util import instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 GROUPS = ("unet", "all_in_attention", "control", "reference", "text")
 UNET, ENCODER = "model.diffusion_model.", ("time_embed.", "input_blocks.", "middle_block.")
@@ -62,7 +65,7 @@ class TISynth(LatentDiffusion):
         self.hint_mode, self.train_groups = hint_mode, tuple(train)
         self.cond_stage_model = instantiate_from_config(text_encoder)
         text = text_encoder.get("params") or {}
-        self.prefilled = ("cond_stage_model.",) if text.get("weights_dir") or text.get("weights_file") else ()
+        self.prefilled = ("cond_stage_model.",) if text.get("weights_dir") else ()
         if "text" in train and self.cond_stage_model.frozen:
             raise ValueError("train: has `text`, but the text encoder is frozen. Set text_encoder.params.frozen=false, "
                              "or drop `text`.")
@@ -154,14 +157,23 @@ class TISynth(LatentDiffusion):
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts, (B, L, D); each prompt is encoded once in its life where there is a condition_cache."""
-        encode = self.cond_stage_model.encode
+        encoder = self.cond_stage_model
+        pieces = encoder.count_pieces(prompts)
         if self.training or self.condition_cache is None:
-            return encode(prompts)
-        return self.cached([("prompt", prompt) for prompt in prompts], lambda i: encode([prompts[i]]))
+            return encoder.encode(prompts, pieces)
+        return self.cached([("prompt", prompt, pieces) for prompt in prompts],
+                           lambda i: encoder.encode([prompts[i]], pieces))
 
     def check_prompts(self, prompts: Collection[str]) -> None:
-        """Load the tokenizer, whose files may be missing (see Method); it takes any prompt."""
-        self.cond_stage_model.tokenizer([""])
+        """Load the tokenizer, whose files may be missing (see Method), and warn of prompts that will be cut."""
+        cut = self.cond_stage_model.describe_cut(sorted(prompts))
+        if cut:
+            logger.warning("%s. Shorten them, or let longer ones go on in further pieces: inference.py --prompt_pieces "
+                           "N, model.params.text_encoder.params.max_pieces=N in training.", cut)
+
+    def batch_kind(self, prompt: str) -> int:
+        """Pieces of a prompt (see Method): beside a longer one its context would be another, with empty pieces."""
+        return self.cond_stage_model.count_pieces([prompt])
 
     def null_conditions(self, conditions: Mapping[str, Tensor],
                         drops: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -174,7 +186,8 @@ class TISynth(LatentDiffusion):
         drops = self.guidance_drops if drops is None else drops
         null = dict(conditions)
         if "prompt" in drops:
-            null["context"] = self.encode_prompts([""]).expand_as(conditions["context"])
+            empty, length = self.encode_prompts([""]), conditions["context"].shape[1]
+            null["context"] = empty.repeat(1, length // empty.shape[1], 1).expand_as(conditions["context"])
         for drop, key in (("mask", "hint"), ("reference", "reference_latent"), ("reference", "look")):
             if drop in drops and key in null:
                 null[key] = torch.zeros_like(conditions[key])

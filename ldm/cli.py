@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -106,3 +106,14 @@ def choose_device(name: str, environment: Mapping[str, str] = os.environ) -> "to
         raise UserError(
             f"--device: {name} cannot be used ({reason}). Expected auto, cpu or cuda. Change it.") from error
     return device
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; numbers of floating point with two digits, None as a dash."""
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [list(heads), *([cell(value) for value in row] for row in rows)]
+    lines.insert(1, ["---"] * len(heads))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -306,16 +306,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def read_settings(path: Path) -> Record:
-    """Settings stored in a folder, {} if there are none.
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Put a folder together that appears complete or not at all; gives the place to write to.
 
-    Raises:
-        FileExistsError: if the file holds something else.
+    Args:
+        path: where it ends up; what is there already is replaced.
     """
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+    old = partial.with_suffix(".old")
+    for stale in (partial, old):
+        shutil.rmtree(stale, ignore_errors=True)
     try:
-        return dict((read_json(path) or {"settings": {}})["settings"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise FileExistsError(
-            f"{path}: not the settings of a run ({type(error).__name__}). Expected what this command writes. "
-            "Choose another folder."
-        ) from error
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        for stale in (partial, old):
+            shutil.rmtree(stale, ignore_errors=True)

@@ -1,49 +1,42 @@
 """Drop the pixels of synthesized pictures that do not look like their class.
 
 A segmentor trained on real tiles says how well every pixel shows the class of its mask. Its mean loss on real tiles,
-class by class, is the measure; where the loss in a synthesized picture exceeds --tolerance-margin times that mean, the
-mask becomes 255 (ignored). The result is one mask a picture in --filtered-mask-path, with reports beside them. An
-interrupted run, started again, goes on where it ended.
+class by class, is the measure (better on tiles that it was not trained on, see --hardness_txt_file). Where the loss in
+a synthesized picture exceeds --tolerance-margin times that mean, the mask becomes 255 (ignored). The result is one mask
+a picture in --filtered-mask-path, with reports beside them. An interrupted run, started again, goes on where it ended.
 """
 
 import argparse
 import logging
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ldm.cli import add_classes, choose_device
+from ldm import ray_pool
+from ldm.cli import add_classes, choose_device, markdown_table, natural, positive_float, positive_int, shard
 from ldm.data.classes import ClassTable, same_names
+from ldm.data.images import Pair
 from ldm.data.manifest import read_manifest
-from ldm.files import (
-    Record,
-    atomic_write,
-    find_changes,
-    lock,
-    read_lines,
-    read_settings,
-    take_lock,
-    write_json,
-    write_lines,
-)
+from ldm.files import Record, atomic_write, lock, write_json
+from ldm.run_folder import RunFolder
 from ldm.util import UserError, run_entry_point
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import match_folders
-from post_processing.segmentation.loading import Item, find_items
-from post_processing.segmentation.segmentor import load_segmentor
+from post_processing.segmentation.loading import find_generated
+from post_processing.segmentation.segmentor import Segmentor, load_segmentor
 from post_processing.selection.hardness import Hardness, fingerprint_of, get_hardness
 from post_processing.selection.rules import PixelFilter, draw_overlay, is_finished
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 3
+BATCHES_A_TASK = 8  # of an actor: enough to read ahead, few enough to share the work evenly
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,20 +52,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--real-mask-path", "--real-label-path", help="folder of their masks, with the stems of the images")
     add("--real_txt_file", help="manifest of real pairs (source, target), instead of the two folders")
     add("--data_root", help="where the paths of --real_txt_file start; default: its folder")
+    add("--hardness_txt_file", help="manifest of real pairs that the segmentor was not trained on: the class means are "
+        "taken on these, which are not as low as on its training pairs. Paths start at --data_root")
+    add("--fold", nargs=3, action="append", default=[], metavar=("CONFIG", "CKPT", "TXT_FILE"),
+        help="another segmentor and pairs that it was not trained on: the class means are those of all folds. Give it "
+        "once for each")
     add("--syn-img-path", help="folder of synthesized pictures, {mask stem}_seed_{N}.png or .jpg")
     add("--syn-mask-path", help="folder of the masks that they were painted for")
     add("--run", help="--outdir of inference.py, instead of the two folders")
     add("--run_root", help="where the masks of --run are; default: as noted by inference.py")
     add("--filtered-mask-path", required=True, help="output folder")
     add("--hardness", help="file that keeps the class means; default: hardness.json in the output folder")
-    add("--tolerance-margin", type=float, default=1.25, help="drop pixels above this many class means")
-    add("--batch_size", type=int, default=16, help="pictures at once; halved where memory ends")
-    add("--num_workers", type=int, default=4, help="threads that read, and as many that write")
+    add("--tolerance-margin", type=positive_float, default=1.25, help="drop pixels above this many class means")
+    add("--batch_size", type=positive_int, default=16, help="pictures at once; halved where memory ends")
+    add("--num_workers", type=positive_int, default=4, help="threads that read, and as many that write")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
-    add("--shard", default="0/1", help="i/n: filter pictures i, i+n, ... (i from 0), for n processes on one folder")
+    add("--shard", type=shard, default="0/1",
+        help="i/n: filter pictures i, i+n, ... (i from 0), for n processes on one folder")
     add("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
-    add("--ray_workers", type=int, default=2, help="number of actors, each with a GPU where there are any")
-    add("--overlays", type=int, default=0, help="draw this many pictures with their dropped pixels")
+    add("--ray_workers", type=positive_int, help="number of actors; default: one a GPU, else 1")
+    add("--overlays", type=natural, default=0, help="draw this many pictures with their dropped pixels")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -96,9 +95,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_filter(args: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
-    shard, shards = check_arguments(args)
+    check_arguments(args)
+    number, count = args.shard
     items, run, images = find_synthesized(args)
-    pairs = find_real(args)
+    is_resized = any(run.get("settings", {}).get(key) is not None for key in ("H", "W"))
+    parts = find_judged(args)
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else None
     given = ClassTable.load(args.classes) if args.classes else run_table
     segmentor = load_segmentor(args.config, args.checkpoint, choose_device(args.device), given)
@@ -108,80 +109,112 @@ def run_filter(args: argparse.Namespace) -> int:
             f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
             "Expected the same ones. Leave --classes out."
         )
-    folder = Path(args.filtered_mask_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = fingerprint_of(args.config, args.checkpoint, segmentor.class_table, pairs)
+    own_table = segmentor.class_table
+    real = [pair for *_, pairs in parts for pair in pairs]
+    fingerprint = fingerprint_of(args.config, args.checkpoint, own_table, real)
+    if args.fold:
+        fingerprint["folds"] = [fingerprint_of(*part[:2], own_table, part[2]) for part in parts]
     settings = {
         "images": str(images.absolute()),
         "class_table": table.to_dict(),
         "tolerance_margin": args.tolerance_margin,
         **fingerprint,
     }
-    claim_folder(folder, settings, len(items))
-    with claim_shard(folder, shard, shards) as work:
+    run_folder = output_folder(args, settings)
+    folder, part = run_folder.folder, f".shard-{number}-of-{count}"
+    run_folder.open(lambda _: {"pictures": len(items)})  # by which resample.py sees an end
+    with run_folder.claim(part) as held:
+        if held is None:
+            raise FileExistsError(f"--shard: another process filters {number}/{count} of {folder}. Expected one a "
+                                  "shard. Wait for it, or give every process its own --shard.")
         hardness = get_hardness(
-            Path(args.hardness or folder / "hardness.json"), fingerprint, segmentor, pairs, args.batch_size,
-            args.num_workers,
+            Path(args.hardness or folder / "hardness.json"), fingerprint, load_parts(parts, args, segmentor),
+            args.batch_size, args.num_workers,
         )  # fmt: skip
         warn_of_unknown(hardness, args.tolerance_margin)
-        records = read_lines(folder / "items.jsonl", "image")
-        own = items[shard::shards]
+        records, work = run_folder.done(), run_folder.work(part)
+        own = items[number::count]
         todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder)]
         logger.info("%d pictures, %d of them finished", len(own), len(own) - len(todo))
         limits = hardness.limits(args.tolerance_margin)
         if args.engine == "ray":
-            failures = filter_on_ray(args, todo, limits, segmentor.class_table, table, folder, work)
+            config, checkpoint = os.path.abspath(args.config), os.path.abspath(args.checkpoint)
+            absolute = folder.absolute()
+
+            def build(place: Path) -> PixelFilter:  # without the segmentor, which each actor loads
+                judge = load_segmentor(config, checkpoint, choose_device(args.device), own_table)
+                return PixelFilter(judge, limits, table, absolute, place, args.batch_size, args.num_workers,
+                                   is_resized)  # fmt: skip
+
+            todo = [replace(item, image=item.image.absolute(), mask=item.mask.absolute()) for item in todo]
+            failures = filter_on_ray(args, todo, build, work.absolute()) if todo else []
         else:
-            worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers)
+            worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers,
+                                 is_resized)  # fmt: skip
             failures = worker.run(todo)
-    failed = settle(folder, items, failures)
-    records = read_lines(folder / "items.jsonl", "image")
+    failed = run_folder.finish([item.image.name for item in items], failures)
+    records = run_folder.done()
     write_report(folder, records, failed, hardness, args.tolerance_margin)
     draw_overlays(folder, items[: args.overlays], records, table)
     return EXIT_FAILED if failures else 0
 
 
-def filter_on_ray(
-    args: argparse.Namespace, items: Sequence[Item], limits: torch.Tensor, own: ClassTable, table: ClassTable,
-    folder: Path, work: Path,
-) -> list[Record]:  # fmt: skip
-    """Let actors filter pictures, each with a segmentor of its own; returns the failures."""
-    from post_processing.filter_ray import run_on_ray
-
-    config, checkpoint, device = os.path.abspath(args.config), os.path.abspath(args.checkpoint), args.device
-    size, workers, folder = args.batch_size, args.num_workers, folder.absolute()
-    items = [Item(item.image.absolute(), item.mask.absolute(), item.is_resized) for item in items]
-
-    def build(place: Path) -> PixelFilter:
-        segmentor = load_segmentor(config, checkpoint, choose_device(device), own)
-        return PixelFilter(segmentor, limits, table, folder, place, size, workers)
-
-    is_cuda = choose_device(device).type == "cuda"
-    return run_on_ray(build, work.absolute(), items, size, args.ray_workers, is_cuda) if items else []
+def output_folder(args: argparse.Namespace, settings: dict[str, Any]) -> RunFolder:
+    """The folder of filtered masks, with lists of what is judged and what could not be."""
+    return RunFolder(Path(args.filtered_mask_path), settings, "--filtered-mask-path", "filter.json")
 
 
-def check_arguments(args: argparse.Namespace) -> tuple[int, int]:
-    """Check what argparse cannot; returns the shard and the number of shards."""
-    first, _, count = args.shard.partition("/")
-    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
-        raise UserError(f"--shard: {args.shard} is not possible. Expected i/n with 0 <= i < n, such as 0/4.")
-    for flag, least in (("batch_size", 1), ("num_workers", 1), ("ray_workers", 1), ("overlays", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag}: {getattr(args, flag)} is not possible. Expected at least {least}.")
-    if not args.tolerance_margin > 0 or not np.isfinite(args.tolerance_margin):
-        raise UserError(f"--tolerance-margin: {args.tolerance_margin} is not possible. Expected a number above 0.")
+def filter_on_ray(args: argparse.Namespace, items: Sequence[Pair], build: Callable[[Path], PixelFilter],
+                  work: Path) -> list[Record]:  # fmt: skip
+    """Let actors filter images; returns the failures.
+
+    Args:
+        args: of the command line.
+        items: to filter.
+        build: makes the filter, given a folder for unfinished files.
+        work: where each actor makes that folder of its own; absolute, as all paths.
+    """
+    ray = ray_pool.connect()
+    failures: list[Record] = []
+
+    def give_up(unit: Sequence[Pair], reason: str) -> None:
+        failures.extend({"image": item.image.name, "mask": str(item.mask), "reason": reason} for item in unit)
+
+    try:
+        gpus = ray_pool.count_gpus(args.device, ray.cluster_resources())
+        size = args.batch_size * BATCHES_A_TASK
+        units = [items[start : start + size] for start in range(0, len(items), size)]
+        actors = min(ray_pool.count_actors(args.ray_workers, gpus), len(units))
+        pool = ray_pool.ActorPool(ray, partial(build_in_actor, build, work), actors, gpus > 0)
+        return sum(pool.run(units, give_up), failures)
+    finally:
+        ray.shutdown()
+
+
+def build_in_actor(build: Callable[[Path], PixelFilter], work: Path) -> Callable[[Sequence[Pair]], list[Record]]:
+    """The filter of a process of Ray's, with a folder of its own for unfinished files."""
+    own = work / f"{os.uname().nodename}-{os.getpid()}"
+    own.mkdir(exist_ok=True)
+    return build(own).run
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """UserError where neither or both of two sources are given."""
+    if args.fold and args.hardness_txt_file:
+        raise UserError("--fold, --hardness_txt_file: expected one of the two. The class means are taken on either.")
     for one, (first_folder, second_folder) in (
         ("real_txt_file", ("real_img_path", "real_mask_path")),
         ("run", ("syn_img_path", "syn_mask_path")),
     ):
         folders = [getattr(args, first_folder), getattr(args, second_folder)]
+        if one == "real_txt_file" and (args.fold or args.hardness_txt_file) and not any(folders):
+            continue  # the pairs of the training are not looked at
         if (getattr(args, one) is None) != all(folders) or (getattr(args, one) and any(folders)):
             names = f"--{first_folder.replace('_', '-')} and --{second_folder.replace('_', '-')}"
             raise UserError(f"--{one}: expected it, or both {names}. Give one of the two.")
-    return int(first), int(count)
 
 
-def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, Any], Path]:
+def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, Any], Path]:
     """Pictures with their masks in the order of their names, what run.json says, and the folder of the pictures.
 
     Raises:
@@ -190,9 +223,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
     run: dict[str, Any] = {}
     if args.run:
         samples, run = read_run(args.run, args.run_root, check_files=False)
-        settings = run.get("fingerprint", {})
-        is_resized = settings.get("H") is not None or settings.get("W") is not None
-        items = sorted((Item(sample.image, sample.mask, is_resized) for sample in samples), key=lambda i: i.image.name)
+        items = sorted(samples, key=lambda sample: sample.image.name)
         if not any(item.mask.is_file() for item in items):
             raise FileNotFoundError(
                 f"--run: none of the masks of {args.run} is there (the first is {items[0].mask}). Expected them where "
@@ -201,7 +232,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
         images = Path(args.run) / "images"
     else:
         images = Path(args.syn_img_path)
-        items = find_items(images, Path(args.syn_mask_path))
+        items = find_generated(images, Path(args.syn_mask_path))
     stems = [item.image.stem for item in items]
     if len(set(stems)) < len(stems):
         doubled = sorted({stem for stem in stems if stems.count(stem) > 1})
@@ -212,63 +243,33 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Item], dict[str, An
     return items, run, images
 
 
-def find_real(args: argparse.Namespace) -> list[Item]:
-    """Real pairs, each once; which files are sound shows when they are read."""
-    if args.real_txt_file:
-        root = args.data_root or Path(args.real_txt_file).parent
-        rows = read_manifest(args.real_txt_file, root, need=("image",), check_files=False)
-        pairs = list(dict.fromkeys((row.image, row.mask) for row in rows))  # rows may differ in the reference only
-    else:
-        pairs = match_folders(Path(args.real_img_path), Path(args.real_mask_path))
+def find_judged(args: argparse.Namespace) -> list[tuple[str, str, list[Pair]]]:
+    """Config, checkpoint and real pairs of every segmentor whose losses make the class means."""
+    if args.fold:
+        return [(*fold, read_pairs(manifest, args.data_root)) for *fold, manifest in args.fold]
+    manifest = args.hardness_txt_file or args.real_txt_file
+    if manifest:
+        return [(args.config, args.checkpoint, read_pairs(manifest, args.data_root))]
+    pairs = [Pair(*pair) for pair in match_folders(Path(args.real_img_path), Path(args.real_mask_path))]
     if not pairs:
         raise UserError(f"--real-img-path: no pictures in {args.real_img_path}. Expected the real training images.")
-    return [Item(image, mask) for image, mask in pairs]
+    return [(args.config, args.checkpoint, pairs)]
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], pictures: int) -> None:
-    """Note the settings in an output folder, and how many pictures the run has, by which resample.py sees an end.
-
-    Raises:
-        FileExistsError: if it holds masks that were made with other settings.
-    """
-    path = folder / "filter.json"
-    with lock(folder / ".lock"):
-        old = read_settings(path)
-        changes = find_changes(old, settings) if old else ""
-        if changes:
-            raise FileExistsError(
-                f"--filtered-mask-path: {folder} holds masks of other settings ({changes}). Expected the "
-                "same settings to go on. Choose another folder."
-            )
-        if not old and any(folder.glob("*.png")):
-            raise FileExistsError(
-                f"--filtered-mask-path: {folder} has masks but no filter.json. Expected a new folder or one of an "
-                "earlier run. Choose another folder."
-            )
-        write_json(path, {"settings": settings, "pictures": pictures})
+def read_pairs(manifest: str, root: str | None) -> list[Pair]:
+    """Real pairs of a manifest, each once; which files are sound shows when they are read."""
+    rows = read_manifest(manifest, root or Path(manifest).parent, need=("image",), check_files=False)
+    pairs = dict.fromkeys((row.image, row.mask) for row in rows)  # rows may differ in the reference only
+    return [Pair(image, mask) for image, mask in pairs]
 
 
-@contextmanager
-def claim_shard(folder: Path, shard: int, shards: int) -> Iterator[Path]:
-    """Keep a shard for this process; gives a folder for unfinished files, which a killed process may have left some in.
-
-    Raises:
-        FileExistsError: if a living process works on the same shard.
-    """
-    work = folder / f".work-{shard}-of-{shards}"
-    work.mkdir(exist_ok=True)
-    held = take_lock(work / "lock")
-    if held is None:
-        raise FileExistsError(
-            f"--shard: another process filters {shard}/{shards} of {folder}. Expected one a shard. Wait for it, or "
-            "give every process its own --shard."
-        )
-    with held:
-        for stale in work.iterdir():
-            if stale.name != "lock":
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        yield work
-        shutil.rmtree(work)
+def load_parts(parts: Sequence[tuple[str, str, list[Pair]]], args: argparse.Namespace,
+               segmentor: Segmentor) -> Iterator[tuple[Segmentor, list[Pair]]]:
+    """The segmentors of find_judged, one at a time, with their pairs; the one that filters is there already."""
+    for config, checkpoint, pairs in parts:
+        is_own = (config, checkpoint) == (args.config, args.checkpoint)
+        yield segmentor if is_own else load_segmentor(
+            config, checkpoint, choose_device(args.device), segmentor.class_table), pairs
 
 
 def warn_of_unknown(hardness: Hardness, margin: float) -> None:
@@ -279,26 +280,6 @@ def warn_of_unknown(hardness: Hardness, margin: float) -> None:
     known = zip(hardness.names, hardness.mean, hardness.pixels, strict=True)
     limits = (f"{name} {margin * mean:.4f}" for name, mean, pixels in known if pixels)
     logger.info("loss above which a pixel is dropped: %s", ", ".join(limits))
-
-
-def settle(folder: Path, items: Sequence[Item], failures: Sequence[Record]) -> list[Record]:
-    """Leave items.jsonl and failures.jsonl with one line for each picture of the run, in order, and no others.
-
-    Returns:
-        All failures of all shards.
-    """
-    append_failures = {record["image"]: record for record in failures}
-    names = {item.image.name for item in items}
-    path, records_path = folder / "failures.jsonl", folder / "items.jsonl"
-    with lock(folder / ".lock"):
-        records = read_lines(records_path, "image")
-        old = read_lines(path, "image")
-        old = {name: record for name, record in old.items() if name in names and name not in records}
-        failed = dict(sorted({**old, **append_failures}.items()))
-        finished = [record for name, record in records.items() if name in names and name not in append_failures]
-        write_lines(records_path, finished)
-        write_lines(path, failed.values())
-    return list(failed.values())
 
 
 def write_report(
@@ -320,23 +301,23 @@ def write_report(
     everything, dropped = (sum(int(total[k]) for total in totals.values()) for k in (0, 1))
     report = {"pictures": len(records), "failed": len(failed), "tolerance_margin": margin, "pixels": everything,
               "dropped": dropped, "share": round(dropped / max(1, everything), 6), "classes": classes}  # fmt: skip
-    lines = [
-        "| class | real pixels | mean loss | limit | pictures | pixels | dropped |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, row in classes.items():
-        loss = f"{row['mean_loss']:.4f} | {row['limit']:.4f}" if row["real_pixels"] else "none | left alone"
-        share = "-" if row["share"] is None else f"{row['share']:.1%}"
-        lines.append(f"| {name} | {row['real_pixels']:,} | {loss} | {row['pictures']} | {row['pixels']:,} | {share} |")
-    lines.append(f"| all | | | | {len(records)} | {everything:,} | {report['share']:.1%} |")
-    text = "\n".join(lines) + f"\n\n{len(records)} pictures filtered, {len(failed)} failed (failures.jsonl).\n"
+        loss = [f"{row[key]:.4f}" if row["real_pixels"] else text
+                for key, text in (("mean_loss", "none"), ("limit", "left alone"))]  # fmt: skip
+        share = None if row["share"] is None else f"{row['share']:.1%}"
+        rows.append([name, f"{row['real_pixels']:,}", *loss, row["pictures"], f"{row['pixels']:,}", share])
+    rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
+    table = markdown_table(["class", "real pixels", "mean loss", "limit", "pictures", "pixels", "dropped"], rows)
+    where = " (failures.jsonl)" if failed else ""
+    text = f"{table}\n{len(records)} pictures filtered, {len(failed)} failed{where}.\n"
     with lock(folder / ".lock"):
         write_json(folder / "report.json", report)
         atomic_write(folder / "report.md", text)
     logger.info("%s\nwritten to %s", text, folder)
 
 
-def draw_overlays(folder: Path, items: Sequence[Item], records: dict[str, Record], table: ClassTable) -> None:
+def draw_overlays(folder: Path, items: Sequence[Pair], records: dict[str, Record], table: ClassTable) -> None:
     """Draw overlays/{stem}.png for pictures that are finished."""
     for item in items:
         if item.image.name in records:

@@ -8,8 +8,6 @@ after as summary.json, summary.md and summary.png. The folder appears complete o
 import argparse
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ldm.cli import add_classes
-from ldm.data.classes import ClassTable, read_mask, same_names
+from ldm.cli import add_classes, fraction, positive_int
+from ldm.data.classes import ClassTable, name_key, read_mask, same_names
 from ldm.data.manifest import write_manifest
-from ldm.files import digest_of, find_changes, link_or_copy, read_lines, read_settings, write_json
+from ldm.files import atomic_folder, digest_of, link_or_copy, write_json
+from ldm.run_folder import RunFolder
 from ldm.util import UserError, nearest, run_entry_point
-from post_processing.segmentation.loading import find_items
+from post_processing.segmentation.loading import find_generated
 from post_processing.selection.balance import balance_of, describe_balance, draw_balance
 from post_processing.selection.choice import Candidate, cap, keep_by_hardness, keep_by_rule
 from post_processing.selection.hardness import read_hardness
@@ -48,17 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more pictures")
     add("--rare", nargs="+", type=str.strip, default=["auto"], metavar="CLASS",
         help="rule: names of rare classes; none; auto = the worst of the segmentor's classes (see --iou)")
-    add("--num-rare", type=int, default=3, help="how many classes --rare auto takes")
+    add("--num-rare", type=positive_int, default=3, help="how many classes --rare auto takes")
     add("--iou", help="JSON with the IoU of every class, such as results.json of evaluate.py; for --rare auto")
     add("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="measure the IoU of this one instead; needs:")
     add("--iou_txt_file", help="manifest of real validation pairs to measure the IoU on; paths start at its folder")
     add("--device", default="auto", help="where --segmentor runs")
-    add("--min-rare-pixels", type=int, default=1, help="rule: pixels of a rare class that must survive")
-    add("--valid-ratio", type=float, default=0.8, help="rule: or more than this share of the mask must survive")
+    add("--min-rare-pixels", type=positive_int, default=1, help="rule: pixels of a rare class that must survive")
+    add("--valid-ratio", type=fraction, default=0.8, help="rule: or more than this share of the mask must survive")
     add("--count-ignored", action="store_true", help="rule: pixels that never had a class count as dropped")
     add("--hardness", help="hardness.json for --policy hardness; default: the one beside the filtered masks")
-    add("--max-per-mask", type=int, help="most pictures of one mask")
-    add("--max-per-class", type=int, help="most pictures kept for one class, each counting for its rarest class")
+    add("--max-per-mask", type=positive_int, help="most pictures of one mask")
+    add("--max-per-class", type=positive_int,
+        help="most pictures kept for one class, each counting for its rarest class")
     add("--seed", type=int, default=0, help="of every random choice")
     add("--overwrite", action="store_true", help="replace another choice in --out-dir")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -68,13 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Choose and write; returns 0. Mistakes of the user raise ValueError, FileNotFoundError or FileExistsError."""
     args = build_parser().parse_args(argv)
-    for flag in ("num_rare", "min_rare_pixels", "max_per_mask", "max_per_class"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')}: {getattr(args, flag)} is not possible. Expected at least 1.")
-    if not 0 <= args.valid_ratio <= 1:
-        raise UserError(f"--valid-ratio: {args.valid_ratio} is not possible. Expected a share between 0 and 1.")
     filtered = Path(args.filtered_mask_path)
-    settings = read_settings(filtered / "filter.json")
+    settings = RunFolder(filtered, record="filter.json").read().get("settings", {})
     if not settings and not args.classes:
         raise UserError(
             f"--filtered-mask-path: {filtered} has no filter.json. Expected the output of filter.py. For other masks "
@@ -138,13 +133,13 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         UserError: if there are none, or the filter has not finished.
     """
     folder = Path(args.filtered_mask_path)
-    records = read_lines(folder / "items.jsonl", "image")
+    records = RunFolder(folder).done()
     if records and not args.syn_mask_path:
         check_finished(folder, records)
         images = Path(args.syn_img_path or settings["images"])
         candidates = [from_record(record, images, folder, table) for record in records.values()]
     elif args.syn_img_path and args.syn_mask_path:
-        items = find_items(Path(args.syn_img_path), Path(args.syn_mask_path))
+        items = find_generated(Path(args.syn_img_path), Path(args.syn_mask_path))
         items = [item for item in items if (folder / f"{item.image.stem}.png").is_file()]
 
         def count(path: Path) -> np.ndarray:
@@ -177,9 +172,8 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
 
 def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
     """Raise UserError if the filter has not judged all pictures of its run; folders that do not say how many pass."""
-    note = folder / "filter.json"
-    pictures = json.loads(note.read_text(encoding="utf-8")).get("pictures", 0) if note.is_file() else 0
-    judged = len({*records, *read_lines(folder / "failures.jsonl", "image")})
+    filtered = RunFolder(folder, record="filter.json")
+    pictures, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
     if judged < pictures:
         raise UserError(
             f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} pictures are judged). Expected "
@@ -227,8 +221,9 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         found = found.get("real", found)
-        found = found.get("IoU", found)
-        return {name: None if found[name] is None else float(found[name]) for name in table.names}
+        found = {name_key(name): value for name, value in found.get("IoU", found).items()}
+        values = {name: found[name_key(name)] for name in table.names}
+        return {name: None if value is None else float(value) for name, value in values.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object IoU with "
@@ -238,27 +233,16 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
 
 def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float | None]:
     """IoU of every class on a manifest of real pairs, by the metric of mmseg."""
-    import torch
-
     from ldm.cli import choose_device
     from ldm.data.manifest import read_manifest
-    from post_processing.evaluation.scores import SegmentationScore
-    from post_processing.segmentation.loading import Item, load_batches, run_in_parts, stack_batch
+    from post_processing.evaluation.scores import score_pairs
     from post_processing.segmentation.segmentor import load_segmentor
 
     if not args.iou_txt_file:
         raise UserError("--segmentor: needs real pairs to measure its IoU on. Expected --iou_txt_file MANIFEST.")
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
     rows = read_manifest(args.iou_txt_file, Path(args.iou_txt_file).parent, need=("image",), table=table)
-    pairs = dict.fromkeys(Item(row.image, row.mask) for row in rows)
-    score = SegmentationScore(table.names, table.ignore_index)
-    problems: list[str] = []
-    for batch in load_batches(pairs, table, 16, 4, lambda item, error: problems.append(str(error))):
-        images, masks = stack_batch(batch, torch.device(segmentor.device))
-        score.add(torch.cat(run_in_parts(segmentor.predict, images)), masks)
-    if problems:
-        raise UserError(f"--iou_txt_file: {len(problems)} pairs cannot be used: {'; '.join(problems[:5])}")
-    return score.result()["IoU"]
+    return score_pairs(segmentor, [(row.image, row.mask) for row in rows], 16, 4)["IoU"]
 
 
 def write_out(
@@ -271,13 +255,9 @@ def write_out(
         FileExistsError: if the folder holds another choice (unless overwritten) or files of somebody else.
     """
     check_folder(out, choice, is_overwritten)
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    old = partial.with_suffix(".old")
-    for stale in (partial, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
+    with atomic_folder(out) as partial:
         for name in ("images", "masks"):
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
         for one in kept:
             link_or_copy(one.image, partial / "images" / one.image.name)
             link_or_copy(one.filtered, partial / "masks" / one.filtered.name)
@@ -289,20 +269,13 @@ def write_out(
         write_json(partial / "summary.json", summary)
         (partial / "summary.md").write_text(describe_balance(summary), encoding="utf-8")
         draw_balance(summary, table).save(partial / "summary.png")
-        write_json(partial / "resample.json", {"settings": choice})
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    finally:
-        for stale in (partial, old):
-            shutil.rmtree(stale, ignore_errors=True)
+        RunFolder(partial, choice, record="resample.json").write()
     logger.info("%s\nwritten to %s", describe_balance(summary), out)
 
 
 def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> None:
     """Raise FileExistsError if an output folder holds what must not be replaced (see write_out)."""
     if not out.exists():
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN_FILES) if out.is_dir() else [out.name]
     if foreign:
@@ -310,8 +283,9 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
             f"--out-dir: {out} holds files that this command did not write ({', '.join(foreign[:3])}). Expected a new "
             "folder or an earlier choice. Choose another folder."
         )
-    changes = find_changes(read_settings(out / "resample.json"), choice)
-    if changes and any(out.iterdir()) and not is_overwritten:
+    earlier = RunFolder(out, choice, "--out-dir", "resample.json")
+    record = earlier.read() or {"settings": {}}
+    if (changes := earlier.changes(record)) and any(out.iterdir()) and not is_overwritten:
         raise FileExistsError(
             f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose another "
             "folder, or replace it with --overwrite."

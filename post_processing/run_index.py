@@ -1,38 +1,31 @@
 """What inference.py wrote (index.jsonl, run.json) read back, with all paths made absolute and checked."""
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
-from ldm.data.images import read_image
+from ldm.data.images import Pair
+from ldm.run_folder import RunFolder
 from ldm.util import UserError
-
-Item = TypeVar("Item")
+from post_processing.segmentation.loading import Loaded, load_batches
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One synthesized image and what it was painted from.
+class Sample(Pair):
+    """A generated image with the mask and the reference that it was generated from (None if the run had none).
 
     Attributes:
-        image: the synthesized picture.
-        mask: the mask file it was painted for.
-        reference: the reference file, None if the run had none.
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
     """
 
-    image: Path
-    mask: Path
-    reference: Path | None
-    size: tuple[int, int]
+    size: tuple[int, int] = (0, 0)
 
 
 def read_run(
@@ -54,9 +47,9 @@ def read_run(
     index = folder / "index.jsonl"
     if not index.is_file():
         raise FileNotFoundError(f"index not found: {index}. Expected the --outdir of inference.py. Check the path.")
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").is_file() else {}
-    if run.get("fingerprint", {}).get("format") == "tar":
-        raise UserError(f"{folder}: its images are in tars. Expected files. Paint with --format folder.")
+    run = RunFolder(folder).read()
+    if run.get("settings", {}).get("format") == "tar":  # of revisions before December 2026
+        raise UserError(f"{folder}: its images are in tars. Expected files. Generate them again.")
     root = Path(data_root if data_root is not None else run.get("data_root", "."))
     samples: list[Sample] = []
     wrong: list[str] = []
@@ -90,6 +83,7 @@ def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
     return Sample(
         image=folder / record["image"],
         mask=root / record["mask"],
+        name=Path(record["image"]).stem,
         reference=root / reference if reference else None,
         size=(int(record["height"]), int(record["width"])),
     )
@@ -103,24 +97,16 @@ def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.nda
     return mask
 
 
-def read_image_batch(paths: Sequence[Path], size: tuple[int, int], pool: ThreadPoolExecutor) -> torch.Tensor:
-    """Read pictures of one size as (B, 3, H, W) uint8 RGB; ValueError naming the first of another size."""
-    images = list(pool.map(lambda path: read_image(path, None), paths))
-    for path, image in zip(paths, images, strict=True):
-        if image.shape[:2] != tuple(size):
-            raise ValueError(
-                f"image {path}: {image.shape[:2]} pixels. Expected {tuple(size)} (height, width). Paint it again."
-            )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
+    """Yield batches of samples with their masks (see load_batches); ValueError for an image of another size."""
+    for batch in load_batches(samples, table, batch_size, workers, is_resized=True):
+        for loaded in batch:
+            if loaded.mask.shape != loaded.pair.size:
+                raise ValueError(f"image {loaded.pair.image}: {loaded.mask.shape} pixels. Expected {loaded.pair.size} "
+                                 "(height, width). Generate it again.")
+        yield batch
 
 
-def group_batches(
-    items: Sequence[Item], sizes: Sequence[tuple[int, int]], batch_size: int
-) -> Iterator[tuple[tuple[int, int], list[Item]]]:
-    """Yield (size, items) of at most batch_size items that all have that size."""
-    groups: dict[tuple[int, int], list[Item]] = {}
-    for item, size in zip(items, sizes, strict=True):
-        groups.setdefault(tuple(size), []).append(item)
-    for size, members in groups.items():
-        for start in range(0, len(members), batch_size):
-            yield size, members[start : start + batch_size]
+def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """A command line as JSON values."""
+    return {key: value for key, value in vars(args).items() if key != "measure"}

@@ -111,7 +111,7 @@ def diffusers_configs(skeleton: nn.Module) -> dict[str, dict[str, Any]]:
     attends = [hasattr(unet.input_blocks[1 + level * (n + 1)], "1") for level in range(levels)]
     shared = {
         "block_out_channels": channels, "layers_per_block": n, "cross_attention_dim": unet.context_dim,
-        "attention_head_dim": unet.num_heads, "in_channels": unet.in_channels,
+        "attention_head_dim": [unet.count_heads(width) for width in channels], "in_channels": unet.in_channels,
         "norm_num_groups": norm_groups(unet, "U-Net"),
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
     }  # fmt: skip

@@ -27,8 +27,10 @@ PACKAGES = {"omegaconf": "omegaconf", "yaml": "PyYAML", "pytorch_lightning": "py
             "typing_extensions": "typing-extensions"}  # fmt: skip
 # config of configs/train -> network of test size
 CONFIGS = {"gid": "tisynth_tiny", "fusu": "tisynth_tiny", "loveda": "tisynth_tiny", "mini": "tisynth_tiny",
+           "mini_references": "tisynth_tiny",
            "mini_autoencoder": "autoencoder_mini", "pixel_mini": "seg_guided_tiny", "seg_guided": "seg_guided_tiny",
            "sdm": "sdm_tiny"}  # fmt: skip
+BENEATH = {"mini_references": "mini"}  # config that another is laid over
 NOT_HERE = {"fusu_sd35": "needs encoded prompts and the group sd3", "sd35_lora": "needs encoded prompts and the "
             "group sd3"}  # fmt: skip
 
@@ -174,9 +176,11 @@ def train_config(check: Check, name: str) -> dict[str, Any]:
     run = check.out / f"config_{name}"
     small = ["model.params.perceptual_weights=null", "model.params.perceptual_weight=0", "model.params.crop=16",
              "model.params.autoencoder.params.ch=8"] if name == "mini_autoencoder" else []  # fmt: skip
-    init = ["init=null"] if name == "mini" else []
-    check.train("--config_model", f"configs/model/{CONFIGS[name]}.yaml", "-b", f"configs/train/{name}.yaml", "-p",
-                str(run), "--data_root", str(check.out / "tiles"), "data.params.batch_size=2",
+    init = ["init=null"] if name.startswith("mini") and name != "mini_autoencoder" else []
+    files = [f"configs/train/{file}.yaml" for file in (BENEATH.get(name), name) if file]
+    check.train("--config_model", f"configs/model/{CONFIGS[name]}.yaml", "-b", *files, "-p", str(run), "--data_root",
+                str(check.out / "tiles"), "--train_txt_file", str(check.out / "tiles/train_set_items.json"),
+                "data.params.batch_size=2",
                 "data.params.size=[16,16]", "data.params.num_workers=0", "lightning.trainer.max_steps=2",
                 "lightning.trainer.limit_val_batches=1",
                 "lightning.trainer.enable_progress_bar=false", "training.cache_latents=null", *small, *init)

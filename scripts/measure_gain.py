@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import add_classes, positive_float, positive_int  # noqa: E402
+from ldm.cli import add_classes, natural, positive_float, positive_int  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.gain.plan import ARMS, DEFAULT_ARMS, Plan  # noqa: E402
 from post_processing.gain.report import write_report  # noqa: E402
@@ -37,7 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_root", required=True, help="where the paths of all manifests start")
     add("--real_txt_file", help="manifest of real training pairs; default: train_set_items.json in --data_root")
     add("--test_txt_file", help="manifest of unseen real pairs; default: test_set_items.json in --data_root")
-    add("--val_txt_file", help="manifest of validation pairs, for the curves of the report")
+    add("--val_txt_file", help="manifest of validation pairs: for the curves of the report, for the classes that count "
+        "as poor, and for the class means of the filter")  # fmt: skip
+    add("--held_out", type=float, default=0.0, help="to choose settings (ratio, margin, guidance, ...): this share of "
+        "the real training pairs, in whole scenes, is not trained on and takes the place of the test pairs; its images "
+        "are references where --references names none")
+    add("--scene_regex", help="regular expression whose first group names the scene of a tile, for --held_out and "
+        "folds; default: its name without the offsets of prepare_dataset.py")
     add("--references", nargs="+", default=[], help="unlabelled images of the target: folders below --data_root, or "
         "manifests, of which only the images (target) are used; none where the generator takes none")  # fmt: skip
     add("--real_fraction", type=float, default=1.0, help="share of the real pairs that is labelled, in whole pictures; "
@@ -47,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_masks", type=positive_int, help="real masks to paint; default: all")
     add("--balance", type=float, default=0.5, help="prefer masks of many and of rare classes: the chance of a "
         "mask is the sum over its classes of (share of the class in the set) ** -balance")  # fmt: skip
+    add("--match_shares", action="store_true", help="in place of --balance: draw masks whose class shares together are "
+        "those that the base segmentor predicts on the references")
     add("--mix_masks", action="store_true", help="paint new layouts: a box of another mask of the draw pasted into "
         "each (CutMix), anew for each row; `--inference_args '--strength 0.5'` starts from the images, mixed alike")
     add("--num_per_mask", type=positive_int, default=4, help="pictures of each mask, each with its own reference")
@@ -54,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rectify_args", default="", help="arm rectified: further flags of inference.py beside --guide, such as "
         "'--rectify_scale 0.1'; the guide is the segmentor of the real pairs")
     add("--filter_args", default="", help="further flags of filter.py")
+    add("--hardness_folds", type=natural, help="class means of the filter: from so many folds of the real pairs, each "
+        "judged by a segmentor trained on the others; 0: from the pairs that the segmentor was trained on, as "
+        "published. Default: from --val_txt_file, or 3 folds where there is none")
     add("--resample_args", default="", help="further flags of resample.py")
     add = parser.add_argument_group("segmentors").add_argument
     add("--config", default="configs/mmseg/small.py", help="mmseg config; a .py file is code and is run")
@@ -62,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=positive_int, default=2000, help="optimizer steps of every training")
     add("--batch_size", type=positive_int, default=16, help="tiles a step")
     add("--synthetic_ratio", type=positive_float, default=1.0, help="synthesized pictures for each real one in a batch")
+    add("--noise_matrix", help="for --arms dlc_audit: noise.json that audit_masks.py made of the unfiltered set")
     add("--train_args", default="", help="further flags of train_segmentor.py")
     add = parser.add_argument_group("running").add_argument
     add("--outdir", required=True, help="output folder")
@@ -105,13 +117,22 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for flags out of range and files that are not there."""
     rules = [
         (not 0 < args.real_fraction <= 1, f"--real_fraction {args.real_fraction}: expected above 0, at most 1"),
+        (not 0 <= args.held_out < 1, f"--held_out {args.held_out}: expected 0 or more, below 1"),
+        (args.hardness_folds == 1, "--hardness_folds 1: expected 0, or 2 and more"),
+        ((args.match_shares or "recolour" in args.arms) and args.real_fraction == 1
+         and not (args.references or args.held_out), "--match_shares, --arms recolour: expected --references with it"),
         ("mixed" in args.arms and not args.mix_masks, "--arms mixed: expected --mix_masks with it"),
+        (("dlc_audit" in args.arms) != bool(args.noise_matrix),
+         "--arms dlc_audit: expected together with --noise_matrix"),
+        (any("targets" in ARMS[arm].needs for arm in args.arms) and not args.references and args.real_fraction == 1,
+         "--references: none. Expected unlabelled images of the target for arms of self-training"),
         *((args.steps < 2, f"--steps {args.steps}: expected 2 or more for --arms {arm}")
           for arm in args.arms if ARMS[arm].first),
         (not Path(args.data_root).is_dir(), f"--data_root {args.data_root}: folder not found"),
         *((not Path(path).is_file(), f"file not found: {path}") for path in (
             args.ckpt, args.real_txt_file or Path(args.data_root) / "train_set_items.json",
-            args.test_txt_file or Path(args.data_root) / "test_set_items.json", *filter(None, [args.val_txt_file]),
+            args.test_txt_file or Path(args.data_root) / "test_set_items.json",
+            *filter(None, [args.val_txt_file, args.noise_matrix]),
         )),
         *((not Path(path).exists(), f"--references {path}: not found") for path in args.references),
     ]  # fmt: skip

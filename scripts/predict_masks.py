@@ -11,13 +11,12 @@ same place, with 255 as its nodata and the table's colours; --polygons writes ou
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ from ldm.data.bands import add_reading_flags, make_reading  # noqa: E402
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.images import ImageInfo, find_images, open_image  # noqa: E402
 from ldm.data.manifest import read_manifest, write_manifest  # noqa: E402
-from ldm.files import atomic_write, file_sha256, read_json, write_json  # noqa: E402
+from ldm.files import atomic_write, file_sha256  # noqa: E402
+from ldm.run_folder import RunFolder  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.evaluation.buildings import find_class, repeated_stems  # noqa: E402
 
@@ -124,32 +124,26 @@ def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path,
             for path, info in infos.items()}, infos  # fmt: skip
 
 
-def check_settings(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
-    """Note in run.json what decides about the masks; UserError if the folder was begun with something else."""
+def open_folder(args: argparse.Namespace, table: ClassTable) -> None:
+    """Note in run.json what decides about the masks; FileExistsError if the folder was begun with something else."""
     settings = {
         "segmentor_sha256": file_sha256(args.segmentor[1]), "class_table": table.to_dict(),
         "threshold": args.threshold, "buildings": str(args.buildings.resolve()) if args.buildings else None,
         "building": args.building, "background": args.background, "window": args.window, "overlap": args.overlap,
         "reading": args.choices.to_dict(),
     }  # fmt: skip
-    settings = json.loads(json.dumps(settings))
-    path = args.outdir / "run.json"
-    before = settings | (read_json(path) or {})  # folders from before windows have no word on them
-    different = [key for key, value in settings.items() if before.get(key) != value]
-    if different:
-        raise UserError(f"--outdir {args.outdir}: its masks were made with another {', '.join(different)}. Choose a "
-                        "new folder, or the same settings to go on.")  # fmt: skip
-    (args.outdir / "masks").mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
+    old = RunFolder(args.outdir).read().get("settings", settings)
+    settings = {key: value for key, value in settings.items() if key in old}  # older folders have no word on windows
+    RunFolder(args.outdir, settings, results="masks/*").open()
+    (args.outdir / "masks").mkdir(exist_ok=True)
     atomic_write(args.outdir / "classes.yaml", yaml.safe_dump(table.to_dict(), sort_keys=False))
-    return settings
 
 
 def predict_missing(args: argparse.Namespace, segmentor: "Segmentor", table: ClassTable, targets: dict[Path, Path],
                     infos: dict[Path, ImageInfo]) -> None:
     """Write the masks (image -> file) that do not exist yet."""
     from post_processing.evaluation.pseudo_masks import burn_in, predict_classes
-    from post_processing.run_index import group_batches
+    from post_processing.segmentation.loading import stream_batches
     from post_processing.segmentation.scenes import predict_scene
 
     known = read_known(args, list(targets))
@@ -180,9 +174,9 @@ def predict_missing(args: argparse.Namespace, segmentor: "Segmentor", table: Cla
             return opened.read()
 
     with ThreadPoolExecutor(args.num_threads) as pool, tqdm(total=len(missing), disable=None) as bar:
-        sizes = [(infos[image].height, infos[image].width) for image in small]
-        for _, batch in group_batches(small, sizes, args.batch_size):
-            images, valid = zip(*pool.map(read, batch), strict=True)
+        for part in stream_batches(small, read, lambda found: found[0].shape[:2], args.batch_size, args.num_threads):
+            batch = [image for image, _ in part]
+            images, valid = zip(*(found for _, found in part), strict=True)
             masks = predict_classes(segmentor, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), args.threshold)
             for mask, has_data in zip(masks, valid, strict=True):
                 if has_data is not None:
@@ -255,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     given = ClassTable.load(args.classes) if args.classes else None
     segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     table = (ClassTable.load(args.map_to) if args.map_to else segmentor.class_table).without_source_ids()
-    check_settings(args, table)
+    open_folder(args, table)
     predict_missing(args, segmentor, table, targets, infos)
     if args.polygons:
         write_outlines(args.outdir / "polygons", targets.values(), args.polygons, table)

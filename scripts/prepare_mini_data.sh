@@ -5,11 +5,10 @@
 # usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each
 # unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/. OUT becomes the data_root:
 #   OUT/train_set_items.json     128-pixel tiles, classes of the table `mini`: masks of Dubai and Kampala alone
-#   OUT/mixed_set_items.json     of these the labelled tiles that are rich in rare classes, and about as many unlabelled ones
 #   OUT/val_set_items.json
-#   OUT/dubai/inference_items.json           Dubai test masks, references from Dubai train (nearest class mix)
-#   OUT/dubai/inference_items_folder.json    the same masks, references from Monterey's test images
-#   OUT/dubai_ucmerced/inference_items.json  the same masks, references from those images of UC Merced that do not train
+#   OUT/inference_items.json             Dubai test masks, references from Dubai train (nearest class mix)
+#   OUT/inference_items_folder.json      the same masks, references from Monterey's test images
+#   OUT/inference_items_ucmerced.json    the same masks, references from those images of UC Merced that do not train
 set -eu
 if [ $# -ne 2 ]; then
     echo "usage: sh scripts/prepare_mini_data.sh DATA_DIR OUT" >&2
@@ -49,13 +48,8 @@ prepare --preset shared --root "$data/oam_kampala" --classes oam_building --out 
     --val_fraction 0.05 --max_ignore 0.95 --group_regex '^(\d+_\d+)_' --pair none
 prepare --classes mini --out "$out/unlabelled" --pair none --unlabelled_train "$links/train"
 prepare --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
-    --out "$out/dubai_ucmerced" --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
+    --out "$out/ucmerced" --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
 "$python" "$here/prepare_dataset.py" --out "$out" --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
-
-# Most Dubai tiles are bare land: a training sees those that are not, and every second tile without labels.
-"$python" "$here/select_rows.py" "$out/train_set_items.json" "$out/rich_set_items.json" --data_root "$out" \
-    --classes mini --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
-{
-    cat "$out/rich_set_items.json"
-    grep '"unlabelled/' "$out/train_set_items.json" | awk 'NR % 2'
-} >"$out/mixed_set_items.json"
+# The same tiles as in dubai/, which the comparison of references needs.
+sed 's|"source": "label_train/|"source": "dubai/label_test/|; s|"target": "img_train/|"target": "dubai/img_test/|
+    s|"ref_image": "|"ref_image": "ucmerced/|' "$out/ucmerced/inference_items.json" >"$out/inference_items_ucmerced.json"

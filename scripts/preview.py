@@ -1,28 +1,24 @@
 """Contact sheet of an output folder of inference.py: masks, references and what was painted for them."""
 
 import argparse
-import json
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.cli import positive_int
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import read_image
-from ldm.files import atomic_write, read_lines
+from ldm.files import Record, atomic_write, read_lines
+from ldm.run_folder import RunFolder
+from ldm.sheet import Cell, draw_sheet
 from ldm.util import UserError, run_entry_point
 
 logger = logging.getLogger(__name__)
 
-GAP, TEXT_HEIGHT, FONT_SIZE = 6, 18, 13
-BACKGROUND, INK, EMPTY = (255, 255, 255), (30, 30, 30), (235, 235, 235)
-Record = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,9 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", help="output folder of inference.py (with index.jsonl and run.json)")
     parser.add_argument("--out", default=None, help="PNG to write; default: contact_sheet.png in the folder")
-    parser.add_argument("--rows", type=int, default=8, help="most rows of the sheet")
-    parser.add_argument("--columns", type=int, default=8, help="most references (grid) or results (list) side by side")
-    parser.add_argument("--tile", type=int, default=160, help="width of a tile in pixels")
+    parser.add_argument("--rows", type=positive_int, default=8, help="most rows of the sheet")
+    parser.add_argument(
+        "--columns", type=positive_int, default=8, help="most references (grid) or results (list) side by side"
+    )
+    parser.add_argument("--tile", type=positive_int, default=160, help="width of a tile in pixels")
     parser.add_argument("--data_root", default=None, help="folder of masks and references; default: that of the run")
     parser.add_argument(
         "--layout", choices=["auto", "grid", "list"], default="auto",
@@ -42,21 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A tile of the sheet.
-
-    Args:
-        image: (H, W, 3) uint8; None = nothing was painted.
-        label: one line under the tile.
-        is_mask: enlarge without mixing colours.
-    """
-
-    image: np.ndarray | None
-    label: str = ""
-    is_mask: bool = False
 
 
 class Sources:
@@ -71,17 +54,12 @@ class Sources:
     """
 
     def __init__(self, folder: Path, data_root: str | None) -> None:
-        if not (folder / "run.json").is_file():
+        run = RunFolder(folder).read()
+        if not run:
             raise FileNotFoundError(f"{folder}: no run.json. Expected a folder that inference.py wrote. Check it.")
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if run["fingerprint"].get("format") == "tar":
-            raise UserError(f"{folder}: its images are in tars. Expected files. Unpack them, or use --format folder.")
         self.folder = folder
         self.data_root = Path(data_root or run["data_root"])
-        spec = run["class_table"]
-        if spec.get("source_ids"):  # JSON has no whole numbers as keys
-            spec["source_ids"] = {int(raw): own for raw, own in spec["source_ids"].items()}
-        self.table = ClassTable.load(spec)
+        self.table = ClassTable.load(run["class_table"])
 
     def mask(self, record: Record) -> Cell:
         """Mask in class colours."""
@@ -92,11 +70,11 @@ class Sources:
         """Reference as it is; an empty tile where the method takes none."""
         if record["reference"] is None:
             return Cell(None)
-        return Cell(_read_rgb(self.data_root / record["reference"]), Path(record["reference"]).stem)
+        return Cell(read_image(self.data_root / record["reference"], None), Path(record["reference"]).stem)
 
     def result(self, record: Record | None, label: str) -> Cell:
         """Painted image; an empty tile if there is none."""
-        return Cell(None if record is None else _read_rgb(self.folder / record["image"]), label)
+        return Cell(None if record is None else read_image(self.folder / record["image"], None), label)
 
     def legend(self, records: list[Record]) -> list[tuple[str, tuple[int, int, int]]]:
         """Names and colours of the classes in the masks of these records."""
@@ -104,11 +82,6 @@ class Sources:
         present = set().union(*(np.unique(read_mask(path, self.table)).tolist() for path in paths))
         rows = zip(self.table.ids, self.table.names, self.table.colours, strict=True)
         return [(name, colour) for index, name, colour in rows if index in present]
-
-
-def _read_rgb(path: Path) -> np.ndarray:
-    image = read_image(path, None)  # of many bands the first three
-    return image[..., np.minimum(range(3), image.shape[2] - 1)]
 
 
 def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:
@@ -145,64 +118,6 @@ def plan_list(records: list[Record], sources: Sources, rows: int, columns: int) 
     return sheet
 
 
-def draw_sheet(sheet: list[list[Cell]], legend: list[tuple[str, tuple[int, int, int]]], tile: int) -> Image.Image:
-    """Draw the tiles with their labels, and the class colours below.
-
-    Args:
-        sheet: rows of cells; the first column is set apart.
-        legend: class names and (r, g, b).
-        tile: width of a tile; the height follows from the first painted image.
-
-    Returns:
-        RGB picture.
-    """
-    shape = next(cell.image.shape for cell in reversed(sheet[-1]) if cell.image is not None)
-    height = max(1, round(tile * shape[0] / shape[1]))
-    step_x, step_y = tile + GAP, height + TEXT_HEIGHT + GAP
-    width = GAP + step_x * max(len(line) for line in sheet) + GAP
-    font = ImageFont.load_default(FONT_SIZE)
-    legend_lines = _wrap_legend(legend, width, font)
-    canvas = Image.new("RGB", (width, GAP + step_y * len(sheet) + TEXT_HEIGHT * len(legend_lines) + GAP), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    for j, line in enumerate(sheet):
-        for i, cell in enumerate(line):
-            x, y = GAP + i * step_x + (GAP if i else 0), GAP + j * step_y
-            if cell.image is None:
-                draw.rectangle((x, y, x + tile - 1, y + height - 1), fill=EMPTY)
-            else:
-                method = Image.Resampling.NEAREST if cell.is_mask else Image.Resampling.LANCZOS
-                canvas.paste(ImageOps.pad(Image.fromarray(cell.image), (tile, height), method, BACKGROUND), (x, y))
-            draw.text((x, y + height + 1), _shorten(cell.label, tile, font), fill=INK, font=font)
-    y = GAP + step_y * len(sheet)
-    for line in legend_lines:
-        for x, name, colour in line:
-            draw.rectangle((x, y + 3, x + 11, y + 14), fill=colour, outline=INK)
-            draw.text((x + 16, y), name, fill=INK, font=font)
-        y += TEXT_HEIGHT
-    return canvas
-
-
-def _wrap_legend(legend: list[tuple[str, tuple[int, int, int]]], width: int, font: Any) -> list[list[tuple]]:
-    lines: list[list[tuple]] = [[]]
-    x = GAP
-    for name, colour in legend:
-        needed = 16 + round(font.getlength(name)) + 14
-        if x + needed > width and lines[-1]:
-            lines.append([])
-            x = GAP
-        lines[-1].append((x, name, colour))
-        x += needed
-    return lines
-
-
-def _shorten(text: str, width: int, font: Any) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
 def main(argv: list[str] | None = None) -> int:
     """Write the contact sheet and say where; returns 0.
 
@@ -212,8 +127,6 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.debug:
         logging.getLogger().setLevel(logging.DEBUG)
-    if min(args.rows, args.columns, args.tile) < 1:
-        raise UserError(f"--rows {args.rows} --columns {args.columns} --tile {args.tile}: expected at least 1 each.")
     folder = Path(args.folder)
     records = list(read_lines(folder / "index.jsonl", "row", "copy").values())
     if not records:
@@ -227,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     sheet = plan(records, sources, args.rows, args.columns)
     shown = {line[0].label for line in sheet}
     legend = sources.legend([record for record in records if Path(record["mask"]).stem in shown])
-    picture = draw_sheet(sheet, legend, args.tile)
+    picture = draw_sheet(sheet, args.tile, legend)
     out = Path(args.out) if args.out else folder / "contact_sheet.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, lambda file: picture.save(file, format="PNG"))

@@ -83,6 +83,49 @@ def test_unet(method: TISynth, folder: Path, record_property) -> None:
 
 
 @torch.no_grad()
+def test_unet_of_stable_diffusion_2(tmp_path: Path, record_property) -> None:
+    """Heads of one width, linear projections and a folder as diffusers writes it."""
+    theirs = randomize(diffusers.UNet2DConditionModel(
+        block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=24, attention_head_dim=(2, 4, 4),
+        use_linear_projection=True, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")), 0.15).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path / "unet")
+    stored = open_checkpoint(tmp_path).tensors
+    from cldm.tisynth import set_norm_groups
+
+    ours = UNet(in_channels=4, out_channels=4, **{**WIDTH, "num_head_channels": 16}).eval()
+    set_norm_groups(ours, 32)
+    ours.load_state_dict({name: stored[PARTS["unet"] + name].read() for name in ours.state_dict()})
+    assert len(stored) == len(ours.state_dict())
+    for size in SIZES:
+        latent, timestep, context = inputs(*size)
+        found = difference(ours(latent, timestep, context), theirs(latent, timestep, context).sample)
+        record_property(f"unet of SD2 {size}", found)
+        assert found <= 1e-4
+
+
+def test_sd21_has_the_sizes_of_stable_diffusion_2_1() -> None:
+    from ldm.util import load_config
+    from ldm.weights.load import build_skeleton
+
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
+        text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            hidden_size=1024, num_hidden_layers=23, num_attention_heads=16, intermediate_size=4096, hidden_act="gelu"))
+    method = build_skeleton(load_config([ROOT / "configs/model/tisynth_sd21.yaml"]))
+    plain = [name for name, _ in method.model.diffusion_model.named_parameters() if "trainable" not in name]
+    own = dict(method.model.diffusion_model.named_parameters())
+    assert sum(own[name].numel() for name in plain) == sum(p.numel() for p in unet.parameters()) == 865_910_724
+    names = from_diffusers("unet", unet.state_dict())
+    assert {name.removeprefix(PARTS["unet"]) for name in names.values()} == set(plain)
+    assert sum(p.numel() for p in method.cond_stage_model.parameters()) == sum(p.numel() for p in text.parameters())
+    heads = [block.attn1.heads for name, block in method.model.diffusion_model.named_modules()
+             if name.endswith("transformer_blocks.0") and name.startswith("input")]  # fmt: skip
+    assert heads == [5, 5, 10, 10, 20, 20] and method.prediction_type == "v"
+
+
+@torch.no_grad()
 def test_controlnet(method: TISynth, folder: Path, record_property) -> None:
     theirs = load(diffusers.ControlNetModel, folder / "controlnet")
     for height, width in SIZES:

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import ROOT
 
 import train
+from ldm.training import callbacks
 from ldm.training.budget import Budget
 from ldm.training.module import learning_rate_factor
 from ldm.weights.load import load_method, read_model_config
@@ -115,3 +117,27 @@ def test_what_earlier_runs_took_is_part_of_the_schedule():
     budget = Budget(max_minutes=2.0)
     budget.load_state_dict({"elapsed": 60.0})
     assert budget.share() == pytest.approx(1 / 3, abs=0.01) and math.isclose(budget.state_dict()["elapsed"], 60.0)
+
+
+def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture):  # fmt: skip
+    trainer = SimpleNamespace(global_step=7, max_steps=100, callback_metrics={"loss": torch.tensor(0.25)})
+    clock = [1000.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    progress = callbacks.Progress(every=60.0)
+    assert not progress.is_terminal
+    progress.on_train_start(trainer, None)
+    for clock[0], trainer.global_step in ((1010.0, 8), (1059.0, 30), (1061.0, 37), (1100.0, 50), (1122.0, 68)):
+        progress.on_train_batch_end(trainer, None)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 37 of 100, 0.492 steps/s, loss 0.25", "step 68 of 100, 0.5 steps/s, loss 0.25"]  # fmt: skip
+    progress.disable()
+    clock[0] = 9999.0
+    progress.on_train_batch_end(trainer, None)
+    assert not capsys.readouterr().out
+
+
+def test_a_machine_without_git_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert callbacks.read_revision()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert callbacks.read_revision() == "unknown"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import train
 from cldm.tisynth import TISynth
-from ldm.generation.plan import use_tokenizer
+from ldm.generation.plan import set_text_encoder
 from ldm.training.build import build_method
 from ldm.util import UserError
 from ldm.weights.checkpoint import load_checkpoint, open_checkpoint, save_safetensors
@@ -234,7 +234,7 @@ def test_local_folders_of_clip_by_flag(weights: dict[str, Tensor], tmp_path: Pat
     args.overrides = ["init.first_stage_model=x"]
     assert train.merge_config(args).model.params.text_encoder.params.weights_dir == "folder"
     config = {"model": {"target": "x", "params": {"text_encoder": {"target": "y"}}}}
-    use_tokenizer(config, "folder")
+    set_text_encoder(config, "tokenizer_dir", "tokenizer_dir", "folder")
     assert config["model"]["params"]["text_encoder"]["params"] == {"tokenizer_dir": "folder"}
 
 

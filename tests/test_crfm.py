@@ -327,6 +327,32 @@ def test_tiles_become_a_generator_images_and_a_gain(root: Path, tmp_path: Path, 
     assert len(list((tmp_path / "gain/synthesis/images").iterdir())) == 3
 
 
+def test_a_guide_rectifies_as_published_and_as_we_do(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("mmseg")
+    from segmentors import make_segmentor
+
+    monkeypatch.chdir(ROOT)
+    guide = make_segmentor(tmp_path / "guide", ClassTable.load("mini"))
+    checkpoint = run_train(root, tmp_path / "run", "--pretrain_path", str(root / "sd35")) / "last.safetensors"
+    plain = generate(root, checkpoint, tmp_path / "plain", "--num_steps", "6")
+    flags = ["--num_steps", "6", "--guide", *map(str, guide)]
+    found = {name: generate(root, checkpoint, tmp_path / name, *flags, *extra) for name, extra in (
+        ("upstream", ["--rectify_preset", "upstream"]), ("ours", ["--rectify_log"]))}  # fmt: skip
+    assert found["upstream"].keys() == found["ours"].keys() == plain.keys()
+    assert all(found[name][image] != plain[image] for name in found for image in plain)
+    for part in ("1/2", "0/2"):
+        parts = generate(root, checkpoint, tmp_path / "parts", *flags, "--rectify_preset", "upstream", "--shard", part)
+    assert parts == found["upstream"]
+    records = {name: [record for file in sorted((tmp_path / name / "shards").glob("*.json"))
+                      for record in json.loads(file.read_text())["rectified"]] for name in found}  # fmt: skip
+    upstream, ours = records["upstream"], records["ours"]
+    assert [record["time"] for record in upstream] == [pytest.approx(1000 * 3 * u / (1 + 2 * u)) for u in
+                                                       np.linspace(1, 0.001, 6)[:4]]
+    assert [record["scale"] for record in upstream] == [pytest.approx(0.1 * (1 - (i + 1) / 6)) for i in range(4)]
+    assert all(0 < record["clamped"] < 1 and record["skipped"] == 0 for record in upstream)
+    assert ours and all(record["loss_after"] < record["loss"] for record in ours)
+
+
 def test_mistakes_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="both image and lora"):
         CRFM(**params(root, train=["image", "lora"]))
@@ -347,6 +373,18 @@ def test_mistakes_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
         run_train(root, tmp_path / "run", "--pretrain_path", str(root / "sd35"),
                   "model.params.transformer.attention_head_dim=16",
                   "model.params.transformer.caption_projection_dim=64")  # fmt: skip
+
+
+def test_the_benchmark_runs_to_its_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    pytest.importorskip("peft")
+    from benchmarks import bench_sd35
+
+    monkeypatch.chdir(ROOT)
+    bench_sd35.main(["--device", "cpu", "--config", "configs/model/sd35_tiny.yaml", "--sizes", "32", "--batches", "1"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("work") for line in lines[1:]] == ["pass without mask", "pass with mask", "decode",
+                                                        "decode with gradient", *["training step"] * 2]
+    assert all(line["seconds"] > 0 for line in lines[1:])
 
 
 def test_configs_build_and_say_how_large_they_are():

@@ -13,11 +13,13 @@ from segmentors import ColourModel, colour_segmentor, make_segmentor, table_of
 from torch.nn import functional as F
 
 from ldm.data.classes import read_mask
+from ldm.data.images import Pair
 from ldm.files import append_lines, file_identity, read_lines
+from ldm.run_folder import RunFolder
 from ldm.util import UserError, run_entry_point
 from post_processing.filter import main
 from post_processing.run_index import read_mask_at
-from post_processing.segmentation.loading import Item, find_items
+from post_processing.segmentation.loading import find_generated
 from post_processing.segmentation.segmentor import Segmentor
 from post_processing.selection.hardness import fingerprint_of, get_hardness, measure_hardness, pixel_loss
 from post_processing.selection.rules import PixelFilter, encode_mask, judge_batch
@@ -42,7 +44,7 @@ def make_pictures(folder, count, classes, seed, name="{}", absent=()):
         image, label = folder / f"img/{name.format(number)}.png", folder / f"label/{number}.png"
         Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(image)
         Image.fromarray(mask).save(label)
-        items.append(Item(image, label))
+        items.append(Pair(image, label))
     return items
 
 
@@ -175,7 +177,7 @@ def test_where_memory_ends_the_batch_is_halved(tmp_path):
     for one, other in zip(*(judge_batch(s, images, masks, limits) for s in (whole, small)), strict=True):
         np.testing.assert_allclose(one.astype(float), other.astype(float), rtol=1e-6)
     small.room = 0
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(UserError, match="not even one image fits"):
         measure_hardness({}, small, real, 7, 1)
 
 
@@ -219,9 +221,9 @@ def test_filtered_masks_are_read_by_the_table_of_their_source(tmp_path, form):
         picture = Image.fromarray(ids * 255).convert("1")
     picture.save(tmp_path / "a.png")
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "b.png")
-    from post_processing.segmentation.loading import load_item
+    from post_processing.segmentation.loading import load_pair
 
-    loaded = load_item(Item(tmp_path / "b.png", tmp_path / "a.png"), table)
+    loaded = load_pair(Pair(tmp_path / "b.png", tmp_path / "a.png"), table)
     is_dropped = np.random.default_rng(1).random(ids.shape) < 0.4
     (tmp_path / "c.png").write_bytes(encode_mask(loaded.raw, is_dropped, table))
     np.testing.assert_array_equal(read_mask(tmp_path / "c.png", table), np.where(is_dropped, 255, ids))
@@ -239,11 +241,11 @@ def test_only_the_last_seed_is_no_part_of_the_masks_name(tmp_path):
         (tmp_path / part).mkdir()
         for name in names:
             (tmp_path / part / name).touch()
-    found = {item.image.name: item.mask.name for item in find_items(tmp_path / "img", tmp_path / "label")}
+    found = {item.image.name: item.mask.name for item in find_generated(tmp_path / "img", tmp_path / "label")}
     assert found == {"a_seed_1.png": "a.png", "a_seed_1_seed_22.jpg": "a_seed_1.png", "b.png": "b.png",
                      "c_seed_x.png": "c_seed_x.png", "d_seed_3.png": "d.png"}  # fmt: skip
-    with pytest.raises(FileNotFoundError, match="none of the 5 pictures"):
-        find_items(tmp_path / "img", tmp_path)
+    with pytest.raises(FileNotFoundError, match="none of the 5 images"):
+        find_generated(tmp_path / "img", tmp_path)
 
 
 KILLED = """
@@ -251,7 +253,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import post_processing.selection.rules as filtering
-from post_processing.segmentation.loading import find_items
+from post_processing.segmentation.loading import find_generated
 from segmentors import colour_segmentor
 
 folder, out, last = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -267,15 +269,14 @@ def write_or_die(path, content, temporary, is_synced):
 
 filtering.atomic_write = write_or_die
 segmentor = colour_segmentor(4)
-(out / ".work-0-of-1").mkdir(parents=True)
+(out / ".shard-0-of-1.partial").mkdir(parents=True)
 limits = torch.full((256,), 1.0)
-worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".work-0-of-1", 2, 1)
-worker.run(find_items(folder / "img", folder / "label"))
+worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".shard-0-of-1.partial", 2, 1)
+worker.run(find_generated(folder / "img", folder / "label"))
 """
 
 
 def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
-    from post_processing.filter import claim_shard
     from post_processing.selection.rules import is_finished
 
     items = make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
@@ -283,7 +284,9 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
 
     def run(out, todo):
         out.mkdir(exist_ok=True)
-        with claim_shard(out, 0, 1) as work:
+        folder = RunFolder(out)
+        with folder.claim(".shard-0-of-1"):
+            work = folder.work(".shard-0-of-1")
             PixelFilter(segmentor, limits, segmentor.class_table, out, work, 2, 1).run(todo)
 
     run(tmp_path / "whole", items)
@@ -309,11 +312,12 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
 
 
 SIGNALLED = """
-import os, sys
+import os, signal, sys
 import post_processing.filter as entry
 import post_processing.selection.rules as filtering
 from segmentors import colour_segmentor
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started all this with it ignored
 number, last, *flags = sys.argv[1:]
 write, count = filtering.atomic_write, 0
 
@@ -354,10 +358,9 @@ def test_the_command_goes_on_after_a_signal_and_ends_with_the_same_files(tmp_pat
 @pytest.mark.slow
 def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    pytest.importorskip("pyarrow")
-    from post_processing.filter import claim_shard
-    from post_processing.filter_ray import run_on_ray
+    from post_processing.filter import build_parser, filter_on_ray
 
+    args = build_parser().parse_args([*flags(tmp_path, tmp_path, tmp_path), "--batch_size", "1", "--ray_workers", "2"])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
     items = make_pictures(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
     (tmp_path / "syn/label/7.png").unlink()
@@ -369,9 +372,10 @@ def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
     failures = []
     for name in ("local", "ray"):
         (tmp_path / name).mkdir()
-        with claim_shard(tmp_path / name, 0, 1) as work:
+        with RunFolder(tmp_path / name).claim("part"):
+            work = tmp_path / name / "part.partial"
             (work / "own").mkdir()
-            failures.append(run_on_ray(build, work, items, 1, 2, False) if name == "ray"
+            failures.append(filter_on_ray(args, items, build, work) if name == "ray"
                             else build(work / "own").run(items))  # fmt: skip
     assert failures[0] == failures[1] and len(failures[0]) == 1
     assert contents(tmp_path / "ray").keys() == contents(tmp_path / "local").keys()
@@ -390,17 +394,31 @@ def test_a_cut_off_line_is_dropped_and_the_next_one_is_not(tmp_path):
 def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
     real = make_pictures(tmp_path / "real", 4, 3, 0)
     segmentor, path = colour_segmentor(3), tmp_path / "hardness.json"
-    first = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+    first = get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
     calls = []
     monkeypatch.setattr("post_processing.selection.hardness.measure_hardness",
                         lambda *args: calls.append(args) or first)
-    again = get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+    again = get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
     assert not calls and again.mean.tolist() == first.mean.tolist() and again.pixels.tolist() == first.pixels.tolist()
-    get_hardness(path, {"real": 2}, segmentor, real, 2, 1)
+    get_hardness(path, {"real": 2}, [(segmentor, real)], 2, 1)
     assert len(calls) == 1
     path.write_text("{}")
     with pytest.raises(UserError, match="not a hardness file"):
-        get_hardness(path, {"real": 1}, segmentor, real, 2, 1)
+        get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
+
+
+def test_hardness_of_folds_is_that_of_all_their_pixels(tmp_path):
+    parts = [(colour_segmentor(3), make_pictures(tmp_path / f"fold{n}", 4 + n, 3, n, absent=[n])) for n in range(2)]
+    pooled = get_hardness(tmp_path / "hardness.json", {}, iter(parts), 2, 1)
+    sums, pixels = np.zeros(3), np.zeros(3)
+    for segmentor, items in parts:
+        for item in items:
+            loss, mask = slow_losses(segmentor, item)
+            for number in range(3):
+                sums[number] += loss[mask == number].sum()
+                pixels[number] += (mask == number).sum()
+    assert pooled.pixels.tolist() == pixels.tolist()
+    np.testing.assert_allclose(pooled.mean, sums / pixels, rtol=1e-5)
 
 
 def test_fingerprint_follows_masks_weights_and_class_table(tmp_path):
@@ -514,6 +532,33 @@ def test_hardness_in_the_folder_is_used_again(workspace, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == before
     with pytest.raises(AssertionError, match="measured again"):
         main(flags(workspace, tmp_path / "other", tmp_path))
+
+
+def test_class_means_of_pairs_that_were_not_trained_on(workspace, tmp_path):
+    """--hardness_txt_file and --fold take the place of the training pairs, which need not be named then."""
+    make_pictures(tmp_path, 3, 5, 1, "{}_seed_7")
+    make_pictures(tmp_path / "val", 5, 5, 9)
+    rows = [{"source": f"val/label/{n}.png", "target": f"val/img/{n}.png"} for n in range(5)]
+    for name, part in (("val", rows), ("a", rows[:2]), ("b", rows[2:])):
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+    segmentor = [workspace / "segmentor/config.json", workspace / "segmentor/segmentor.pth"]
+    own = [*segmentor, "--syn-img-path", tmp_path / "img", "--syn-mask-path", tmp_path / "label", "--device", "cpu",
+           "--data_root", tmp_path]  # fmt: skip
+    held_out = ["--hardness_txt_file", tmp_path / "val.json"]
+    folds = [word for name in "ab" for word in ("--fold", *segmentor, tmp_path / f"{name}.json")]
+    found = {}
+    for name, extra in (("val", held_out), ("folds", folds)):
+        assert main([str(word) for word in (*own, *extra, "--filtered-mask-path", tmp_path / name)]) == 0
+        found[name] = json.loads((tmp_path / name / "hardness.json").read_text())
+    assert main(flags(workspace, tmp_path / "train", tmp_path)) == 0
+    trained = json.loads((tmp_path / "train/hardness.json").read_text())
+    assert found["val"]["classes"]["class 4"]["pixels"] > 0  # the training pairs have none of it
+    assert found["val"]["classes"] != trained["classes"]
+    for name, entry in found["val"]["classes"].items():  # one segmentor in both: the same pixels, the same means
+        assert found["folds"]["classes"][name] == pytest.approx(entry, rel=1e-5)
+    assert len(found["folds"]["fingerprint"]["folds"]) == 2
+    with pytest.raises(UserError, match="expected one of the two. The class means"):
+        main([str(word) for word in (*own, *held_out, *folds, "--filtered-mask-path", tmp_path / "both")])
 
 
 def test_tables_with_numbers_of_their_own_on_disk_go_on_too(tmp_path, colours, monkeypatch):
@@ -640,12 +685,13 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(workspace, tmp_path, monkey
     assert not (out / "3_seed_7.png").exists() and (out / "0_seed_7.png").exists()
     monkeypatch.undo()
     assert main(flags(workspace, out, tmp_path)) == 0
-    assert len(list(out.glob("*.png"))) == 6 and not [path for path in out.iterdir() if path.name.startswith(".work")]
+    assert len(list(out.glob("*.png"))) == 6 and not [path for path in out.iterdir() if path.name.startswith(".shard")]
 
 
 @pytest.mark.parametrize("wrong", [["--shard", "2/2"], ["--batch_size", "0"], ["--tolerance-margin", "nan"],
                                    ["--run", "x"], ["--real_txt_file", "x"]])  # fmt: skip
-def test_impossible_flags_are_refused(tmp_path, wrong):
-    with pytest.raises(UserError, match=wrong[0]):
+def test_impossible_flags_are_refused(tmp_path, wrong, capsys):
+    with pytest.raises((UserError, SystemExit)) as error:
         main(flags(tmp_path, tmp_path / "out", tmp_path, *wrong))
+    assert wrong[0] in str(error.value) + capsys.readouterr().err
     assert not os.listdir(tmp_path)

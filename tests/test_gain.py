@@ -22,7 +22,7 @@ from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
 from post_processing.gain.report import draw_curves, make_table, read_curves, summarise
-from post_processing.gain.sets import write_random_drop, write_targets
+from post_processing.gain.sets import draw_shares, write_random_drop, write_targets
 from post_processing.gain.stages import Stage, StageRunner, make_slots
 from post_processing.segmentation.self_training import list_targets
 
@@ -215,7 +215,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
     for flag in ("--init_from", "--train_txt_file"):
         assert [flag in half for half in halves] == [False, True]
-    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,dlc,random_drop,rectified",
+    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,recolour,dlc,random_drop,rectified",
             "--rectify_args", "--rectify_window 0 1", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
@@ -226,12 +226,21 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
     assert len(list((out / "unfiltered/images").iterdir())) == 6
     results = json.loads((out / "results.json").read_text())
-    assert list(results["summary"]) == ["real", "joint", "unfiltered", "dlc", "random_drop", "rectified", "pretrain"]
+    assert list(results["summary"]) == [
+        "real", "joint", "unfiltered", "dlc", "random_drop", "rectified", "recolour", "pretrain"]
     plain, guided = (sorted((out / folder / "images").iterdir()) for folder in ("synthesis", "rectified_synthesis"))
     assert [path.name for path in plain] == [path.name for path in guided]
     assert any(one.read_bytes() != other.read_bytes() for one, other in zip(plain, guided, strict=True))
     fingerprint = json.loads((out / "rectified_synthesis/run.json").read_text())["fingerprint"]
     assert fingerprint["guide"][2] == file_sha256(out / "real/seed_1/segmentor.pth")  # of the real pairs
+    recoloured = [json.loads(line) for line in (out / "recolour/train_set_items.json").read_text().splitlines()]
+    for row, item in zip(recoloured, paint, strict=True):  # the same masks and references, without the generator
+        assert (out / "recolour" / row["source"]).read_bytes() == (workspace / item["source"]).read_bytes()
+        image, reference = (np.asarray(Image.open(path)).reshape(-1, 3).mean(0) for path in (
+            out / "recolour" / row["target"], workspace / item["ref_image"]))  # fmt: skip
+        assert np.abs(image - reference).max() < 12
+    filtering = (out / "filter/log.txt").read_text().split()
+    assert filtering[filtering.index("--hardness_txt_file") + 1] == str(workspace / "val_set_items.json")
     noise = json.loads((out / "dlc/seed_1/noise.json").read_text())
     assert noise["estimator"] == "hoc" and noise["step"] == 1
     for arm in results["summary"]:
@@ -244,7 +253,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert "<svg" in page and "data:image/png" in page and "validation mIoU" in page
     trained = [name for module, name in RAN if module == "scripts.train_segmentor"]
     assert sorted(trained) == ["dlc/seed_1", "joint/seed_1", *["pretrain/seed_1"] * 2, "random_drop/seed_1",
-                               "real/seed_1", "unfiltered/seed_1"]  # fmt: skip
+                               "real/seed_1", "recolour/seed_1", "rectified/seed_1", "unfiltered/seed_1"]  # fmt: skip
     assert "6 pictures painted, 6 kept" in page
 
     measure(workspace, out, "--arms", "joint,cutmix", *flags)  # goes on: only what is new runs
@@ -297,10 +306,61 @@ def test_arms_of_noise_correction_train_on_the_right_sets(workspace, tmp_path, c
         assert f"--target_txt_file {out}/targets/targets.json" in lines[f"{arm}/seed_1"]
     measure(workspace, out, "--arms", "self_training", "--dry_run")
     assert "synthesis" not in capsys.readouterr().out  # no generator is asked
+    (tmp_path / "noise.json").write_text("{}")
+    measure(workspace, out, "--arms", "dlc_audit", "--noise_matrix", tmp_path / "noise.json", "--dry_run")
+    assert f"--noise_matrix {tmp_path}/noise.json" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--arms dlc_audit: expected together with --noise_matrix"):
+        measure(workspace, out, "--arms", "dlc_audit")
     plan = make_plan(workspace, out)
     (out / "targets").mkdir(parents=True)
     write_targets(plan)
     assert len(list_targets(plan.manifests["targets"], workspace)) == 12
+
+
+def test_settings_are_chosen_on_held_out_scenes(workspace, tmp_path, monkeypatch):
+    """Scores of whole scenes that are not trained on, class means from folds, masks of the predicted class shares."""
+    pytest.importorskip("mmseg")
+    monkeypatch.setattr(StageRunner, "run_command", in_this_process)
+    monkeypatch.setattr("ldm.generation.machine.stop_on_signals", contextlib.nullcontext)
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    measure(workspace, out, "--arms", "joint", "--held_out", "0.5", "--scene_regex", r"^scene(\d)_", "--match_shares",
+            "--hardness_folds", "2")  # fmt: skip
+
+    def scenes(name):
+        rows = [json.loads(line) for line in (out / f"sets/{name}.json").read_text().splitlines()]
+        return {re.match(r"scene\d", Path(row["target"]).name)[0] for row in rows}, len(rows)
+
+    (real, count), (held_out, others) = scenes("real"), scenes("held_out")
+    assert not real & held_out and count + others == 8 and count == others == 4
+    for fold in (0, 1):
+        (own, _), (rest, _) = scenes(f"fold_{fold}"), scenes(f"not_fold_{fold}")
+        assert own | rest == real and not own & rest and own and rest
+        command = (out / f"fold_{fold}/log.txt").read_text()
+        assert f"not_fold_{fold}.json" in command
+    assert (out / "filter/log.txt").read_text().count("--fold") == 2
+    assert len(json.loads((out / "filter/masks/hardness.json").read_text())["fingerprint"]["folds"]) == 2
+    results = json.loads((out / "results.json").read_text())
+    assert results["scores"]["joint"]["1"]["images"] == 4
+    assert "held-out training scenes" in (out / "report.html").read_text()
+    assert len(list((out / "shares/masks").glob("*.png"))) == 12  # all images of --references
+    for wrong, text in ((["--held_out", "1"], "--held_out 1.0"), (["--hardness_folds", "1"], "--hardness_folds 1"),
+                        (["--hardness_folds", "9"], "images. Expected at least as many")):  # fmt: skip
+        with pytest.raises(UserError, match=text):
+            measure(workspace, tmp_path / "wrong", "--arms", "joint", *wrong)
+
+
+def test_drawn_masks_have_the_wanted_class_shares():
+    random = np.random.default_rng(0)
+    pixels = random.dirichlet([0.3, 0.3, 0.3, 0.3], 400) * 1000
+    pixels[::10] = 0  # ignored everywhere
+    wanted = np.array([0.6, 0.1, 0.25, 0.05])
+    drawn = draw_shares(pixels, wanted, 60)
+    assert len(set(drawn)) == 60 and pixels[drawn].any(1).all()
+    mix = pixels[drawn].sum(0) / pixels[drawn].sum()
+    assert np.abs(mix - wanted).sum() < 0.02 < np.abs(pixels.sum(0) / pixels.sum() - wanted).sum()
+    assert drawn == draw_shares(pixels, wanted, 60)
+    assert sorted(draw_shares(pixels, wanted, 360)) == list(np.flatnonzero(pixels.any(1)))
 
 
 def test_generators_without_references_need_none(workspace, tmp_path):
@@ -391,7 +451,7 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
     log = json.loads((out / "mixed/seed_1/config.json").read_text())
     assert str(out / "masks/synthesis.json") in json.dumps(log)
     run = json.loads((out / "synthesis/run.json").read_text())
-    assert run["fingerprint"]["strength"] == 0.4 and run["data_root"] == str(out / "masks")
+    assert run["settings"]["strength"] == 0.4 and run["data_root"] == str(out / "masks")
     assert "6 pictures of mixed masks painted" in (out / "report.html").read_text()
 
     RAN.clear()  # other ways to paint do not train the baseline again

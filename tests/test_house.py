@@ -22,16 +22,17 @@ MAY_IMPORT = {
     "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
     "ldm.modules": ("ldm.modules", "ldm.util", "ldm.files", "ldm.weights.checkpoint"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
-    "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.cli"),
+    "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.cli"),
     "ldm.sampling": ("ldm.sampling", "ldm.diffusion", "ldm.util"),
     "ldm.methods": ("ldm.methods", "ldm.modules", "ldm.diffusion", "ldm.sampling", "ldm.data", "ldm.util"),
     "ldm.training": ("ldm",),
     "ldm.generation": ("ldm",),
     "cldm": ("cldm", "ldm"),
     # Wide on purpose: where it could not reach a helper, it grew a second copy.
-    "post_processing": ("post_processing", "ldm.data", "ldm.util", "ldm.files", "ldm.cli", "ldm.weights.files",
-                        "ldm.generation.run", "ldm.generation.machine"),
-    "scripts": ("scripts", "post_processing", "cldm", "ldm"),
+    "post_processing": ("post_processing", "ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.ray_pool",
+                        "ldm.sheet", "ldm.cli",
+                        "ldm.modules.perceptual", "ldm.weights.files", "ldm.generation.machine"),
+    "scripts": ("scripts", "post_processing", "cldm", "ldm", "train", "inference"),  # gpu_check runs the entry points
     "train": ("cldm", "ldm"),
     "inference": ("cldm", "ldm"),
 }
@@ -146,7 +147,8 @@ def parsed_flags(tree: ast.Module) -> Iterator[str]:
 
 
 # entry -> files that read its `args` too
-READERS = {"scripts/train_segmentor.py": ["post_processing/segmentation/training.py",
+READERS = {"inference.py": [f"ldm/generation/{name}.py" for name in ("plan", "generator", "worker")],
+           "scripts/train_segmentor.py": ["post_processing/segmentation/training.py",
                                           "post_processing/segmentation/dlc_training.py",
                                           "post_processing/segmentation/self_training.py"],
            "scripts/measure_gain.py": [f"post_processing/gain/{name}.py" for name in ("plan", "report", "sets")]}
@@ -161,7 +163,7 @@ def test_every_flag_is_read(entry: str):
     trees = [tree, *(parse(ROOT / name) for name in READERS.get(entry, ()))]
     read = {
         node.attr for part in trees for node in ast.walk(part)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("args", "settings")
     }  # fmt: skip
     read.add("debug")  # by ldm.util.run_entry_point, from the command line itself
     for node in (node for part in trees for node in part.body):  # flags that replace the config's, in a loop

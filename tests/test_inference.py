@@ -1,11 +1,9 @@
 """inference.py, really run on a tiny TISynth: what it writes, what it skips, what it refuses."""
 
 import ast
-import io
 import json
 import subprocess
 import sys
-import tarfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from omegaconf import OmegaConf
 from painting import (
     MODEL,
     REPOSITORY,
+    arguments,
     contents,
     finished_shards,
     make_workspace,
@@ -28,8 +27,9 @@ from PIL import Image
 from pixel import TINY, config, make
 
 import inference
-from ldm.generation.generator import Painter
+from ldm.generation.generator import Painter, generate
 from ldm.generation.machine import compile_blocks
+from ldm.generation.plan import make_plan
 from ldm.sampling.modes import METHOD_SETTINGS, Rectify, Sampling
 from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
@@ -63,7 +63,7 @@ def test_a_run_writes_images_index_and_record(workspace, finished):
     for record in records:
         assert images[Path(record["image"]).name].shape == (record["height"], record["width"], 3)
     details = json.loads((finished / "run.json").read_text())
-    assert len(details["fingerprint"]["checkpoint_sha256"]) == 64
+    assert len(details["settings"]["checkpoint_sha256"]) == 64
     assert details["arguments"]["num_per_mask"] == 2 and details["config"]["model"]["target"] == MODEL["target"]
     assert sorted(path.name for path in finished.iterdir() if not path.name.startswith(".")) == [
         "images", "index.jsonl", "run.json", "shards",
@@ -124,34 +124,24 @@ def test_copies_stay_when_damage_is_repaired_without_asking_for_them(workspace, 
     assert contents(tmp_path) == contents(finished)
 
 
-def test_tars_hold_the_same_pictures_in_the_order_that_webdataset_groups(workspace, finished, tmp_path):
-    flags = ["--format", "tar", "--shard_size", "2"]
-    for copies in ("1", "2"):  # copies are added to tars, too
-        assert run(workspace, tmp_path, *flags, "--num_per_mask", copies) == 0
-    assert run(workspace, tmp_path / "at_once", *flags, "--num_per_mask", "2") == 0
-    members = []
-    for path in sorted((tmp_path / "tars").iterdir()):
-        assert path.read_bytes() == (tmp_path / "at_once" / "tars" / path.name).read_bytes()
-        with tarfile.open(path) as archive:
-            members += [(path.name, *entry.name.split(".", 1), archive.extractfile(entry).read()) for entry in archive]
-    index = read_lines(tmp_path / "index.jsonl")
-    expected = read_lines(finished / "index.jsonl")
-    for number, (record, other) in enumerate(zip(index, expected, strict=True)):  # webdataset: equal keys in a row
-        image, mask, text = members[3 * number : 3 * number + 3]
-        assert (image[2], mask[2], text[2]) == ("png", "mask.png", "json")
-        assert {(tar, key) for tar, key, _, _ in (image, mask, text)} == {(Path(record["tar"]).name, image[1])}
-        assert image[3] == (finished / other["image"]).read_bytes() and f"{image[1]}.png" == record["image"]
-        painted_for = np.asarray(Image.open(workspace / other["mask"]))
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask[3]))), painted_for)
-        assert json.loads(text[3])["prompt"] == record["prompt"]
-    assert len(members) == 3 * len(index)
-    with pytest.raises(UserError, match="images are in tars. Expected files. Paint with --format folder"):
+def test_tars_of_older_runs_are_refused(workspace, finished, tmp_path, capsys):
+    assert run(workspace, tmp_path, "--format", "folder") == 0 and run(workspace, tmp_path, "--format", "tar") == 2
+    record = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text(record.replace('"format": "folder"', '"format": "tar"'))
+    with pytest.raises(UserError, match="images are in tars. Expected files. Generate them again"):
         read_run(tmp_path)
-    inside = tmp_path / "at_once"
-    with tarfile.open(inside / "tars/000000.tar", "w") as archive:
-        archive.addfile(tarfile.TarInfo("../out.png"), io.BytesIO())
-    assert run(workspace, inside, *flags, "--num_per_mask", "3") == 4  # nothing of a tar lands outside
-    assert not (inside / "shards/out.png").exists()
+    assert run(workspace, tmp_path) == 2
+    assert 'format was "tar", is "folder"' in capsys.readouterr().err
+
+
+def test_a_plan_is_generated_without_a_folder(workspace, finished, tmp_path):
+    argv = arguments(workspace, tmp_path / "none", "--num_per_mask", "2")
+    results = [result for batch in generate(make_plan(inference.build_parser().parse_args(argv))) for result in batch]
+    expected = pixels(finished)
+    assert {Path(result.job.record["image"]).name for result in results} == set(expected) and len(expected) == 6
+    for result in results:
+        assert np.array_equal(result.pixels, expected[Path(result.job.record["image"]).name])
+    assert not (tmp_path / "none").exists()
 
 
 def test_another_setting_is_refused_in_the_same_folder(workspace, finished, capsys):
@@ -203,7 +193,7 @@ def test_a_sample_may_start_from_its_own_image(workspace, tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path / "half")
     assert contents(tmp_path / "unstarted") == contents(tmp_path / "plain")  # without the flag nobody looks at it
     assert all(not np.array_equal(half[name], plain[name]) for name in half)
-    assert "strength" not in json.loads((tmp_path / "plain/run.json").read_text())["fingerprint"]
+    assert "strength" not in json.loads((tmp_path / "plain/run.json").read_text())["settings"]
     assert run(workspace, tmp_path / "half", "--strength", "0.5", manifest="started.json") == 2
     assert run(workspace, tmp_path / "half", manifest="started.json") == 2
 
@@ -250,7 +240,7 @@ def test_ten_kinds_of_bad_rows_are_one_error_before_the_model_loads(workspace, t
     ]  # fmt: skip
     lines = [row if isinstance(row, str) else json.dumps(row) for row in [good, *bad]]
     (workspace / "bad.json").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr("ldm.generation.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.generation.generator.load_method", lambda *_: pytest.fail("the model was loaded"))
     assert run(workspace, tmp_path / "out", manifest="bad.json") == 2
     text = capsys.readouterr().err
     assert text.count("error:") == 1
@@ -285,7 +275,7 @@ def test_savings_that_a_method_has_not_are_refused_before_it_is_loaded(tmp_path,
     save_safetensors(tmp_path / "tiny.safetensors", make(name).state_dict(), OmegaConf.create({"model": config(name)}))
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "mask.png")
     (tmp_path / "rows.json").write_text('{"source": "mask.png"}\n')
-    monkeypatch.setattr("ldm.generation.worker.load_method", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("ldm.generation.generator.load_method", lambda *_: pytest.fail("the model was loaded"))
     assert run(tmp_path, tmp_path / "out", *flags) == 2
     assert "has no share_control" in (text := capsys.readouterr().err) or "has no reuse_every" in text
     assert not (tmp_path / "out").exists()
@@ -352,15 +342,15 @@ def test_checkpoint_without_config_needs_one_and_ckpt_files_work(workspace, fini
 
 def test_every_flag_is_read_has_help_and_a_default():
     parser = inference.build_parser()
+    files = ["inference.py", *(f"ldm/generation/{name}.py" for name in ("plan", "generator", "worker"))]
     read = {
-        node.attr
-        for node in ast.walk(ast.parse((REPOSITORY / "inference.py").read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
-    }
+        node.attr for file in files for node in ast.walk(ast.parse((REPOSITORY / file).read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("args", "settings")
+    }  # fmt: skip
     read |= {field.name for field in fields(Sampling)} - {"method", "rectify"} | set(METHOD_SETTINGS) | {"mode"}
     read |= {f"rectify_{field.name}" for field in fields(Rectify)} - {"rectify_rule"} | {"guide", "rectify_preset"}
     actions = [action for action in parser._actions if action.dest != "help"]
-    assert {action.dest for action in actions} == read - {"error"}
+    assert {action.dest for action in actions} <= read
     assert all(action.help for action in actions)
     assert not any(action.required for action in actions)  # --status needs neither weights nor rows
 

@@ -103,7 +103,7 @@ def test_a_filtered_folder_goes_on_and_other_settings_are_refused(here):
     assert [record["image"] for record in records] == [json.loads(line)["image"] for line in lines.splitlines()]
     for name, mask in masks.items():
         assert (pixels(Path("filtered", name)) != mask).mean() <= 0.01
-    with pytest.raises(FileExistsError, match="tolerance_margin was 1.25, is 2.0.*Choose another folder"):
+    with pytest.raises(FileExistsError, match="tolerance_margin was 1.25, is 2.0.*Choose another"):
         main([*FILTER, "--tolerance-margin", "2"])
 
 

@@ -107,7 +107,7 @@ def test_a_second_run_predicts_what_is_missing(source: Path, monkeypatch: pytest
     after = run(source, "out")
     assert seen == [1] and all((a == b).all() for a, b in zip(before, after, strict=True))
     assert not list((source / "out").rglob("*.partial"))
-    with pytest.raises(UserError, match="made with another threshold"):
+    with pytest.raises(FileExistsError, match="threshold was 0.0, is 0.5"):
         run(source, "out", "--threshold", "0.5")
 
 

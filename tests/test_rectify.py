@@ -189,14 +189,14 @@ def test_the_guides_loss_falls_at_every_step_of_a_run(workspace: Path, finished:
     for record in shard["rectified"]:
         assert record["samples"] == 3 and record["skipped"] == 0 and record["gradient"] > 0 and record["velocity"] > 0
         assert record["loss_after"] < record["loss"]
-    fingerprint = json.loads((finished / "run.json").read_text())["fingerprint"]
+    fingerprint = json.loads((finished / "run.json").read_text())["settings"]
     assert fingerprint["guide"][0].endswith("SegmentorGuide") and len(fingerprint["guide"]) == 3
     assert fingerprint["rectify_scale"] == 0.1 and fingerprint["rectify_window"] == [0.0, 1.0]
     assert run(workspace, tmp_path / "plain", "--num_steps", "4") == 0
     plain, rectified = pixels(tmp_path / "plain"), pixels(finished)
     assert set(plain) == set(rectified) and all(not np.array_equal(plain[name], rectified[name]) for name in plain)
     assert not any(key.startswith(("rectify", "guide")) for key in
-                   json.loads((tmp_path / "plain/run.json").read_text())["fingerprint"])  # fmt: skip
+                   json.loads((tmp_path / "plain/run.json").read_text())["settings"])  # fmt: skip
     statistics = json.loads(next((tmp_path / "plain/shards").iterdir()).read_text())
     assert "rectified" not in statistics
 
@@ -253,10 +253,12 @@ def test_latents_do_not_depend_on_the_batch(workspace: Path):
 
 def test_guides_that_do_not_fit_are_refused_before_anything_is_written(workspace: Path, tmp_path: Path, capsys):
     config, weights = make_segmentor(tmp_path / "other", table_of(5))
+    steps = ["--num_steps", "8"]
     cases = [
-        (["--guide", str(config), str(weights)], "trained on the classes class 0"),
-        (["--guide", str(config), str(tmp_path / "absent.pth")], "absent.pth not found"),
-        (["--guide", str(config), str(weights), str(weights)], "3 files"),
+        ([*steps, "--guide", str(config), str(weights)], "trained on the classes class 0"),
+        ([*steps, "--guide", str(config), str(tmp_path / "absent.pth")], "absent.pth not found"),
+        ([*steps, "--guide", str(config), str(weights), str(weights)], "3 files"),
+        (["--guide", str(config), str(weights)], "holds none of the 2 steps"),
         (["--rectify_scale", "0.1"], "there is no guide"),
         (guided(workspace, "--rectify_preset", "upstream"), "a flow"),
         (guided(workspace, "--rectify_scale", "0.9"), "--rectify_scale: 0.9"),

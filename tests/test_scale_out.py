@@ -24,11 +24,11 @@ from painting import REPOSITORY, arguments, contents, finished_shards, make_work
 from zygote import Zygote, wait_until
 
 import inference
+from ldm import ray_pool
 from ldm.files import take_lock
-from ldm.generation import ray_engine, worker
+from ldm.generation import worker
 from ldm.generation.machine import find_share
 from ldm.generation.plan import plan_layout
-from ldm.generation.run import open_run
 from ldm.generation.store import ShardStore
 from ldm.util import UserError
 
@@ -59,21 +59,15 @@ def finished(workspace, zygote):
     return outdir, time.monotonic() - begun
 
 
-@pytest.mark.parametrize(("form", "kills"), [("folder", 15), ("tar", 5)])
-def test_fault_1_killed_twenty_times_at_random_and_continued(workspace, zygote, finished, tmp_path, form, kills):
-    dice = random.Random(form)
-    flags = [*FLAGS, "--format", form]
-    reference, seconds = finished
-    if form == "tar":
-        reference = workspace / "tar"
-        zygote.start(arguments(workspace, reference, *flags), workspace / "log")
-        assert zygote.wait() == 0
+def test_fault_1_killed_twenty_times_at_random_and_continued(workspace, zygote, finished, tmp_path):
+    dice = random.Random("folder")
+    (reference, seconds), kills = finished, 20
     killed = trial = 0
     while killed < kills:
         outdir, trial, target = tmp_path / f"{trial}", trial + 1, min(kills, killed + 5)
         while killed < target:
             extra = ["--num_workers", str(dice.randint(0, 1))]
-            pid = zygote.start(arguments(workspace, outdir, *flags, *extra), tmp_path / "log")
+            pid = zygote.start(arguments(workspace, outdir, *FLAGS, *extra), tmp_path / "log")
             time.sleep(dice.uniform(0.1, 0.9) * seconds)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -85,7 +79,7 @@ def test_fault_1_killed_twenty_times_at_random_and_continued(workspace, zygote, 
             if code == 0:  # it was faster, which does not count: on with another folder
                 seconds *= 0.8
                 break
-        zygote.start(arguments(workspace, outdir, *flags), tmp_path / "log")
+        zygote.start(arguments(workspace, outdir, *FLAGS), tmp_path / "log")
         assert zygote.wait() == 0, (tmp_path / "log").read_text()
         assert contents(outdir) == contents(reference)
         assert finished_shards(outdir) == finished_shards(reference)
@@ -211,16 +205,16 @@ def test_fault_4_a_lock_keeps_others_off_whatever_the_clock_says(workspace, fini
     caplog.set_level("INFO")
     assert run(workspace, tmp_path, *FLAGS, "--shard", "0/3") == 0
     store = ShardStore(tmp_path)
-    with store.claim(2) as claim:
+    with store.claim_shard(2) as claim:
         claim.report(1, 6)
         for moment in (0, 4e9):
-            os.utime(store.path(2, "lock"), (moment, moment))
-            with store.claim(2) as second:
+            os.utime(tmp_path.joinpath("shards/000002.lock"), (moment, moment))
+            with store.claim_shard(2) as second:
                 assert second is None
         assert run(workspace, tmp_path, *FLAGS) == 0
         assert finished_shards(tmp_path) == ["000000.json", "000001.json", "000002.lock", "000002.partial"]
     assert "1 shards are left" in caplog.text
-    store.path(2, "lock").write_text("{}")  # of a process that died: nobody holds it
+    tmp_path.joinpath("shards/000002.lock").write_text("{}")  # of a process that died: nobody holds it
     assert run(workspace, tmp_path, *FLAGS) == 0
     assert contents(tmp_path) == contents(finished[0])
     assert finished_shards(tmp_path) == finished_shards(finished[0])
@@ -231,8 +225,8 @@ def test_fault_4_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog)
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    open_run(tmp_path, {"seed": 1}, {}, {"rows": 1, "shard_size": 1, "copies": 1})
-    with ShardStore(tmp_path).claim(0) as claim:
+    ShardStore(tmp_path, {"seed": 1}).begin({"rows": 1, "shard_size": 1, "copies": 1})
+    with ShardStore(tmp_path).claim_shard(0) as claim:
         assert claim is not None
     assert "no locks on this file system (No locks available); give every process a --shard" in caplog.text
 
@@ -256,7 +250,7 @@ def test_processes_that_disagree_on_the_shards_are_refused(workspace, tmp_path, 
     whole = worker.begin
 
     def meanwhile(plan):
-        open_run(plan.folder, plan.fingerprint, plan.details(), plan.layout | {"shard_size": 2})
+        plan.store().begin(plan.layout | {"shard_size": 2})
         whole(plan)
 
     monkeypatch.setattr(worker, "begin", meanwhile)
@@ -267,8 +261,8 @@ def test_processes_that_disagree_on_the_shards_are_refused(workspace, tmp_path, 
 def test_status_counts_shards_and_estimates(workspace, finished, tmp_path, capsys):
     assert run(workspace, tmp_path, *FLAGS, "--shard", "0/3") == 0
     store = ShardStore(tmp_path)
-    store.path(2, "lock").write_text(json.dumps({"host": "a", "pid": 1, "done": 2, "total": 2}))
-    with store.claim(1) as claim:
+    tmp_path.joinpath("shards/000002.lock").write_text(json.dumps({"host": "a", "pid": 1, "done": 2, "total": 2}))
+    with store.claim_shard(1) as claim:
         claim.report(4, 6)
         capsys.readouterr()
         assert run(workspace, tmp_path, "--status") == 0
@@ -328,7 +322,7 @@ def test_the_slurm_script_passes_flags_on_and_requeues_at_the_time_limit(tmp_pat
 
 
 def settings_of(workspace, *flags):
-    return inference.make_settings(inference.build_parser().parse_args(arguments(workspace, workspace / "new", *flags)))
+    return inference.build_parser().parse_args([*arguments(workspace, workspace / "new", *flags), "--shard", "0/1"])
 
 
 def test_ray_workers_all_get_a_shard(workspace):
@@ -338,24 +332,24 @@ def test_ray_workers_all_get_a_shard(workspace):
 
 
 def test_ray_actors_ask_for_what_a_node_has():
-    assert ray_engine.actor_needs(True, 8, 512) == {"num_cpus": 1, "num_gpus": 1}  # of any node, however few CPUs
-    assert ray_engine.actor_needs(True, 8, 5) == {"num_cpus": 0.5, "num_gpus": 1}
-    assert ray_engine.actor_needs(False, 2, 9) == {"num_cpus": 4, "num_gpus": 0}
+    assert ray_pool.actor_needs(True, 8, 512) == {"num_cpus": 1, "num_gpus": 1}  # of any node, however few CPUs
+    assert ray_pool.actor_needs(True, 8, 5) == {"num_cpus": 0.5, "num_gpus": 1}
+    assert ray_pool.actor_needs(False, 2, 9) == {"num_cpus": 4, "num_gpus": 0}
 
 
 def test_ray_is_told_a_size_only_where_it_starts_a_cluster():
-    assert ray_engine.connection({"RAY_ADDRESS": "10.0.0.1:6379"}) == {}
+    assert ray_pool.connection({"RAY_ADDRESS": "10.0.0.1:6379"}) == {}
     for environment in ({}, {"RAY_ADDRESS": ""}):
-        own = ray_engine.connection(environment)
-        assert own["address"] == "local" and own["object_store_memory"] == ray_engine.OBJECT_STORE
+        own = ray_pool.connection(environment)
+        assert own["address"] == "local" and own["object_store_memory"] == ray_pool.OBJECT_STORE
 
 
 def test_ray_without_gpus_is_no_place_for_cuda():
-    assert [ray_engine.count_gpus(device, {"GPU": 2.0}) for device in ("cpu", "auto", "cuda")] == [0, 2, 2]
-    assert ray_engine.count_gpus("auto", {"CPU": 4.0}) == 0
+    assert [ray_pool.count_gpus(device, {"GPU": 2.0}) for device in ("cpu", "auto", "cuda")] == [0, 2, 2]
+    assert ray_pool.count_gpus("auto", {"CPU": 4.0}) == 0
     for device in ("cuda", "cuda:1"):
         with pytest.raises(UserError, match=f"--device: {device}, but the Ray cluster has no GPU"):
-            ray_engine.count_gpus(device, {"CPU": 4.0})
+            ray_pool.count_gpus(device, {"CPU": 4.0})
 
 
 class RayTaskError(Exception):
@@ -363,10 +357,10 @@ class RayTaskError(Exception):
 
 
 def fake_ray(paint):
-    """As much of Ray as ray_engine uses; `paint(plan, number)` runs when its result is asked for."""
+    """As much of Ray as ray_pool uses; `paint(build, number)` runs when its result is asked for."""
 
-    def start_actor(plan, *_):
-        return SimpleNamespace(paint_shard=SimpleNamespace(remote=lambda number: partial(paint, plan, number)))
+    def start_actor(build, *_):
+        return SimpleNamespace(run=SimpleNamespace(remote=lambda number: partial(paint, build, number)))
 
     actor_class = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start_actor))
     return SimpleNamespace(
@@ -380,13 +374,13 @@ def fake_ray(paint):
 def test_ray_records_a_shard_that_always_fails_and_paints_the_others(workspace, finished, tmp_path, monkeypatch):
     tried = []
 
-    def paint(plan, number):
+    def paint(build, number):
         tried.append(number)
         if number == 1:
             raise RayTaskError("traceback\nits memory is gone")
-        return worker.Worker(plan).paint_shard(number)
+        return build()(number)
 
-    monkeypatch.setattr(ray_engine, "connect", lambda: fake_ray(paint))
+    monkeypatch.setattr(ray_pool, "connect", lambda: fake_ray(paint))
     flags = [*FLAGS, "--engine", "ray", "--ray_workers", "2"]
     assert run(workspace, tmp_path, *flags) == 3
     assert sorted(tried) == [0, 1, 1, 1, 2]
@@ -405,7 +399,7 @@ def test_ray_ends_where_every_shard_fails(workspace, tmp_path, monkeypatch):
         tried.append(number)
         raise RayTaskError("no such package")
 
-    monkeypatch.setattr(ray_engine, "connect", lambda: fake_ray(paint))
+    monkeypatch.setattr(ray_pool, "connect", lambda: fake_ray(paint))
     assert run(workspace, tmp_path, "--shard_size", "1", "--engine", "ray") == 3
     assert tried == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -416,19 +410,18 @@ def test_ray_paints_the_same_files_though_a_worker_dies(workspace, finished, tmp
 import os, signal, sys
 from pathlib import Path
 import inference
-from ldm.generation import ray_engine
+from ldm import ray_pool
 from ldm.util import run_entry_point
-whole = ray_engine.RayWorker.paint_shard
 
-class Mortal(ray_engine.RayWorker):
-    def paint_shard(self, number):
+class Mortal(ray_pool.Actor):
+    def run(self, number):
         marker = Path(os.environ["MARKER"])
         if number == 1 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().paint_shard(number)
+        return super().run(number)
 
-ray_engine.RayWorker = Mortal
+ray_pool.Actor = Mortal
 run_entry_point(inference.main)
 """
     argv = arguments(workspace, tmp_path / "out", *FLAGS, "--engine", "ray", "--ray_workers", "2")
@@ -436,7 +429,7 @@ run_entry_point(inference.main)
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=REPOSITORY, capture_output=True, text=True,
                           env=environment, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "marker").exists() and "shard 1:" in done.stderr
+    assert (tmp_path / "marker").exists() and "unit 1 of 3:" in done.stderr
     assert contents(tmp_path / "out") == contents(finished[0])
     assert finished_shards(tmp_path / "out") == finished_shards(finished[0])
 

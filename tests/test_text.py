@@ -123,26 +123,48 @@ def test_clip_outputs_equal_transformers(tmp_path, torchvision_operators):
         ClipTextEncoder(vocab_size=300, width=32, layers=3, heads=2, max_length=20, weights_dir=str(tmp_path))
 
 
-def test_open_clip_encoder_uses_the_last_block_but_one(tmp_path, torchvision_operators):
-    open_clip = pytest.importorskip("open_clip")
-    from ldm.modules.text import OpenClipTextEncoder
+class OpenClipBlock(torch.nn.Module):
+    """A block of open_clip's text transformer out of torch's own layers, under its names."""
 
-    encoder = OpenClipTextEncoder("ViT-S-32-alt", layer="last")
-    ids = encoder.tokenizer(["a river", ""])
-    expected = []
-    hook = encoder.model.ln_final.register_forward_hook(lambda *args: expected.append(args[2]))
-    encoder.model.encode_text(ids)
-    hook.remove()
-    torch.testing.assert_close(encoder(ids), expected[0], rtol=0, atol=1e-5)
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.attn = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(width, 4 * width),
+                                        "c_proj": torch.nn.Linear(4 * width, width)})  # fmt: skip
 
-    whole = open_clip.create_model("ViT-S-32-alt", pretrained=None)
-    torch.save(whole.state_dict(), tmp_path / "weights.pt")
-    loaded = OpenClipTextEncoder("ViT-S-32-alt", weights_file=str(tmp_path / "weights.pt"))
-    outputs = []
-    whole.transformer.resblocks[-2].register_forward_hook(lambda *args: outputs.append(args[2]))
-    whole.eval().encode_text(ids)
-    torch.testing.assert_close(loaded(ids), whole.ln_final(outputs[0]), rtol=0, atol=1e-5)
-    assert all(name.startswith("model.") and "visual" not in name for name in loaded.state_dict())
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        mask = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)
+        normed = self.ln_1(hidden)
+        hidden = hidden + self.attn(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
+        return hidden + self.mlp["c_proj"](torch.nn.functional.gelu(self.mlp["c_fc"](self.ln_2(hidden))))
+
+
+def test_weights_of_open_clip_give_its_last_block_but_one(tmp_path):
+    """SD2's text encoder in a file of its authors, by our CLIP: the last block is set aside, the norm is not."""
+    from ldm.weights.checkpoint import open_checkpoint
+
+    width, heads, count = 32, 4, 3
+    blocks = torch.nn.ModuleList(OpenClipBlock(width, heads) for _ in range(count))
+    norm, embedding = torch.nn.LayerNorm(width), torch.nn.Embedding(300, width)
+    positions = torch.randn(20, width)
+    for parameter in [*blocks.parameters(), *norm.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.3)
+    weights = {f"transformer.resblocks.{name}": value for name, value in blocks.state_dict().items()}
+    weights |= {"token_embedding.weight": embedding.weight, "positional_embedding": positions, "ln_final.weight":
+                norm.weight, "ln_final.bias": norm.bias, "text_projection": torch.ones(4), "logit_scale": torch.ones(1)}
+    path = tmp_path / "sd2.ckpt"
+    torch.save({"state_dict": {f"cond_stage_model.model.{name}": value for name, value in weights.items()}}, path)
+    opened = open_checkpoint(path)
+    assert any("set aside 14: the last block and the rest of open_clip" in note for note in opened.notes)
+    ours = ClipTextEncoder(300, width, count - 1, heads, max_length=20, activation="gelu", pad=0)
+    ours.load_state_dict({name.removeprefix("cond_stage_model."): one.read() for name, one in opened.tensors.items()})
+    ids = torch.randint(0, 300, (3, 20))
+    with torch.no_grad():
+        expected = norm(blocks[1](blocks[0](embedding(ids) + positions)))
+        torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-5)
+    shapes = {name: one.shape for name, one in opened.tensors.items()}
+    assert all(shapes[f"cond_stage_model.{name}"] == value.shape for name, value in ours.state_dict().items())
 
 
 def test_encoder_is_causal_frozen_and_batch_independent():
@@ -219,3 +241,41 @@ def test_sd15_names_and_shapes():
     assert shapes["transformer.text_model.embeddings.position_embedding.weight"] == (77, 768)
     assert shapes["transformer.text_model.encoder.layers.11.mlp.fc1.weight"] == (3072, 768)
     assert shapes["transformer.text_model.final_layer_norm.bias"] == (768,)
+
+
+LONG = "a satellite image of " + ", ".join(["road", "river", "building"] * 9)
+
+
+def test_long_prompts_go_on_in_pieces():
+    tokenizer = load_tokenizer(MINI_TOKENIZER, max_length=12)
+    ids = tokenizer.split_words([LONG])[0]
+    assert tokenizer.count_pieces([LONG, "road"]) == -(-len(ids) // 10) > 3
+    assert tokenizer.count_pieces(["", "road"]) == 1
+    rows = tokenizer([LONG, "road"], 4).unflatten(1, (4, 12))
+    assert rows[0, :, 0].eq(1022).all() and rows[0, :, 11].eq(1023).all()
+    assert rows[0, :, 1:11].flatten().tolist() == ids[:40]
+    assert torch.equal(rows[1, 0], tokenizer(["road"])[0]) and torch.equal(rows[1, 1:], tokenizer([""]).expand(3, 12))
+
+    encoder = ClipTextEncoder(**TINY, max_pieces=4)
+    assert encoder.count_pieces([LONG]) == 4 and encoder.count_pieces(["road"]) == 1
+    context = encoder.encode([LONG, "road"])
+    assert context.shape == (2, 48, 16)
+    for piece in range(4):  # each is what the encoder says of that piece alone
+        torch.testing.assert_close(context[:, 12 * piece : 12 * (piece + 1)], encoder(rows[:, piece]))
+    cut = ClipTextEncoder(**TINY)
+    cut.load_state_dict(encoder.state_dict())
+    assert torch.equal(cut.encode([LONG]), encoder.encode([LONG], 1)) and cut.encode([LONG]).shape == (1, 12, 16)
+    with pytest.raises(ValueError, match="max_pieces is 0"):
+        ClipTextEncoder(**TINY, max_pieces=0)
+
+
+def test_what_is_cut_is_said():
+    tokenizer = load_tokenizer(MINI_TOKENIZER, max_length=12)
+    assert tokenizer.describe_cut(["", "a road"]) == ""
+    text = tokenizer.describe_cut(["a road", LONG, "building " * 11], 1)
+    ids = tokenizer.split_words([LONG])[0]
+    assert text.startswith("2 of 3 different prompts are longer than the 10 tokens")
+    assert f"has {len(ids)} tokens" in text
+    assert "road, river, building" in text.partition("loses")[2] and "a satellite" not in text.partition("loses")[2]
+    assert tokenizer.describe_cut([LONG], 10) == ""
+    assert "1 of 1" in tokenizer.describe_cut(["农地和河流" * 9])

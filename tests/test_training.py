@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -358,3 +359,13 @@ def test_a_lone_number_is_a_gpu_and_not_a_count(monkeypatch: pytest.MonkeyPatch)
     assert train.pick_devices(None) == {"accelerator": "auto", "devices": "auto"}
     with pytest.raises(UserError, match="4 GPUs, numbered from 0"):
         train.pick_devices("4")
+
+
+def test_tiles_that_are_enlarged_are_named(toy_data: Path):
+    rows = [SimpleNamespace(mask=toy_data / "label/0.png")]  # 32 x 32 pixels
+    for size, expected in (((64, 64), "tiles of 32x32 pixels (0.png) are enlarged to 64x64, which takes 4 times"),
+                           ((32, 32), ""), ((16, 16), ""), (None, "")):  # fmt: skip
+        said = train.describe_resize(SimpleNamespace(train_set=SimpleNamespace(rows=rows, size=size)))
+        assert said.startswith(expected) and bool(said) == bool(expected)
+        assert "data.params.size=[32,32]" in said or not expected
+

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm import files
 from ldm.files import OutputError, append_lines, atomic_write, lock, read_lines, write_lines
 from ldm.generation import writer
-from ldm.generation.run import check_run, open_run
+from ldm.generation.store import ShardStore
 from ldm.generation.writer import ImageWriter
 
 
@@ -101,9 +101,10 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "holiday.png").touch()
     with pytest.raises(FileExistsError, match="no run.json"):
-        open_run(tmp_path, {"seed": 1}, {}, {"rows": 1, "shard_size": 1, "copies": 1})
-    first = open_run(tmp_path / "new", {"seed": 1, "size": (1, 2)}, {}, {"rows": 9, "shard_size": 4, "copies": 2})
-    second = open_run(tmp_path / "new", {"seed": 1, "size": (1, 2)}, {}, {"rows": 9, "shard_size": 5, "copies": 1})
+        ShardStore(tmp_path, {"seed": 1}).begin({"rows": 1, "shard_size": 1, "copies": 1})
+    settings = {"seed": 1, "size": (1, 2)}
+    first = ShardStore(tmp_path / "new", settings).begin({"rows": 9, "shard_size": 4, "copies": 2})
+    second = ShardStore(tmp_path / "new", settings).begin({"rows": 9, "shard_size": 5, "copies": 1})
     assert first == second == {"rows": 9, "shard_size": 4, "copies": 2}
     with pytest.raises(FileExistsError, match="seed was 1, is 2"):
-        check_run(tmp_path / "new", {"seed": 2, "size": (1, 2)})
+        ShardStore(tmp_path / "new", {"seed": 2, "size": (1, 2)}).check()

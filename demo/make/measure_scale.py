@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
     parser.add_argument("--txt_file", required=True, help="manifest whose images (`target`) are measured")
     parser.add_argument("--images", type=int, default=512, help="how many images, evenly spaced (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at once (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
 
@@ -36,12 +37,16 @@ def main(argv: list[str]) -> None:
     prefix = "first_stage_model."
     load_weights(network, {k.removeprefix(prefix): v for k, v in weights.items()}, args.ckpt)
     paths = sorted({row.image for row in read_manifest(args.txt_file, args.data_root, check_files=False)})
-    latents = []
+    latents, batches = [], {}
     for path in paths[::max(1, len(paths) // args.images)]:
-        with torch.inference_mode():
-            image = normalize_batch({"image": to_tensor(read_image(path))[None]}, "cpu")["image"]
-            latents.append(network.encode(image).sample().flatten(2))  # (1, C, h*w)
-    values = torch.cat(latents, dim=2)[0]  # (C, N)
+        image = to_tensor(read_image(path))
+        batches.setdefault(tuple(image.shape), []).append(image)
+    for images in batches.values():  # of one size each
+        for batch in torch.stack(images).split(args.batch_size):
+            with torch.inference_mode():
+                latent = network.encode(normalize_batch({"image": batch}, "cpu")["image"]).sample()
+            latents.append(latent.transpose(0, 1).flatten(1))  # (C, N)
+    values = torch.cat(latents, dim=1)  # (C, N)
     print(f"standard deviation by channel: {', '.join(f'{s:.3f}' for s in values.std(1).tolist())}", file=sys.stderr)
     print(f"mean by channel: {', '.join(f'{s:.3f}' for s in values.mean(1).tolist())}", file=sys.stderr)
     print(f"{1.0 / values.std().item():.5f}")

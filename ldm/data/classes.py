@@ -1,4 +1,5 @@
 """Class tables (ids, names, colours, wording of prompts) and the exact reading of masks."""
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -363,9 +364,10 @@ def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path
         others = {int(i): int(c) for i, c in enumerate(classes) if 0 <= c < IGNORE_INDEX}
         is_own = len(set(others.values())) > table.num_classes // 2 and all(ids.get(i) != c for i, c in others.items())
         return is_own and bool((classes[named] == IGNORE_INDEX).all())
-    if not elsewhere:
-        return False
-    if len(named) == len(used) and (classes[named] >= 0).all():
+    all_known = len(named) == len(used) and bool((classes[named] >= 0).all())
+    if not elsewhere:  # ids and colours agree; an index that is no id may have the ignore colour
+        return all_known and not set(used.tolist()) <= {*ids, IGNORE_INDEX}
+    if all_known:
         return True
     unknown = [tuple(map(int, palette[i])) for i in named if classes[i] < 0]
     raise UserError(f"{path}: its palette has colours of class table {table.name} at other numbers (index "
@@ -376,10 +378,7 @@ def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path
 
 def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path, notes: Counter | None = None) -> np.ndarray:
     """Turn ids on disk (H, W) into ids of the table, uint8; UserError naming file and ids outside it."""
-    lookup = np.full(65536, -1, np.int32)
-    lookup[IGNORE_INDEX] = IGNORE_INDEX
-    for raw_id, target in (table.source_ids or {index: index for index in table.ids}).items():
-        lookup[raw_id] = target
+    lookup = id_lookup(tuple((table.source_ids or {index: index for index in table.ids}).items()))
     counts = count_ids(raw)
     present = np.flatnonzero(counts)
     outside = [int(value) for value in present if lookup[value] < 0]
@@ -393,6 +392,16 @@ def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path, notes: Coun
     if notes is not None:
         notes.update({int(value): int(counts[value]) for value in present})
     return lookup.astype(np.uint8)[raw]
+
+
+@functools.lru_cache(maxsize=8)
+def id_lookup(source_ids: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Id of every number on disk, (65536,) int32; -1 = not of the table."""
+    lookup = np.full(65536, -1, np.int32)
+    lookup[IGNORE_INDEX] = IGNORE_INDEX
+    for number, target in source_ids:
+        lookup[number] = target
+    return lookup
 
 
 def suggest_source_ids(table: ClassTable, present: Iterable[int], outside: Sequence[int]) -> str:

@@ -164,7 +164,7 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> Stream:
         """Endless stream of shuffled full batches, beginning where the training stands (see RowSampler)."""
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        if self.cache and self.train_set.tiles is None and self.train_set.latents is None:
+        if self.cache and self.train_set.tiles is None:
             self.train_set.tiles = self.decode_once()
         sampler = RowSampler(len(self.train_set), self.batch_size, ranks, rank, self.seed, self.count_batches_done,
                              [row.weight for row in self.train_set.rows])

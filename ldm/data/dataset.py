@@ -210,6 +210,8 @@ class PairDataset(Dataset):
         keys: dict[TileKey, None] = {}
         for row in self.rows:
             keys["mask", str(row.mask), None] = None
+        if self.latents is not None:
+            return list(keys)
         shapes = {} if self.size and not self.crop else {key[1]: self.read_tile(key).shape for key in list(keys)}
         for row in self.rows:
             whole = shapes.get(str(row.mask), self.size)
@@ -226,7 +228,7 @@ class PairDataset(Dataset):
     def cached_item(self, index: int | tuple[int, ...]) -> dict[str, Any]:
         """Item with cached latents in the place of the images."""
         row, random = self.draw_row(index)
-        mask = resize_mask(read_mask(row.mask, self.table), self.size)
+        mask = self.tile(("mask", str(row.mask), None))
         is_flipped = bool(self.flip) and random.random() < self.flip
         item = {"mask": torch.from_numpy((mask[:, ::-1] if is_flipped else mask).copy()), "prompt": row.prompt,
                 "name": row.mask.stem, "row": row.index, "moments": self.latents.get(row.image, is_flipped)}

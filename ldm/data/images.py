@@ -41,7 +41,7 @@ class Pair:
 
     image: Path
     mask: Path | None
-    name: str
+    name: str = ""
     reference: Path | None = None
 
 
@@ -162,6 +162,11 @@ def read_image(path: str | Path, channels: int | None = 3, reading: Reading | No
         return image.read()[0]
 
 
+def first_three(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) -> (H, W, 3): the first three channels, the last one repeated where there are fewer."""
+    return image[:, :, np.minimum(range(3), image.shape[2] - 1)]
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the header alone; errors as open_image."""
     source, info = open_source(Path(path))
@@ -181,6 +186,8 @@ def open_source(path: Path) -> tuple[Any, ImageInfo]:
         if not pages:
             return rasters.open_raster(path) if kind == "JP2OpenJPEG" else open_with_pillow(path)
         rasters.check_pages(path, pages)
+        if rasters.is_cmyk(pages[0]) and pages[0].get(ORIENTATION, 1) != 1:
+            raise UserError(f"{path}: CMYK and stored turned. Expected one of the two. Convert it to upright RGB.")
         if rasters.is_cmyk(pages[0]) or (rasters.is_plain(pages[0]) and not rasters.is_installed()):
             return open_with_pillow(path)
         return rasters.open_raster(path, rasters.orientation_of(pages[0], path))
@@ -289,7 +296,7 @@ def open_with_pillow(path: Path) -> tuple[Any, ImageInfo]:
 
 
 def read_orientation(picture: Image.Image) -> int:
-    """Orientation tag of an opened image, 1..8; 1 for TIFFs, which Pillow turns by itself, and for numbers beyond."""
+    """Orientation tag of an opened image, 1..8; 1 for TIFFs, of which only upright ones come here, and beyond."""
     if picture.format == "TIFF" or not EXIF_KEYS & set(picture.info):
         return 1
     value = picture.getexif().get(ORIENTATION, 1)

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask, read_raw_mask
-from ldm.data.images import read_image
+from ldm.data.images import image_size, read_image
 from ldm.files import atomic_write
 from ldm.util import UserError
 
@@ -346,11 +346,8 @@ def probe_pixels(file: Path) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            with Image.open(file) as picture:
-                width, height = picture.size
-    except Image.DecompressionBombError as error:
-        return f"{file}: {error} Expected at most {MOST_PIXELS:,} pixels; cut it into tiles."
-    except Exception:  # not an image: whoever decodes it says so
+            height, width = image_size(file)
+    except UserError:  # not an image: whoever decodes it says so
         return None
     if width * height <= MOST_PIXELS:
         return None

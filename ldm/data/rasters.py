@@ -4,13 +4,13 @@ Only images.py and masks.py use this file.
 """
 import functools
 import importlib.util
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ldm.data.bands import ImageInfo
 from ldm.util import UserError
@@ -22,7 +22,8 @@ DRIVERS = {
     b"\xff\x4f\xff\x51": "JP2OpenJPEG", b"\0\0\0\x0c": "JP2OpenJPEG", b"\xff\xd8\xff": "JPEG",
 }  # fmt: skip
 SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES = 254, 258, 259, 262, 274, 277
-FORMAT, GEO_SCALE, GEO_TRANSFORM, EXTRA = 339, 33550, 34264, 338
+EXTRA, GEO_SCALE, GEO_TRANSFORM = 338, 33550, 34264
+INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # field types of a TIFF
 GREY_FROM_WHITE, GREY, RGB, PALETTE, SEPARATED, LAB = 0, 1, 2, 3, 5, 8
 OPTIONS = {"GDAL_DISABLE_READDIR_ON_OPEN": "YES", "GDAL_CACHEMAX": 64}  # look for side files by name; megabytes
 
@@ -51,23 +52,56 @@ def sniff(path: Path) -> str:
 
 
 def read_pages(path: Path) -> list[dict[int, Any]]:
-    """Tags of every page of a TIFF; overviews and masks are no pages."""
+    """Tags of every page of a TIFF, numbers or tuples of numbers; overviews and masks are no pages.
+
+    Pillow and GDAL show one page each and hide orientation or sample layout; a damaged directory ends the list.
+    """
     pages: list[dict[int, Any]] = []
     with path.open("rb") as file:
-        header = file.read(8)
-        if header[2] == 43 or header[3] == 43:
-            header += file.read(8)
-        directory = ImageFileDirectory_v2(header)
-        seen: set[int] = set()
-        while directory.next and directory.next not in seen:
-            seen.add(directory.next)
-            file.seek(directory.next)
-            directory.load(file)
-            tags = {tag: directory[tag] for tag in (SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES,
-                                                    FORMAT, GEO_SCALE, GEO_TRANSFORM, EXTRA) if tag in directory}
-            if not int(tags.get(SUBFILE, 0)) & 0b101:
-                pages.append(tags)
+        header = file.read(16)
+        order = "<" if header[:2] == b"II" else ">"
+        is_big = 43 in header[2:4]
+        count_form, entry_form, next_form = ("Q", "HHQ8s", "Q") if is_big else ("H", "HHI4s", "I")
+        try:
+            offset = struct.unpack_from(order + next_form, header, 8 if is_big else 4)[0]
+            seen: set[int] = set()
+            while offset and offset not in seen:
+                seen.add(offset)
+                file.seek(offset)
+                count = read_numbers(file, order + count_form)[0]
+                if count > 4096:
+                    break
+                size = struct.calcsize(order + entry_form)
+                entries = file.read(count * size)
+                offset = read_numbers(file, order + next_form)[0]
+                tags = read_tags(file, order, list(struct.iter_unpack(order + entry_form, entries)))
+                if not int(tags.get(SUBFILE, 0)) & 0b101:
+                    pages.append(tags)
+        except (struct.error, OSError, OverflowError):
+            return pages
     return pages
+
+
+def read_numbers(file: IO[bytes], form: str) -> tuple[int, ...]:
+    """Numbers at the position of a file."""
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
+def read_tags(file: IO[bytes], order: str, entries: Sequence[tuple[int, int, int, bytes]]) -> dict[int, Any]:
+    """Values of the tags that matter here; True for those of which only the presence does."""
+    tags: dict[int, Any] = {}
+    for tag, kind, count, value in entries:
+        if tag in (GEO_SCALE, GEO_TRANSFORM):
+            tags[tag] = True
+        elif tag in (SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES, EXTRA) and kind in INTEGERS:
+            form = f"{order}{min(count, 64)}{INTEGERS[kind]}"
+            if struct.calcsize(form) > len(value):
+                file.seek(struct.unpack(order + ("Q" if len(value) == 8 else "I"), value)[0])
+                numbers = read_numbers(file, form)
+            else:
+                numbers = struct.unpack_from(form, value)
+            tags[tag] = numbers[0] if len(numbers) == 1 else numbers
+    return tags
 
 
 def check_pages(path: Path, pages: Sequence[dict[int, Any]]) -> None:
@@ -88,13 +122,14 @@ def is_cmyk(page: dict[int, Any]) -> bool:
 
 
 def is_plain(page: dict[int, Any]) -> bool:
-    """Whether Pillow loses nothing of a TIFF: grey, palette or RGB of 8 bits, at most one alpha band beside them."""
+    """Whether Pillow loses nothing of a TIFF: upright grey, palette or RGB of 8 bits, at most an alpha band beside."""
     bits = page.get(BITS, 1)
     colours = {GREY: 1, RGB: 3, PALETTE: 1}.get(page.get(PHOTOMETRIC), 0)
     samples, extra = page.get(SAMPLES, 1), page.get(EXTRA, ())
     extra = extra if isinstance(extra, tuple) else (extra,)
     is_alpha = len(extra) == 1 and extra[0] in (1, 2)
-    return set(bits if isinstance(bits, tuple) else (bits,)) == {8} and samples == colours + is_alpha
+    is_upright = page.get(ORIENTATION, 1) == 1
+    return is_upright and set(bits if isinstance(bits, tuple) else (bits,)) == {8} and samples == colours + is_alpha
 
 
 def orientation_of(page: dict[int, Any], path: Path) -> int:
@@ -171,10 +206,9 @@ class RasterSource:
             with rasterio.Env(**OPTIONS):
                 values = self.dataset.read(stored, window=window)
                 valid = None
-                if MaskFlags.alpha in flags:
-                    if self.alpha not in numbers:
-                        valid = self.dataset.read(self.alpha + 1, window=window) > 0
-                elif MaskFlags.per_dataset in flags:
+                if self.alpha is not None and self.alpha not in numbers:
+                    valid = self.dataset.read(self.alpha + 1, window=window) > 0
+                elif MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
                     valid = self.dataset.read_masks(stored[0], window=window) > 0
         except (rasterio.errors.RasterioError, ValueError) as error:  # ValueError: bands of several types
             raise UserError(f"{self.path}: not readable as an image ({error}). Write the file again.") from error

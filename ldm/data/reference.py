@@ -1,6 +1,7 @@
 """Random moves, turns and scalings of reference images, on the batch and its device."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ class ReferenceAugment(nn.Module):
 
         Args:
             image: (B, 3, H, W) float32 in [-1, 1], any H and W of at least 2.
-            generator: source of the random numbers, on the image's device; None = the global one.
+            generator: source of the random numbers; None = the CPU's global one, so that all devices draw the same.
 
         Returns:
             Augmented batch, (B, 3, H, W) float32 in [-1, 1]; a sample that no operation hits comes back unchanged.
@@ -122,13 +123,18 @@ class ReferenceAugment(nn.Module):
         return f"p={self.p}, colour_jitter={self.colour_jitter}, flip={self.flip}"
 
     def _uniform(self, image: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-        return torch.rand(len(image), count, generator=generator, device=image.device)
+        return self._draw(torch.rand, image, count, generator)
+
+    def _draw(self, kind: Callable[..., Tensor], image: Tensor, count: int,
+              generator: torch.Generator | None) -> Tensor:
+        source = "cpu" if generator is None else generator.device
+        return kind(len(image), count, generator=generator, device=source).to(image.device, non_blocking=True)
 
     def _move(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
         height, width = image.shape[2:]
         is_on = self._uniform(image, 4, generator) < self.p
         uniform = 2 * self._uniform(image, 3, generator) - 1
-        normal = torch.randn(len(image), 3, generator=generator, device=image.device)
+        normal = self._draw(torch.randn, image, 3, generator)
         size = torch.tensor([width, height], device=image.device)
 
         shift = (uniform[:, :2] * self.translate_int_max * size).round().long()

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.files import atomic_write, find_changes, link_or_copy, lock, read_settings, write_json, write_lines
+from ldm.files import atomic_write, link_or_copy, write_lines
+from ldm.run_folder import RunFolder
 from ldm.util import UserError
 
 KEYS = ("prompt_embeds", "pooled_prompt_embeds")
@@ -83,7 +84,12 @@ class PromptVectors:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the vectors: how they were made, or of a folder of the public code the rows and their number."""
-        return read_settings(self.folder / "vectors.json") if self.rows is None else dict(self.rows)
+        return vector_folder(self.folder).read().get("settings", {}) if self.rows is None else dict(self.rows)
+
+
+def vector_folder(folder: Path, settings: Mapping[str, Any] | None = None) -> RunFolder:
+    """The folder of vectors that belong to one set of encoders and settings."""
+    return RunFolder(folder, settings, record="vectors.json", results="prompts/*")
 
 
 def vector_path(folder: Path, prompt: str) -> Path:
@@ -124,14 +130,8 @@ def open_vectors(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     Raises:
         FileExistsError: if it holds vectors of others.
     """
-    (folder / "prompts").mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock"):
-        path = folder / "vectors.json"
-        changes = find_changes(read_settings(path), fingerprint) if path.is_file() else ""
-        if changes:
-            raise FileExistsError(f"{folder}: holds vectors of other encoders or settings ({changes}). Expected an "
-                                  "empty folder or one of the same. Choose another --outdir.")
-        write_json(path, {"settings": dict(fingerprint)})
+    vector_folder(folder, fingerprint).open()
+    (folder / "prompts").mkdir(exist_ok=True)
 
 
 def write_vectors(path: Path, context: Tensor, pooled: Tensor) -> None:

@@ -1,25 +1,29 @@
 """Paints planned samples with any method."""
 
-import gc
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.dataset import PairDataset
 from ldm.data.manifest import Row
-from ldm.data.transforms import normalize_batch
-from ldm.generation.machine import is_out_of_memory
+from ldm.data.transforms import normalize_batch, to_uint8
+from ldm.generation.guide import load_guide
+from ldm.generation.machine import compile_blocks, in_parts
+from ldm.generation.plan import Job, Plan, size_of
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
 from ldm.sampling.rectify import Rectifier
-from ldm.util import UserError, leave_signals_to_main
+from ldm.util import UserError, leave_signals_to_main, locate
+from ldm.weights.load import load_method
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +31,15 @@ TENSOR_KEYS = ("mask", "image", "reference", "instance")  # of these, what the m
 LIST_KEYS = ("prompt", "reference_key", "slot")
 # On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the pictures.
 CPU_BATCH = 2
+LOADERS_PER_GPU = 4
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image to paint.
+class Result(NamedTuple):
+    """What became of a job: pixels (H, W, 3) or (H, W) uint8, (H, W, C) for other bands; or None and the reason."""
 
-    Args:
-        row: row of the manifest.
-        position: of the row in the list of rows.
-        noise_seed: seed of the sample's own random stream.
-        record: its line of the index; has `row, copy, seed, image, height, width` among others.
-    """
-
-    row: Row
-    position: int
-    noise_seed: int
-    record: dict[str, Any]
+    job: Job
+    pixels: np.ndarray | None
+    reason: str = ""
 
 
 class Request(NamedTuple):
@@ -118,22 +114,123 @@ def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> D
     )  # fmt: skip
 
 
-def plan_batches(jobs: Sequence[Job], slots: Iterable[int], batch_size: int) -> list[list[Request]]:
+def plan_batches(jobs: Sequence[Job], batch_size: int,
+                 kind: Callable[[str], Hashable] = lambda prompt: None) -> list[list[Request]]:
     """Split jobs into batches whose images have one size, in the order of the jobs within each size.
 
     Args:
-        jobs: of a shard.
-        slots: numbers of those to paint.
+        jobs: to generate.
         batch_size: most jobs in a batch.
+        kind: of a prompt; a batch has prompts of one kind (see Method.batch_kind).
 
     Returns:
-        Requests, each slot in exactly one batch.
+        Requests, each job in exactly one batch.
     """
-    groups: dict[tuple[int, int], list[Request]] = {}
-    for slot in slots:
-        size = jobs[slot].record["height"], jobs[slot].record["width"]
-        groups.setdefault(size, []).append(Request(jobs[slot].position, slot, size))
+    groups: dict[Hashable, list[Request]] = {}
+    for slot, job in enumerate(jobs):
+        size = job.record["height"], job.record["width"]
+        groups.setdefault((size, kind(job.row.prompt)), []).append(Request(job.position, slot, size))
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def generate_batches(painter: "Painter", loader: DataLoader, jobs: Sequence[Job],
+                     batch_size: int) -> Iterator[list[Result]]:
+    """Generate images, one batch after another; nothing is written.
+
+    Args:
+        painter: generates.
+        loader: of the conditions (see make_loader).
+        jobs: what to generate.
+        batch_size: images in a batch.
+
+    Yields:
+        What became of the jobs of a batch; each job comes once. A file that cannot be read and an image that is not
+        finite are no error, they have a reason.
+    """
+    loader.batch_sampler.batches = plan_batches(jobs, batch_size, painter.method.batch_kind)
+    for batch in loader:
+        results = [Result(jobs[slot], None, error) for slot, error in batch["errors"].items()]
+        if batch["slot"]:
+            chosen = [jobs[slot] for slot in batch["slot"]]
+            finite, pixels = to_pixels(painter.paint(batch, [job.noise_seed for job in chosen]))
+            results += [Result(job, image) if is_finite else Result(job, None, "the model returned NaN or infinity")
+                        for job, image, is_finite in zip(chosen, pixels, finite, strict=True)]
+        yield results
+
+
+def to_pixels(images: Tensor) -> tuple[list[bool], np.ndarray]:
+    """Images as they are written.
+
+    Args:
+        images: (B, C, H, W) float32 in [-1, 1].
+
+    Returns:
+        Whether each is finite, and (B, H, W, C) uint8, grey ones (B, H, W).
+    """
+    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
+    pixels = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
+    return finite, pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+class Generator:
+    """A planned run with its model loaded.
+
+    Args:
+        plan: of the run; its folder need not exist.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        settings = plan.settings
+        self.plan, self.device = plan, choose_device(plan.device)
+        is_cuda = self.device.type == "cuda"
+        # Full precision means it: convolutions on CUDA would otherwise round their inputs to TF32.
+        torch.backends.cudnn.allow_tf32 = settings.precision != "full"
+        kept = locate(plan.config["model"]["target"]).autocast_dtype if plan.use_autocast else torch.float32
+        method = load_method(settings.ckpt, plan.config, self.device, kept)
+        if settings.compile:
+            compile_blocks(method)
+        rectifier = None
+        if plan.sampling.rectify is not None:
+            guide = load_guide(settings.guide, method, self.device, settings.allow_modules)
+            rectifier = Rectifier(plan.sampling.rectify, guide)
+        self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
+                               settings.compile, rectifier)  # fmt: skip
+        default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
+        num_workers = default if settings.num_workers is None else settings.num_workers
+        dataset = ConditionDataset(plan.rows, plan.table, size_of(settings), method.image_channels)
+        self.loader = make_loader(dataset, num_workers, is_cuda)
+        if num_workers:
+            list(self.loader)  # starts its processes now: later they would inherit a lock and could outlive us with it
+
+    def generate(self, jobs: Sequence[Job]) -> Iterator[list[Result]]:
+        """Generate images of the plan, one batch after another (see generate_batches)."""
+        return generate_batches(self.painter, self.loader, jobs, self.plan.settings.batch_size)
+
+    def close(self) -> None:
+        """End the loader's processes.
+
+        Python itself would send them SIGTERM, which they ignore, and wait for ever: after an error that nobody catches,
+        whose traceback holds on to the iterator that would end them.
+        """
+        iterator = self.loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+def generate(plan: Plan) -> Iterator[list[Result]]:
+    """Generate the images of a plan that its folder does not have, one batch after another; nothing is written.
+
+    inference.py's worker does the same and stores what comes (see ldm/generation/worker.py).
+
+    Yields:
+        What became of the jobs of a batch (see Result).
+    """
+    generator = Generator(plan)
+    try:
+        for number in plan.numbers:
+            yield from generator.generate(plan.jobs(number, plan.layout["copies"])[0])
+    finally:
+        generator.close()
 
 
 class Painter:
@@ -185,37 +282,12 @@ class Painter:
 
     def sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int], use_autocast: bool) -> Tensor:
         """Paint the chosen samples of a batch in as many parts as memory asks for."""
-        images, start = [], 0
-        while start < len(chosen):
-            part = self.try_to_sample(batch, seeds, chosen[start : start + self.batch_size], use_autocast)
-            if part is None:
-                self.halve()
-            else:
-                images.append(part)
-                start += len(part)
-        return torch.cat(images)
 
-    def try_to_sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
-                      use_autocast: bool) -> Tensor | None:
-        """Paint the chosen samples of a batch at once; None if memory does not suffice."""
-        try:
-            return sample_images(self, batch, seeds, chosen, use_autocast)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return None  # what the error holds on to is free once this function is left
+        def attempt(part: Sequence[int], size: int) -> Tensor:
+            self.batch_size = size  # stays so for the rest of the run
+            return sample_images(self, batch, seeds, part, use_autocast)
 
-    def halve(self) -> None:
-        """Go on with half as many images at once."""
-        if self.batch_size == 1:
-            raise UserError(f"--batch_size: not even one image fits into the memory of {self.device}. Choose a smaller "
-                            "--H and --W, or another device; finished images stay.")
-        self.batch_size //= 2
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        logger.warning("out of memory: going on with %d images at once; pictures may differ from those of larger "
-                       "batches in the last bit", self.batch_size)
+        return torch.cat(in_parts(attempt, chosen, self.batch_size))
 
 
 def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],

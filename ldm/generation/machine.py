@@ -1,11 +1,12 @@
 """The machine that a run finds itself on: its share of the work, and signals that ask it to stop."""
 
+import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from ldm.methods.base import Method
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 COMPILED_VARIANTS = 256  # shapes and widths of blocks in one network; torch gives up after 8 unless told otherwise
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -106,3 +108,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
     )
+
+
+def in_parts(function: Callable[[Sequence[int], int], Result], chosen: Sequence[int], size: int) -> list[Result]:
+    """Call a function on numbers, `size` of them at a time, and on half as many from where memory ends.
+
+    Args:
+        function: takes some of the numbers, and how many they are at most.
+        chosen: the numbers.
+        size: most at once.
+    Returns:
+        What the function gave for each part, in order.
+    Raises:
+        UserError: if one at a time is too much.
+    """
+    results, start = [], 0
+    while start < len(chosen):
+        part = chosen[start : start + size]
+        try:
+            results.append(function(part, size))
+            start += len(part)
+            continue
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        # Outside of the except block, which would keep the tensors of the failed call alive.
+        if size == 1:
+            raise UserError(f"--batch_size: not even one image fits into memory ({reason}). Choose smaller images, or "
+                            "another device; what is finished stays.")
+        size //= 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("out of memory: going on with %d images at once; results may differ from those of larger "
+                       "batches in the last bit", size)
+    return results

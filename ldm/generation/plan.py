@@ -3,9 +3,10 @@
 import hashlib
 import logging
 import os
+from argparse import Namespace
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, files_of, read_manifest
 from ldm.files import Record, file_sha256
-from ldm.generation.generator import Job
 from ldm.generation.guide import guide_fingerprint, load_guide
-from ldm.generation.run import check_run, read_run
+from ldm.generation.machine import find_share
 from ldm.generation.store import ShardStore
 from ldm.methods.base import Method
-from ldm.sampling.modes import Sampling
+from ldm.sampling.modes import Sampling, choose_sampling
 from ldm.sampling.noise import sample_seed
 from ldm.util import UserError
 from ldm.weights.load import build_skeleton, read_model_config
@@ -32,44 +32,20 @@ LONGEST_NAME = 255  # bytes in a file name, on all common file systems
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """Settings of a run; all but the sampler's. Names and meanings are those of inference.py's flags."""
+class Job:
+    """One image to generate.
 
-    ckpt: str
-    config: str | None
-    tokenizer_dir: str | None
-    vectors_dir: str | None
-    device: str
-    precision: str
-    compile: bool
-    latent_channels: int | None
-    downsampling: int | None
-    data_root: str
-    txt_file: str
-    dataset: str | None
-    height: int | None
-    width: int | None
-    bad_rows: str
-    follow_links: bool
-    num_workers: int | None
-    seed: int
-    fixed_code: bool
-    num_per_mask: int
-    batch_size: int
-    outdir: str
-    extension: str
-    format: str
-    shard: tuple[int, int]
-    shard_size: int | None
-    overwrite: bool
-    engine: str
-    allow_modules: tuple[str, ...] = ()
-    guide: tuple[str, ...] = ()
+    Args:
+        row: row of the manifest.
+        position: of the row in the list of rows.
+        noise_seed: seed of the sample's own random stream.
+        record: its line of the index; has `row, copy, seed, image, height, width` among others.
+    """
 
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) to paint; None = the masks' own."""
-        return None if self.height is None else (self.height, self.width)
+    row: Row
+    position: int
+    noise_seed: int
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -77,7 +53,7 @@ class Plan:
     """A checked run.
 
     Attributes:
-        settings: the command line.
+        settings: the command line of inference.py.
         sampling: how to sample.
         config: of the model.
         table: class table that masks are read with.
@@ -90,7 +66,7 @@ class Plan:
         numbers: shards that this process paints, finished ones left out; their files were checked.
     """
 
-    settings: RunSettings
+    settings: Namespace
     sampling: Sampling
     config: dict[str, Any]
     table: ClassTable
@@ -108,8 +84,8 @@ class Plan:
         return Path(self.settings.outdir)
 
     def store(self) -> ShardStore:
-        """The shards on disk."""
-        return ShardStore(self.folder, self.settings.format == "tar")
+        """The output folder and the shards on disk."""
+        return ShardStore(self.folder, self.fingerprint, self.details())
 
     def bounds(self, number: int) -> tuple[int, int]:
         """First row of a shard, and the first of the next one."""
@@ -147,8 +123,8 @@ class Plan:
         return jobs, [record | {"copy": copy} for record in bad for copy in range(copies)]
 
     def details(self) -> dict[str, Any]:
-        """What run.json keeps beside the fingerprint."""
-        return {"arguments": asdict(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
+        """What run.json keeps beside the settings."""
+        return {"arguments": vars(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
                 "data_root": os.path.abspath(self.settings.data_root), "class_table": self.table.to_dict()}  # fmt: skip
 
 
@@ -166,14 +142,11 @@ def read_size(mask: Path) -> tuple[int, int] | str:
         return f"{mask}: cannot be read any more ({error}). Bring it back and start this again."
 
 
-def make_record(settings: RunSettings, row: Row, copy: int, own_size: tuple[int, int]) -> Record:
+def make_record(settings: Namespace, row: Row, copy: int, own_size: tuple[int, int]) -> Record:
     """Line of the index for one image."""
     number = sample_seed(settings.seed, row.index, copy)
-    height, width = settings.size or own_size
-    if settings.format == "tar":
-        image = f"{row.index:08d}_{copy:04d}.{settings.extension}"
-    else:
-        image = f"images/{image_name(row.mask.stem, number, settings.extension)}"
+    height, width = size_of(settings) or own_size
+    image = f"images/{image_name(row.mask.stem, number, settings.ext)}"
     record = {
         "row": row.index, "copy": copy, "seed": number, "image": image,
         "mask": _below(row.mask, settings.data_root), "reference": _below(row.reference, settings.data_root),
@@ -193,32 +166,39 @@ def _below(path: Path | None, root: str) -> str | None:
     return None if path is None else Path(os.path.relpath(path, root)).as_posix()
 
 
-def make_plan(
-    settings: RunSettings, choose_sampling: Callable[[Sampling], Sampling], has_gpu: bool | None = None,
-    processes: int = 1,
-) -> Plan:
+def size_of(settings: Namespace) -> tuple[int, int] | None:
+    """(height, width) to generate; None = the masks' own."""
+    return None if settings.H is None else (settings.H, settings.W)
+
+
+def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int = 1) -> Plan:
     """Check a command line and the files that it names.
 
     Args:
-        settings: the command line.
-        choose_sampling: gives the sampler's settings from the model's own.
+        settings: the command line of inference.py; without --shard, the share of this process follows from what
+            started it.
         has_gpu: whether the machines that will paint have GPUs; None = this machine paints.
         processes: how many will paint these shards; a new run has one for each, if the rows suffice.
 
     Raises:
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
     """
+    settings = Namespace(**vars(settings))  # a copy: some values are filled in
+    if settings.shard is None:
+        settings.shard = find_share() if settings.engine == "local" else (0, 1)
     config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
-    if settings.tokenizer_dir:
-        use_tokenizer(config, settings.tokenizer_dir)
-    if settings.vectors_dir:
-        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors_dir
+    for flag, argument, value in (("tokenizer_dir", "tokenizer_dir", settings.tokenizer_dir),
+                                  ("prompt_pieces", "max_pieces", settings.prompt_pieces)):  # fmt: skip
+        if value:
+            set_text_encoder(config, flag, argument, value)
+    if settings.vectors:
+        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
     if method.image_channels not in (1, 3):
-        settings = replace(settings, extension="npy")
-    sampling = choose_sampling(method.own_sampling)
+        settings.ext = "npy"
+    sampling = choose_sampling(settings, method.own_sampling)
     check_settings(settings, sampling, method)
     ignored = sorted({"prompt", "reference"} - set(method.takes))
     if ignored:
@@ -232,21 +212,21 @@ def make_plan(
         method.check_prompts({row.prompt for row in rows})
     fingerprint = make_fingerprint(settings, config, table, rows, use_autocast, sampling) | method.fingerprint()
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
-    check_run(plan.folder, fingerprint, plan.details())
+    plan.store().check()
     return plan
 
 
-def use_tokenizer(config: dict[str, Any], folder: str) -> None:
-    """Put the folder of --tokenizer_dir into the config of the model."""
+def set_text_encoder(config: dict[str, Any], flag: str, argument: str, value: Any) -> None:
+    """Put the value of a flag into the config of the model's text encoder."""
     text = config["model"].get("params", {}).get("text_encoder")
     if text is None:
-        raise UserError(f"--tokenizer_dir: {folder} is of no use, the model has no text encoder. Leave the flag out.")
-    text.setdefault("params", {})["tokenizer_dir"] = folder
+        raise UserError(f"--{flag}: {value} is of no use, the model has no text encoder. Leave the flag out.")
+    text.setdefault("params", {})[argument] = value
 
 
-def check_settings(settings: RunSettings, sampling: Sampling, method: Method) -> None:
+def check_settings(settings: Namespace, sampling: Sampling, method: Method) -> None:
     """Raise UserError where flags do not fit the model or each other."""
-    height, width, factor = settings.height, settings.width, method.size_factor
+    height, width, factor = settings.H, settings.W, method.size_factor
     if (height is None) != (width is None):
         raise UserError(f"--H {height} --W {width}: only one is given. Expected both or none. Add the other.")
     if height and (height % factor or width % factor):
@@ -254,8 +234,7 @@ def check_settings(settings: RunSettings, sampling: Sampling, method: Method) ->
             f"--H {height} --W {width}: the model cannot paint this size. Expected multiples of {factor}. Change them."
         )
     channels, rows, _ = method.noise_shape(factor, factor)
-    for flag, given, actual in (("--C", settings.latent_channels, channels),
-                                ("--f", settings.downsampling, factor // rows)):  # fmt: skip
+    for flag, given, actual in (("--C", settings.C, channels), ("--f", settings.f, factor // rows)):
         if given not in (None, actual):
             raise UserError(f"{flag}: {given} is not the model's. Expected {actual}. Leave the flag out.")
     method.check(sampling)
@@ -277,7 +256,7 @@ def choose_table(dataset: str | None, own: ClassTable) -> ClassTable:
     return table
 
 
-def plan_layout(settings: RunSettings, processes: int = 1) -> dict[str, int]:
+def plan_layout(settings: Namespace, processes: int = 1) -> dict[str, int]:
     """Rows, rows a shard and copies of the run; a run that was begun keeps its size of shards and its copies.
 
     A new run of few rows gets smaller shards, so that every process of --shard i/n has one, and each of `processes`.
@@ -288,7 +267,7 @@ def plan_layout(settings: RunSettings, processes: int = 1) -> dict[str, int]:
     rows = sum(1 for line in path.read_bytes().splitlines() if line.strip())
     fair = max(1, -(-rows // max(processes, settings.shard[1])))
     size = settings.shard_size or min(SHARD_SIZE, fair)
-    old = read_run(Path(settings.outdir)).get("layout") or {}
+    old = ShardStore(Path(settings.outdir)).read().get("layout") or {}
     if settings.shard_size and old.get("shard_size", settings.shard_size) != settings.shard_size:
         raise FileExistsError(f"--shard_size: {settings.shard_size} is not that of the run in {settings.outdir}. "
                               f"Expected {old['shard_size']}. Leave the flag out.")
@@ -296,10 +275,10 @@ def plan_layout(settings: RunSettings, processes: int = 1) -> dict[str, int]:
             "copies": max(settings.num_per_mask, old.get("copies", 0))}  # fmt: skip
 
 
-def find_unfinished(settings: RunSettings, layout: dict[str, int]) -> list[int]:
+def find_unfinished(settings: Namespace, layout: dict[str, int]) -> list[int]:
     """Shards of this process that lack an image."""
     first, step = settings.shard
-    store = ShardStore(Path(settings.outdir), settings.format == "tar")
+    store = ShardStore(Path(settings.outdir))
     count = -(-layout["rows"] // layout["shard_size"])
     return [number for number in range(first, count, step)
             if settings.overwrite or is_unfinished(store.statistics(number), layout["copies"])]
@@ -310,7 +289,7 @@ def is_unfinished(statistics: Record | None, copies: int) -> bool:
     return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
-def read_rows(settings: RunSettings, table: ClassTable, method: Method, need: Sequence[str],
+def read_rows(settings: Namespace, table: ClassTable, method: Method, need: Sequence[str],
               numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
     """Rows of the manifest with what they need; the files of those that this process paints are checked.
 
@@ -321,7 +300,7 @@ def read_rows(settings: RunSettings, table: ClassTable, method: Method, need: Se
     problems: list[tuple[int, str]] | None = [] if settings.bad_rows == "skip" else None
     rows = read_manifest(
         settings.txt_file, settings.data_root, need=need, table=table, size_factor=method.size_factor,
-        size=settings.size, decode=lambda row: row // layout["shard_size"] in open_shards, problems=problems,
+        size=size_of(settings), decode=lambda row: row // layout["shard_size"] in open_shards, problems=problems,
         follow_links=settings.follow_links,
     )  # fmt: skip
     if not problems:
@@ -352,7 +331,7 @@ def without_places(node: Any) -> Any:
     return node
 
 
-def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
+def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
                      use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
     """What decides the pictures; two runs may share an output folder only if they agree in it.
 
@@ -367,8 +346,8 @@ def make_fingerprint(settings: RunSettings, config: dict[str, Any], table: Class
         "checkpoint_sha256": file_sha256(settings.ckpt),
         "config_sha256": hash_of(without_places(config)),
         "inputs_sha256": inputs.hexdigest(), "bad_rows": settings.bad_rows,
-        "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.height, "W": settings.width,
+        "class_table": f"{table.name} {hash_of(table.to_dict())[:16]}", "H": settings.H, "W": settings.W,
         "precision": "autocast" if use_autocast else "full", "seed": settings.seed,
-        "fixed_code": settings.fixed_code, "ext": settings.extension, "format": settings.format,
+        "fixed_code": settings.fixed_code, "ext": settings.ext, "format": settings.format,
         **sampling.to_dict(), **(guide_fingerprint(settings.guide, settings.allow_modules) if settings.guide else {}),
     }  # fmt: skip

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files import file_sha256, is_locked
-from ldm.generation.run import read_run
 from ldm.generation.store import ShardStore
 
 SHOWN = 20
@@ -18,10 +17,11 @@ HASHING_THREADS = 8
 
 def open_store(folder: Path) -> tuple[ShardStore, dict[str, Any]]:
     """Shards and run record of an output folder; FileNotFoundError if it is none."""
-    run = read_run(folder)
+    store = ShardStore(folder)
+    run = store.read()
     if "layout" not in run:
         raise FileNotFoundError(f"--outdir: {folder} has no run of inference.py. Expected its output folder. Check it.")
-    return ShardStore(folder, run["fingerprint"].get("format") == "tar"), run
+    return store, run
 
 
 def describe_run(folder: Path) -> tuple[str, int]:
@@ -77,12 +77,12 @@ def verify_run(folder: Path) -> tuple[str, int]:
     lines, checked = [], 0
     with ThreadPoolExecutor(min(HASHING_THREADS, (os.cpu_count() or 1) + 1)) as pool:
         for part in store.all_statistics():
-            files = [part["tar"] | {"image": part["tar"]["name"]}] if "tar" in part else part["records"]
+            files = part["records"]
             checked += len(files)
             problems = pool.map(lambda entry: find_damage(folder / entry["image"], entry), files)
             bad = {entry["image"]: problem for entry, problem in zip(files, problems, strict=True) if problem}
             if bad:
-                with store.claim(part["shard"]) as claim:
+                with store.claim_shard(part["shard"]) as claim:
                     if claim:  # else a process is at work on it
                         requeue(store, part["shard"], bad)
                 lines += [f"  {name}: {problem}" for name, problem in bad.items()]
@@ -110,4 +110,4 @@ def requeue(store: ShardStore, number: int, names: Iterable[str]) -> None:
     """Remove wrong files and the statistics of their shard, so that the next run paints them."""
     for name in names:
         (store.folder / name).unlink(missing_ok=True)
-    store.path(number, "json").unlink(missing_ok=True)
+    store.statistics_path(number).unlink(missing_ok=True)

@@ -4,33 +4,25 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ldm.cli import choose_device
-from ldm.data.transforms import to_uint8
-from ldm.files import Record, read_lines
-from ldm.generation.generator import ConditionDataset, Job, Painter, make_loader, plan_batches
-from ldm.generation.guide import load_guide
-from ldm.generation.machine import compile_blocks
-from ldm.generation.plan import Plan, is_unfinished
-from ldm.generation.run import open_run
-from ldm.generation.store import Claim, ShardStore, mask_name
-from ldm.generation.writer import ImageWriter
-from ldm.sampling.rectify import Rectifier
-from ldm.util import UserError, locate
-from ldm.weights.load import load_method
+from ldm import ray_pool
+from ldm.files import Record
+from ldm.generation.generator import Generator
+from ldm.generation.machine import stop_on_signals
+from ldm.generation.plan import Job, Plan, is_unfinished, make_plan, size_of
+from ldm.generation.store import Claim
+from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED_SAMPLES = 3
-LOADERS_PER_GPU = 4
-PNG_SHARE = 0.8  # of the raw bytes of a textured picture
+PNG_SHARE = 0.8  # of the raw bytes of a textured image
 
 
 class Worker:
@@ -41,44 +33,13 @@ class Worker:
     """
 
     def __init__(self, plan: Plan) -> None:
-        settings = plan.settings
-        self.plan, self.store = plan, plan.store()
-        self.device = choose_device(plan.device)
-        is_cuda = self.device.type == "cuda"
-        # Full precision means it: convolutions on CUDA would otherwise round their inputs to TF32.
-        torch.backends.cudnn.allow_tf32 = settings.precision != "full"
-        kept = locate(plan.config["model"]["target"]).autocast_dtype if plan.use_autocast else torch.float32
-        method = load_method(settings.ckpt, plan.config, self.device, kept)
-        if settings.compile:
-            compile_blocks(method)
-        self.rectifier = None
-        if plan.sampling.rectify is not None:
-            guide = load_guide(settings.guide, method, self.device, settings.allow_modules)
-            self.rectifier = Rectifier(plan.sampling.rectify, guide)
-        self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
-                               settings.compile, self.rectifier)  # fmt: skip
-        default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
-        num_workers = default if settings.num_workers is None else settings.num_workers
-        dataset = ConditionDataset(plan.rows, plan.table, settings.size, method.image_channels)
-        self.loader = make_loader(dataset, num_workers, is_cuda)
-        if num_workers:
-            list(self.loader)  # starts its processes now: later they would inherit a lock and could outlive us with it
+        self.plan, self.store, self.generator = plan, plan.store(), Generator(plan)
         self.old = {number: self.store.statistics_time(number) for number in plan.numbers}
 
-    def close(self) -> None:
-        """End the loader's processes.
-
-        Python itself would send them SIGTERM, which they ignore, and wait for ever: after an error that nobody catches,
-        whose traceback holds on to the iterator that would end them.
-        """
-        iterator = self.loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()
-
     def paint_shard(self, number: int) -> bool:
-        """Paint what is missing of a shard and publish it; False if another process has the shard."""
+        """Generate what is missing of a shard and publish it; False if another process has the shard."""
         begun = time.monotonic()
-        with self.store.claim(number) as claim:
+        with self.store.claim_shard(number) as claim:
             if claim is None:
                 return False
             statistics = self.store.statistics(number)
@@ -86,76 +47,41 @@ class Worker:
             if not is_old and not is_unfinished(statistics, self.plan.layout["copies"]):
                 return True  # another process was faster
             copies = max(self.plan.layout["copies"], (statistics or {}).get("copies", 0))
-            jobs, left_out = self.plan.jobs(number, copies)
+            jobs, failures = self.plan.jobs(number, copies)
             records = [job.record for job in jobs]
             if is_old:
                 self.store.forget(claim, records)
             self.store.find_finished(claim, records)
             found = len(claim.files)
-            failures = left_out + self.paint_jobs(claim, jobs)
+            failures += self.paint_jobs(claim, [job for job in jobs if job.record["image"] not in claim.files], found)
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
-                       "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.device),
-                       "batch_size": self.painter.batch_size, "torch": torch.__version__}  # fmt: skip
-            details |= {"rectified": self.rectifier.report()} if self.rectifier else {}
+                       "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.generator.device),
+                       "batch_size": self.generator.painter.batch_size, "torch": torch.__version__}  # fmt: skip
+            rectifier = self.generator.painter.rectifier
+            details |= {"rectified": rectifier.report()} if rectifier else {}
             self.store.publish(claim, [r for r in records if r["image"] in claim.files], failures, details)
         return True
 
-    def paint_jobs(self, claim: Claim, jobs: Sequence[Job]) -> list[Record]:
-        """Paint the jobs of a shard whose images are not there; returns records of samples without an image."""
-        todo = [slot for slot, job in enumerate(jobs) if job.record["image"] not in claim.files]
-        if not todo:
+    def paint_jobs(self, claim: Claim, jobs: Sequence[Job], found: int) -> list[Record]:
+        """Write the images of jobs of a shard that has `found` already; returns records of those without an image."""
+        if not jobs:
             return []
-        self.loader.batch_sampler.batches = plan_batches(jobs, todo, self.plan.settings.batch_size)
         failures: list[Record] = []
-        claim.report(len(jobs) - len(todo), len(jobs))
-        bar = tqdm(total=len(todo), unit="image", desc=f"shard {claim.number}")
+        claim.report(found, found + len(jobs))
+        bar = tqdm(total=len(jobs), unit="image", desc=f"shard {claim.number}")
         with bar, self.store.writer(claim) as writer:
-            for batch in self.loader:
-                for slot, error in batch["errors"].items():
-                    failures.append(jobs[slot].record | {"reason": error})
-                if batch["slot"]:
-                    failures += self.paint_batch(batch, jobs, claim, writer)
-                bar.update(len(batch["slot"]) + len(batch["errors"]))
-                claim.report(len(jobs) - len(todo) + bar.n, len(jobs))
-        for job in jobs:
-            path = self.store.target(claim.number, job.record)
-            if path in writer.written:
-                claim.files[job.record["image"]] = writer.written[path]
+            for results in self.generator.generate(jobs):
+                for job, pixels, reason in results:
+                    if pixels is None:
+                        failures.append(job.record | {"reason": reason})
+                    else:
+                        writer.submit(pixels, self.store.folder / job.record["image"])
+                bar.update(len(results))
+                claim.report(found + bar.n, found + len(jobs))
+        claim.files |= {path.relative_to(self.store.folder).as_posix(): it for path, it in writer.written.items()}
         for failure in failures:
             logger.warning("row %d copy %d: no image: %s", failure["row"], failure["copy"], failure["reason"])
         return failures
-
-    def paint_batch(
-        self, batch: dict[str, Any], jobs: Sequence[Job], claim: Claim, writer: ImageWriter
-    ) -> list[Record]:
-        """Paint one batch and hand its pictures to the writer; returns records of those that are not finite."""
-        chosen = [jobs[slot] for slot in batch["slot"]]
-        images = self.painter.paint(batch, [job.noise_seed for job in chosen])
-        finite, pixels = to_pixels(images)
-        failures = []
-        for i, job in enumerate(chosen):
-            if not finite[i]:
-                failures.append(job.record | {"reason": "the model returned NaN or infinity"})
-                continue
-            path = self.store.target(claim.number, job.record)
-            if self.store.is_tar:
-                writer.submit(batch["mask"][i].numpy(), path.with_name(mask_name(path.name)))
-            writer.submit(pixels[i], path)
-        return failures
-
-
-def to_pixels(images: Tensor) -> tuple[list[bool], np.ndarray]:
-    """Pictures as they are written.
-
-    Args:
-        images: (B, C, H, W) float32 in [-1, 1].
-
-    Returns:
-        Whether each is finite, and (B, H, W, C) uint8, grey ones (B, H, W).
-    """
-    finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
-    pixels = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
-    return finite, pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
 def device_name(device: torch.device) -> str:
@@ -182,10 +108,37 @@ def run(plan: Plan) -> int:
                     break
                 left = busy  # whoever had them may have died since
         finally:
-            worker.close()
+            worker.generator.close()
     elif not plan.folder.is_dir():  # more processes than shards, and this one is the first to be here
         return 0
     return finish(plan)
+
+
+def load_worker(plan: Plan) -> Callable[[int], bool]:
+    """Load the model of a plan in a process of Ray's; gives the function that does a shard."""
+    return Worker(plan).paint_shard
+
+
+def run_on_ray(settings: Namespace) -> int:
+    """Check everything, then let actors do the shards; returns the exit code (see run).
+
+    Args:
+        settings: see make_plan; without --ray_workers, one actor for each GPU of the cluster, or one on CPUs.
+    """
+    ray = ray_pool.connect()
+    try:
+        with stop_on_signals():  # Ray has handlers of its own
+            gpus = ray_pool.count_gpus(settings.device, ray.cluster_resources())
+            count = ray_pool.count_actors(settings.ray_workers, gpus)
+            plan = make_plan(settings, has_gpu=gpus > 0, processes=count)
+            if plan.numbers:
+                begin(plan)
+                actors = min(count, len(plan.numbers))
+                pool = ray_pool.ActorPool(ray, partial(load_worker, plan), actors, plan.device == "cuda")
+                pool.run(plan.numbers, partial(give_up, plan))
+            return finish(plan)
+    finally:
+        ray.shutdown()
 
 
 def give_up(plan: Plan, number: int, reason: str) -> None:
@@ -194,7 +147,7 @@ def give_up(plan: Plan, number: int, reason: str) -> None:
     So the exit code and --status say it, and the next run tries again.
     """
     store, copies = plan.store(), plan.layout["copies"]
-    with store.claim(number) as claim:
+    with store.claim_shard(number) as claim:
         if claim is None:  # it is another process's
             return
         jobs, failures = plan.jobs(number, copies)
@@ -208,13 +161,13 @@ def give_up(plan: Plan, number: int, reason: str) -> None:
 
 def begin(plan: Plan) -> None:
     """Create or join the output folder, and say how much there is to do."""
-    layout = open_run(plan.folder, plan.fingerprint, plan.details(), plan.layout)
+    layout = plan.store().begin(plan.layout)
     if layout["shard_size"] != plan.layout["shard_size"]:
         raise UserError(f"--outdir: {plan.folder} was begun by another process a moment ago, with "
                         f"{layout['shard_size']} rows a shard. Expected {plan.layout['shard_size']}. Start this again.")
     rows = sum(end - first for first, end in map(plan.bounds, plan.numbers))
     logger.info("%d shards to paint, %d rows, %d images each", len(plan.numbers), rows, layout["copies"])
-    height, width = plan.settings.size or (512, 512)
+    height, width = size_of(plan.settings) or (512, 512)
     needed = int(rows * layout["copies"] * height * width * 3 * PNG_SHARE)
     free = shutil.disk_usage(plan.folder).free
     if needed > free:
@@ -223,12 +176,12 @@ def begin(plan: Plan) -> None:
 
 def finish(plan: Plan) -> int:
     """Leave the lists of the output folder complete and in order; returns the exit code."""
-    store: ShardStore = plan.store()
+    store = plan.store()
     store.sweep(lambda statistics: not is_unfinished(statistics, plan.layout["copies"]))
     store.settle()
     first, step = plan.settings.shard
     size = plan.layout["shard_size"]
-    failures = read_lines(store.failures, "row", "copy").values()
+    failures = store.failed().values()
     failures = [record for record in failures if record["row"] // size % step == first]
     logger.info("results are in %s", plan.folder)
     if not failures:

@@ -1,6 +1,6 @@
 """The contract: what training, generation and weights may ask of a method. Nobody asks which one it is."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,10 @@ class Method(nn.Module):
 
     def check_prompts(self, prompts: Collection[str]) -> None:
         """UserError or FileNotFoundError where prompts cannot be encoded; called before the weights are loaded."""
+
+    def batch_kind(self, prompt: str) -> Hashable:
+        """What must be equal within a batch, so that an image does not depend on those that it is generated with."""
+        return None
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the images beside weights, config, sampling and the files of the rows; plain values."""

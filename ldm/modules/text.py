@@ -1,4 +1,4 @@
-"""Text encoders: CLIP's text transformer (SD1.5 and the mini model) and open_clip's (SD2)."""
+"""Text encoders: CLIP's text transformer, of SD1.5, SD2.1 and the mini model."""
 
 import json
 from abc import abstractmethod
@@ -22,11 +22,14 @@ class TextEncoder(nn.Module):
 
     Args:
         frozen: False keeps the parameters trainable and `encode` differentiable.
+        max_pieces: a longer prompt goes on in further pieces, up to so many, whose contexts stand behind one another.
     """
 
-    def __init__(self, frozen: bool = True):
+    def __init__(self, frozen: bool = True, max_pieces: int = 1):
         super().__init__()
-        self.frozen = frozen
+        if max_pieces < 1:
+            raise ValueError(f"text encoder: max_pieces is {max_pieces}. Expected 1 or more.")
+        self.frozen, self.max_pieces = frozen, max_pieces
 
     @property
     @abstractmethod
@@ -37,18 +40,28 @@ class TextEncoder(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids, (B, L) int64, to context, (B, L, D)."""
 
-    def encode(self, prompts: list[str]) -> Tensor:
+    def encode(self, prompts: list[str], pieces: int | None = None) -> Tensor:
         """Encode prompts on the module's device.
 
         Args:
             prompts: B strings; longer ones are truncated, shorter ones padded.
+            pieces: of every prompt; None = what the longest needs, at most max_pieces.
 
         Returns:
-            Context, (B, L, D), in the module's dtype.
+            Context, (B, pieces * L, D), in the module's dtype; each piece is encoded for itself.
         """
-        token_ids = self.tokenizer(prompts).to(next(self.parameters()).device)
+        pieces = pieces or self.count_pieces(prompts)
+        token_ids = self.tokenizer(prompts, pieces).to(next(self.parameters()).device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self(token_ids)
+            return self(token_ids.unflatten(1, (pieces, -1)).flatten(0, 1)).unflatten(0, (-1, pieces)).flatten(1, 2)
+
+    def count_pieces(self, prompts: list[str]) -> int:
+        """Pieces that the longest of the prompts needs, at most max_pieces."""
+        return 1 if self.max_pieces == 1 else min(self.max_pieces, self.tokenizer.count_pieces(prompts))
+
+    def describe_cut(self, prompts: list[str]) -> str:
+        """Say which of the prompts lose what (see PromptTokenizer.describe_cut); empty if none does."""
+        return self.tokenizer.describe_cut(prompts, self.max_pieces)
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Switch the mode; a frozen encoder stays in evaluation mode."""
@@ -79,6 +92,7 @@ class ClipTextEncoder(TextEncoder):
         weights_dir: local folder with model.safetensors or pytorch_model.bin of a CLIPTextModel or CLIPModel; None
             starts from random values, for instance because a checkpoint is loaded later.
         frozen: False trains the encoder.
+        max_pieces: see TextEncoder.
 
     Raises:
         ValueError: if the sizes do not fit each other, or the weights do not fit the sizes.
@@ -100,8 +114,9 @@ class ClipTextEncoder(TextEncoder):
         pad: str | int = "end",
         weights_dir: str | None = None,
         frozen: bool = True,
+        max_pieces: int = 1,
     ):
-        super().__init__(frozen)
+        super().__init__(frozen, max_pieces)
         if width % heads:
             raise ValueError(f"text encoder: width {width} is not divisible by heads {heads}.")
         if activation not in ACTIVATIONS:
@@ -190,85 +205,6 @@ class ClipTextEncoder(TextEncoder):
                 "vocab_size and max_length as in the folder's config.json."
             )
         model.load_state_dict(found)
-
-
-class OpenClipTextEncoder(TextEncoder):
-    """Text side of an open_clip model, for checkpoints of the SD2 kind; names as there, under `model.`.
-
-    Needs the open_clip package; nothing is downloaded. Prompts are cut with CLIP's tokenizer and padded with 0.
-
-    Args:
-        model_name: an architecture that open_clip knows and whose text side is its plain CLIP transformer.
-        weights_file: local weights of the whole model or of its text side (.safetensors, .bin, .pt); None starts from
-            random values, for instance because a checkpoint is loaded later.
-        layer: `penultimate` (SD2: the output of the last block but one) or `last`; the final layer norm follows.
-        max_length: tokens L of a prompt.
-        tokenizer_dir: as in `ClipTextEncoder`.
-        frozen: False trains the encoder.
-
-    Raises:
-        ValueError: if the architecture is unknown or of another kind, or the weights do not fit.
-        FileNotFoundError: if weights_file is missing.
-    """
-
-    def __init__(
-        self,
-        model_name: str = "ViT-H-14",
-        weights_file: str | None = None,
-        layer: str = "penultimate",
-        max_length: int = 77,
-        tokenizer_dir: str | None = None,
-        frozen: bool = True,
-    ):
-        super().__init__(frozen)
-        if layer not in ("penultimate", "last"):
-            raise ValueError(f"text encoder: layer is {layer!r}. Expected 'penultimate' or 'last'.")
-        import open_clip  # seconds of import time, needed by this encoder only
-
-        if model_name not in open_clip.list_models():
-            raise ValueError(f"text encoder: open_clip has no model {model_name!r}. See open_clip.list_models().")
-        self.max_length, self.layer = max_length, layer
-        self._tokenizer_dir = tokenizer_dir
-        self.model = open_clip.create_model(model_name, pretrained=None, load_weights=False)
-        if not hasattr(self.model, "positional_embedding") or not hasattr(self.model.transformer, "resblocks"):
-            raise ValueError(f"text encoder: {model_name} has no plain CLIP text transformer. Choose e.g. ViT-H-14.")
-        del self.model.visual
-        if weights_file is not None:
-            self._load_weights(Path(weights_file).expanduser())
-        self._freeze()
-
-    @cached_property
-    def tokenizer(self) -> PromptTokenizer:
-        """CLIP's tokenizer with 0 as padding."""
-        return load_tokenizer("clip", tokenizer_dir=self._tokenizer_dir, max_length=self.max_length, pad=0)
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Encode token ids.
-
-        Args:
-            token_ids: (B, L) int64, L at most the model's context length.
-
-        Returns:
-            Hidden state of the chosen layer after the final layer norm, (B, L, D).
-        """
-        length = token_ids.shape[1]
-        hidden = self.model.token_embedding(token_ids) + self.model.positional_embedding[:length]  # (B, L, D)
-        mask = self.model.attn_mask[:length, :length].to(hidden)
-        blocks = list(self.model.transformer.resblocks)
-        # Blocks of older releases put the batch second.
-        batch_first = getattr(self.model.transformer, "batch_first", False)
-        hidden = hidden if batch_first else hidden.transpose(0, 1)
-        for block in blocks[:-1] if self.layer == "penultimate" else blocks:
-            hidden = block(hidden, attn_mask=mask)
-        return self.model.ln_final(hidden if batch_first else hidden.transpose(0, 1))
-
-    def _load_weights(self, path: Path) -> None:
-        stored = _read_tensors(path)
-        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("visual.")}
-        try:
-            self.model.load_state_dict(stored)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: does not fit the text encoder. {error}") from error
 
 
 class _ClipTextModel(nn.Module):

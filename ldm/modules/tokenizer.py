@@ -10,6 +10,7 @@ import torch
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 CLIP_VOCAB_SIZE = 49408
+CHUNK = 10_000  # prompts that are looked at together
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL_TOKENS = ((CLIP_START, CLIP_END), ("<start>", "<end>"))
 # Contractions, runs of letters, single digits, runs of other signs; white space only separates.
@@ -20,7 +21,8 @@ class PromptTokenizer:
     """Turns prompts into rows of token ids of one fixed length.
 
     A row is: start token, the prompt's tokens, end token, padding. A prompt that is too long loses its last tokens,
-    never the end token. Text that spells a special token is read as ordinary text.
+    never the end token, or goes on in further pieces of the same form. Text that spells a special token is read as
+    ordinary text.
 
     Args:
         backend: a `tokenizers.Tokenizer`; its post-processing, padding and truncation are not used.
@@ -45,25 +47,58 @@ class PromptTokenizer:
         """Number of rows that an embedding table needs: the largest id + 1."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
+    def __call__(self, prompts: Sequence[str], pieces: int = 1) -> torch.Tensor:
         """Encode prompts.
 
         Args:
             prompts: B strings; an empty string is a valid prompt.
+            pieces: rows a prompt; what does not fit in them is cut, and pieces that it does not reach are empty.
 
         Returns:
-            Token ids, (B, max_length) int64.
+            Token ids, (B, pieces * max_length) int64.
 
         Raises:
             TypeError: if one string is given instead of a list.
         """
+        rows = []
+        for ids in self.split_words(prompts):
+            for start in range(0, pieces * self.room, self.room):
+                row = [self.start_id, *ids[start : start + self.room], self.end_id]
+                rows += row + [self.pad_id] * (self.max_length - len(row))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(prompts), pieces * self.max_length)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that one row holds."""
+        return self.max_length - 2
+
+    def split_words(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, all of them, without start and end; TypeError if one string is given."""
         if isinstance(prompts, str):
             raise TypeError(f"tokenizer: prompts is one string ({prompts[:40]!r}). Expected a list of strings.")
-        rows = []
-        for encoding in self.backend.encode_batch(list(prompts), add_special_tokens=False):
-            row = [self.start_id, *encoding.ids[: self.max_length - 2], self.end_id]
-            rows.append(row + [self.pad_id] * (self.max_length - len(row)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+        return [encoding.ids for encoding in self.backend.encode_batch(list(prompts), add_special_tokens=False)]
+
+    def count_pieces(self, prompts: Sequence[str]) -> int:
+        """Rows that the longest of the prompts needs, at least 1."""
+        return max((-(-len(ids) // self.room) for ids in self.split_words(prompts)), default=1) or 1
+
+    def describe_cut(self, prompts: Sequence[str], pieces: int = 1) -> str:
+        """Say how many prompts are cut, at which limit, and what the longest loses; empty if none is."""
+        limit, count = pieces * self.room, 0
+        ids: list[int] = []
+        prompt = ""
+        for start in range(0, len(prompts), CHUNK):  # the tokens of a million prompts need not fit into memory
+            part = prompts[start : start + CHUNK]
+            for found, text in zip(self.split_words(part), part, strict=True):
+                count += len(found) > limit
+                if len(found) > max(limit, len(ids)):
+                    ids, prompt = found, text
+        if not count:
+            return ""
+        lost = " ".join(self.backend.decode(ids[limit:], skip_special_tokens=False).split())
+        return (f"{count} of {len(prompts)} different prompts are longer than the {limit} tokens that the text "
+                f"encoder reads, and lose their end. The longest has {len(ids)} tokens ({prompt[:40]!r}...) and loses "
+                f"{lost[:120]!r}{'...' if len(lost) > 120 else ''}")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of one row of ids, without the start token and whatever follows the end token."""

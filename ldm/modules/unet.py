@@ -60,6 +60,8 @@ class UNetEncoder(nn.Module):
         channel_mult: width of each level as a whole multiple of model_channels; each further level halves the
             resolution.
         num_heads: attention heads; their width is channels / num_heads.
+        num_head_channels: width of the heads, whose number then is channels / num_head_channels (SD2: 64); None =
+            num_heads counts.
         context_dim: width of the text embedding.
         use_checkpoint: recompute activations in the backward pass to save memory.
         middle_factory: makes the middle transformer block.
@@ -71,17 +73,21 @@ class UNetEncoder(nn.Module):
     def __init__(self, in_channels: int = 4, model_channels: int = 320, num_res_blocks: int = 2,
                  attention_resolutions: Sequence[int] = (4, 2, 1), channel_mult: Sequence[int] = (1, 2, 4, 4),
                  num_heads: int = 8, context_dim: int = 768, use_checkpoint: bool = False,
-                 middle_factory: BlockFactory = plain_block, parts: Parts = STABLE_DIFFUSION) -> None:
+                 middle_factory: BlockFactory = plain_block, parts: Parts = STABLE_DIFFUSION,
+                 num_head_channels: int | None = None) -> None:
         super().__init__()
         if not all(isinstance(multiple, int) and multiple > 0 for multiple in channel_mult):
             raise ValueError(f"U-Net: channel_mult {list(channel_mult)}. Expected whole multiples, 1 or more. "
                              "Give a smaller model_channels: 128 times 1, 2, 4 for 256 times 0.5, 1, 2.")
         widths = [model_channels * multiple for multiple in channel_mult]
-        odd = [w for w in widths if w % num_heads and parts.attention is None]
+        what, divisor = ("num_heads", num_heads) if num_head_channels is None else ("num_head_channels",
+                                                                                    num_head_channels)
+        odd = [w for w in widths if w % divisor and parts.attention is None]
         if odd:
-            raise ValueError(f"U-Net: num_heads={num_heads} does not divide the widths {odd}. Change num_heads.")
+            raise ValueError(f"U-Net: {what}={divisor} does not divide the widths {odd}. Change {what}.")
         self.parts, self.is_joint = parts, True  # False where blocks are compiled, which take tensors only
-        self.in_channels, self.model_channels, self.num_heads = in_channels, model_channels, num_heads
+        self.in_channels, self.model_channels = in_channels, model_channels
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
         self.context_dim, self.use_checkpoint = context_dim, use_checkpoint
         self.downsampling = 2 ** (len(channel_mult) - 1)
         self.embedding_dim = 4 * model_channels
@@ -108,8 +114,13 @@ class UNetEncoder(nn.Module):
         """A transformer at this width, its block made by the factory; or the attention that `parts` has instead."""
         if self.parts.attention is not None:
             return self.parts.attention(channels)
-        block = factory(channels, self.num_heads, channels // self.num_heads, self.context_dim, skip_channels)
-        return SpatialTransformer(channels, block)
+        heads = self.count_heads(channels)
+        return SpatialTransformer(channels, factory(channels, heads, channels // heads, self.context_dim,
+                                                    skip_channels))
+
+    def count_heads(self, channels: int) -> int:
+        """Attention heads at a width."""
+        return channels // self.num_head_channels if self.num_head_channels else self.num_heads
 
     def add_input_block(self, layers: list[nn.Module], width: int) -> None:
         """Append an input block and note the width of its features."""

@@ -7,17 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageDraw
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from ldm.data.transforms import normalize_batch, to_uint8
 from ldm.files import atomic_write
 from ldm.methods.diffusion import evaluating
+from ldm.sheet import Cell, draw_sheet
 from ldm.training.average import averaged_weights
 from ldm.weights.base import describe_bases
 from ldm.weights.checkpoint import save_safetensors
@@ -191,28 +190,8 @@ class ImageGrid(pl.Callback):
         with averaged_weights(trainer, pl_module), evaluating(pl_module), torch.random.fork_rng(), torch.no_grad(), \
                 trainer.precision_plugin.forward_context():
             columns = pl_module.method.preview(batch)
+        images = [to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for images in columns.values()]
+        sheet = draw_sheet([[Cell(image, name) for name, image in zip(columns, row, strict=True)]
+                            for row in zip(*images, strict=True)])  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.folder / f"gs-{step:06d}.png", lambda file: draw_grid(columns).save(file, "PNG"))
-
-
-def draw_grid(columns: dict[str, torch.Tensor], gap: int = 4) -> Image.Image:
-    """Grid of pictures with the names of the columns on top.
-
-    Args:
-        columns: name -> (B, C, H, W) float in [-1, 1]; of more than three bands the first three are drawn.
-        gap: pixels between pictures.
-    """
-    shown = {name: images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-             for name, images in columns.items()}
-    pictures = {name: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for name, images in shown.items()}
-    count, height, width, _ = next(iter(pictures.values())).shape
-    canvas = np.full((14 + count * (height + gap), len(pictures) * (width + gap), 3), 255, np.uint8)
-    for x, images in enumerate(pictures.values()):
-        for y, picture in enumerate(images):
-            top, left = 14 + y * (height + gap), x * (width + gap)
-            canvas[top:top + height, left:left + width] = picture
-    sheet = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(sheet)
-    for x, name in enumerate(pictures):
-        draw.text((x * (width + gap) + 2, 1), name, fill=(0, 0, 0))
-    return sheet
+        atomic_write(self.folder / f"gs-{step:06d}.png", lambda file: sheet.save(file, "PNG"))

@@ -1,5 +1,6 @@
 """Reading and writing checkpoints. No file is ever allowed to run code."""
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from ldm.weights.report import fill
 from ldm.weights.sd35 import adopt
 
 REST = "tisynth"  # folder of a diffusers directory for what diffusers has no place for
-# Attention of the autoencoder: matrices in diffusers, 1x1 convolutions here.
-PROJECTIONS = tuple(f".attn_1.{name}.weight" for name in ("q", "k", "v", "proj_out"))
+# Matrices in some files, 1x1 convolutions here: attention of the autoencoder in diffusers, transformers of SD2.
+PROJECTION = re.compile(r".*(\.attn_1\.(q|k|v|proj_out)|(put_blocks\.\d+|middle_block)\.1\.proj_(in|out))\.weight")
 CLASSES = {"UNet2DConditionModel": "unet", "ControlNetModel": "controlnet", "AutoencoderKL": "vae",
            "CLIPTextModel": "text_encoder"}
 
@@ -81,10 +82,18 @@ def adopt_file(raw: RawFile) -> tuple[RawFile, list[str]]:
 
 
 def rename(raw: RawFile, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """Tensors of a file under our names: our name -> name in the file. Projections become 1x1 convolutions."""
+    """Tensors of a file under our names: our name -> name in the file.
+
+    Projections become 1x1 convolutions, and the joint projection of open_clip's attention falls into its three parts.
+    """
     tensors = {ours: raw.tensors[theirs] for ours, theirs in names.items()}
+    for name, theirs in names.items():
+        if re.search(r"\.attn\.in_proj_(weight|bias)$", theirs):
+            stored, part = tensors[name], "qkv".index(name.split(".")[-2][0])
+            tensors[name] = StoredTensor((stored.shape[0] // 3, *stored.shape[1:]), stored.dtype,
+                                         lambda read=stored.read, part=part: read().chunk(3)[part])
     for name, stored in tensors.items():
-        if len(stored.shape) == 2 and name.endswith(PROJECTIONS):
+        if len(stored.shape) == 2 and PROJECTION.fullmatch(name):
             tensors[name] = StoredTensor(
                 (*stored.shape, 1, 1), stored.dtype, lambda read=stored.read: read()[..., None, None])
     return tensors

@@ -19,7 +19,7 @@ from ldm.weights.report import Placement, fill
 logger = logging.getLogger(__name__)
 
 # Arguments of modules that name files with weights. A checkpoint holds those weights already.
-WEIGHT_ARGUMENTS = ("weights_dir", "weights_file")
+WEIGHT_ARGUMENTS = ("weights_dir",)
 
 
 def read_model_config(checkpoint: str | Path, config_file: str | Path | None = None,

@@ -31,6 +31,43 @@ VAE_LAYERS = {"nin_shortcut": "conv_shortcut", "norm": "group_norm", "q": "to_q"
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+OPEN_CLIP = "cond_stage_model.model."  # SD2's text encoder in files of its authors
+OPEN_CLIP_NAMES = {"token_embedding.weight": "embeddings.token_embedding.weight",
+                   "positional_embedding": "embeddings.position_embedding.weight",
+                   "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias"}
+OPEN_CLIP_LAYERS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+                    "attn.out_proj": "self_attn.out_proj"}
+
+
+def rename_open_clip(names: dict[str, str]) -> str:
+    """Give open_clip's text encoder the names of CLIP's, in place; the last block, which SD2 does not use, goes.
+
+    Args:
+        names: our name -> name in the file. The three parts of a joint projection have the same name in the file.
+    Returns:
+        A note, empty if there is none in the file.
+    """
+    found = {name: key for name, key in names.items() if name.startswith(OPEN_CLIP)}
+    last = largest((name[len(OPEN_CLIP):] for name in found), r"transformer\.resblocks\.(\d+)\.")
+    left_out = 0
+    for name, key in found.items():
+        del names[name]
+        inner = name[len(OPEN_CLIP):]
+        match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", inner)
+        if inner in OPEN_CLIP_NAMES:
+            ours = [OPEN_CLIP_NAMES[inner]]
+        elif match and int(match[1]) < last:
+            layers = [f"self_attn.{part}_proj" for part in "qkv"] if match[2] == "attn.in_proj" else [
+                OPEN_CLIP_LAYERS.get(match[2], match[2])]
+            ours = [f"encoder.layers.{match[1]}.{layer}.{match[3]}" for layer in layers]
+        else:
+            left_out += 1
+            continue
+        for one in ours:
+            add_name(names, f"{TEXT}text_model.{one}", key)
+    return f"set aside {left_out}: the last block and the rest of open_clip that SD2 does not use" if found else ""
+
+
 def to_our_names(keys: Iterable[str], known: Iterable[str] = (),
                  use_ema: bool = False) -> tuple[dict[str, str], list[str]]:
     """Find out what the tensors of a file are called here.
@@ -57,6 +94,7 @@ def to_our_names(keys: Iterable[str], known: Iterable[str] = (),
         for name in found:
             del names[name]
         notes += [f"set aside {len(found)}: {reason}"] if found else []
+    notes += [note] if (note := rename_open_clip(names)) else []
     averaged = {name: names.pop(name) for name in list(names) if name.startswith("model_ema.")}
     names = add_prefixes(names)
     if averaged or use_ema:

@@ -1,44 +1,21 @@
 """Does a faster way of sampling follow the masks as well as the exact one? Paired, with a bootstrap interval."""
 
-from collections.abc import Hashable, Sequence
+import argparse
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-
-def class_areas(prediction: torch.Tensor, mask: torch.Tensor, num_classes: int, ignore_index: int = 255) -> np.ndarray:
-    """Pixels of each class in every image, as needed for its IoU.
-
-    Args:
-        prediction: class ids, (B, H, W) integer.
-        mask: true class ids, (B, H, W) integer; ignore_index where there is none.
-        num_classes: K.
-        ignore_index: marks pixels that do not count.
-
-    Returns:
-        (B, 3, K) float64: right pixels, predicted pixels, true pixels.
-    """
-    mask, prediction = mask.to(prediction.device).long(), prediction.long()
-    counted = mask != ignore_index
-    offset = torch.arange(len(mask), device=mask.device)[:, None, None] * num_classes
-
-    def count(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-        return torch.bincount((ids + offset)[where], minlength=len(mask) * num_classes).reshape(-1, num_classes)
-
-    areas = [count(mask, counted & (prediction == mask)), count(prediction, counted), count(mask, counted)]
-    return torch.stack(areas, dim=1).double().cpu().numpy()
-
-
-def iou_of(areas: np.ndarray) -> np.ndarray:
-    """IoU in percent of summed areas: (..., 3, K) -> (..., K); NaN for a class that no mask has."""
-    right, predicted, true = np.moveaxis(areas, -2, 0)
-    return 100 * np.divide(right, predicted + true - right, out=np.full_like(true, np.nan), where=true > 0)
-
-
-def mean_iou(areas: np.ndarray) -> np.ndarray:
-    """Mean of the IoUs over the classes of the masks, the same ones on both sides of a pair: (..., 3, K) -> (...)."""
-    return np.nanmean(iou_of(areas), axis=-1)
+from ldm.cli import choose_device, markdown_table
+from ldm.data.classes import ClassTable
+from ldm.util import UserError
+from post_processing.evaluation.scores import class_areas, iou_of, mean_iou
+from post_processing.run_index import Sample, plain_arguments, read_run, run_batches
+from post_processing.segmentation import segmentor as segmentors
+from post_processing.segmentation.loading import run_in_parts, stack_batch
+from post_processing.segmentation.segmentor import Segmentor
 
 
 def paired_drops(
@@ -126,3 +103,79 @@ def judge(
     }
     verdicts = {result["verdict"], *(one["verdict"] for one in result["rare"].values())}
     return result | {"gate": next(word for word in ("fail", "open", "pass") if word in verdicts)}
+
+
+def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Judge runs against an exact one, on the same masks and noise; returns results and a table."""
+    samples, exact_run = read_run(args.exact, args.data_root)
+    spec = args.classes or exact_run.get("class_table")
+    table = ClassTable.load(spec) if spec else None
+    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
+    exact = order_pairs(samples)
+    exact_areas = measure_areas(exact.values(), segmentor, args)
+    metric = "paired drop of IoU in points, 95 % bootstrap interval"
+    fingerprint = exact_run.get("settings", {})
+    results: dict[str, Any] = {"measure": "consistency", "metric": metric, "exact": fingerprint, "runs": {}}
+    for folder in args.run:
+        others, run = read_run(folder, args.data_root)
+        check_same_conditions(folder, run, exact_run)
+        other = order_pairs(others)
+        if other.keys() != exact.keys():
+            raise UserError(
+                f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} pictures."
+                " Expected the same rows, copies and seed in both. Finish both runs."
+            )
+        areas = measure_areas(other.values(), segmentor, args)
+        groups = [sample.mask for sample in exact.values()]
+        line = judge(exact_areas, areas, groups, segmentor.class_table.names, args.max_drop, args.rare,
+                     args.max_rare_drop, args.draws, args.seed)  # fmt: skip
+        results["runs"][folder] = line | {"fingerprint": run.get("settings", {})}
+    results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()}),
+                "arguments": plain_arguments(args)}  # fmt: skip
+    return results, consistency_table(results, args)
+
+
+def order_pairs(samples: Sequence[Sample]) -> dict[Any, Sample]:
+    """Samples by what two runs have in common, in one order: mask and name of the picture, which holds its seed."""
+    return {key: sample for key, sample in sorted(((s.mask, s.image.stem), s) for s in samples)}
+
+
+def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any]) -> None:
+    """UserError if a run differs from the exact one in anything but how it sampled."""
+    one, other = exact.get("settings", {}), run.get("settings", {})
+    names = ("checkpoint_sha256", "config_sha256", "inputs_sha256", "dataset", "H", "W", "seed", "fixed_code")
+    different = [name for name in names if one.get(name) != other.get(name)]
+    if different:
+        raise UserError(
+            f"--run: {folder} was painted with another {', '.join(different)} than --exact. Expected other"
+            " sampling settings only. Paint it again."
+        )
+
+
+def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argparse.Namespace) -> np.ndarray:
+    """Areas of right, predicted and true pixels a class of every sample, (N, 3, K); see class_areas."""
+    samples, table = list(samples), segmentor.class_table
+    areas = np.zeros((len(samples), 3, table.num_classes))
+    number_of = {sample.image: number for number, sample in enumerate(samples)}
+    for batch in run_batches(samples, table, args.batch_size, args.num_threads):
+        images, masks = stack_batch(batch, segmentor.device)
+        prediction = torch.cat(run_in_parts(segmentor.predict, images))
+        numbers = [number_of[loaded.pair.image] for loaded in batch]
+        areas[numbers] = class_areas(prediction, masks, table.num_classes, table.ignore_index)
+    return areas
+
+
+def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:
+    """Markdown text of the gate."""
+    rare = list(next(iter(results["runs"].values()))["rare"])
+    rows = []
+    for folder, row in results["runs"].items():
+        drops = [f"{one['drop']:+.2f} ({one['interval'][0]:+.2f} to {one['interval'][1]:+.2f})"
+                 for one in (row, *row["rare"].values())]  # fmt: skip
+        rows.append([Path(folder).name, row["mIoU_exact"], row["mIoU"], *drops, row["gate"]])
+    heads = ["run", "mIoU exact", "mIoU", "drop (95 %)", *(f"drop {name}" for name in rare), "gate"]
+    return markdown_table(heads, rows) + (
+        f"\n{results['pictures']} pictures of {results['masks']} masks. Gate: mIoU loses less than {args.max_drop},"
+        f" each of the {args.rare} rarest classes less than {args.max_rare_drop} points. pass: the whole interval is\n"
+        "below; open: the drop is, the interval is not.\n"
+    )

@@ -1,78 +1,67 @@
 """Distances between sets of images in the features of a network (FID, KID), and how different samples of a mask are.
 
 Features are (N, D) arrays, one row an image; which network they are from decides about the numbers. Only those of the
-Inception network on the same real images may be held against published ones.
+Inception network on the same real images may be held against published ones: see pytorch-fid in docs/evaluation.md.
 """
 
+import argparse
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ldm.cli import choose_device, markdown_table
+from ldm.data.manifest import read_manifest
+from ldm.modules.perceptual import PerceptualLoss
+from ldm.util import UserError
+from post_processing.run_index import plain_arguments, read_run
+from post_processing.segmentation import segmentor as segmentors
 from post_processing.segmentation.backbone import find_imagenet_weights, load_imagenet_backbone
+from post_processing.segmentation.loading import image_batches
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg
+
+Extract = Callable[[torch.Tensor], torch.Tensor]
 
 # Of ImageNet's pixels 0..255 by channel, RGB, as torchvision's weights were trained.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_DEVIATION = (58.395, 57.12, 57.375)
 
 
-def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
-    """Distance of the Gaussians that have the means and covariances of two sets of features.
+class Given(torch.nn.Identity):
+    """Stands for a network where features are given."""
 
-    The trace of the root of the product of both covariances is the sum of the singular values of A B^T, when they are
-    A^T A and B^T B; so no root of a matrix, which is inexact for singular ones, has to be taken.
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
+    """FID: distance of the Gaussians that have the means and covariances of two sets of features.
 
     Args:
         features, other: (N, D) and (M, D), N and M at least 2. With fewer rows than columns the distance is still
             defined, but far above that of large sets.
-
-    Returns:
-        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), 0 or more.
-
     Raises:
         ValueError: for sets of fewer than two rows.
-    Source: Heusel et al. 2017, Eq. 6.
+    Source: Heusel et al. 2017, Eq. 6, as torchmetrics computes it.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     if min(len(features), len(other)) < 2:
         raise ValueError(f"FID: sets of {len(features)} and {len(other)} images. Expected two or more in each.")
-
-    def factor(rows: np.ndarray) -> np.ndarray:
-        centred = (rows - rows.mean(axis=0)) / np.sqrt(len(rows) - 1)
-        return np.linalg.qr(centred, mode="r") if len(rows) > rows.shape[1] else centred
-
-    features, other = features.astype(np.float64), other.astype(np.float64)
-    one, two = factor(features), factor(other)
-    root = np.linalg.svd(one @ two.T, compute_uv=False).sum()
-    means = np.square(features.mean(axis=0) - other.mean(axis=0)).sum()
-    return float(max(means + np.square(one).sum() + np.square(two).sum() - 2 * root, 0.0))
-
-
-def squared_discrepancy(features: np.ndarray, other: np.ndarray) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy with the kernel (x y / D + 1)^3; may be below 0.
-
-    Args:
-        features, other: (N, D) and (M, D).
-    Source: Gretton et al. 2012, Eq. 3; Binkowski et al. 2018.
-    """
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_of_pairs(rows: np.ndarray) -> float:
-        values = kernel(rows, rows)
-        return (values.sum() - np.trace(values)) / (len(rows) * (len(rows) - 1))
-
-    features, other = features.astype(np.float64), other.astype(np.float64)
-    return float(mean_of_pairs(features) + mean_of_pairs(other) - 2 * kernel(features, other).mean())
+    metric = FrechetInceptionDistance(feature=Given(features.shape[1])).set_dtype(torch.float64)
+    metric.update(torch.from_numpy(features), real=True)
+    metric.update(torch.from_numpy(other), real=False)
+    return max(float(metric.compute()), 0.0)
 
 
 def kernel_distance(
     features: np.ndarray, other: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation of squared_discrepancy over random subsets of both sets.
+    """KID: mean and standard deviation of the unbiased squared maximum mean discrepancy over random subsets.
 
     Args:
         features, other: (N, D) and (M, D).
@@ -80,20 +69,23 @@ def kernel_distance(
         subset_size: rows drawn from each set without replacement; at most half of the smaller set, for draws of all
             of its rows would have no spread.
         seed: seed of the draws.
-
     Raises:
         ValueError: for sets of fewer than two rows.
+    Source: Binkowski et al. 2018, as torchmetrics computes it.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     smaller = min(len(features), len(other))
     if smaller < 2:
         raise ValueError(f"KID: a set of {smaller} images. Expected two or more.")
     size = min(subset_size, max(smaller // 2, 2))
-    rng = np.random.default_rng(seed)
-    values = [
-        squared_discrepancy(*(rows[rng.choice(len(rows), size, replace=False)] for rows in (features, other)))
-        for _ in range(subsets)
-    ]
-    return float(np.mean(values)), float(np.std(values))
+    metric = KernelInceptionDistance(feature=Given(features.shape[1]), subsets=subsets, subset_size=size)
+    metric.update(torch.from_numpy(features.astype(np.float64)), real=True)
+    metric.update(torch.from_numpy(other.astype(np.float64)), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
 
 
 def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **draws: int) -> dict[str, Any]:
@@ -200,3 +192,101 @@ def mean_pair_distances(
             values = [distance(images[a : a + 1], images[b : b + 1]).item() for a, b in pairs]
             means[group] = float(np.mean(values))
     return means
+
+
+def read_images(paths: Sequence[Path]) -> torch.Tensor:
+    """Images of one size, (B, 3, H, W) uint8 RGB, in the order of the files."""
+    found = {path: image for batch, images in image_batches(paths, len(paths), 4)
+             for path, image in zip(batch, images, strict=True)}  # fmt: skip
+    return torch.stack([found[path] for path in paths])
+
+
+def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
+    """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
+    device = choose_device(args.device)
+    if args.segmentor:
+
+        segmentor = segmentors.load_segmentor(*args.segmentor, device=device)
+        return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
+    if not args.vgg:
+
+        mobilenet = load_mobilenet().to(device)
+        return "MobileNetV2 (320)", lambda images: mobilenet_features(mobilenet, images.to(device))
+
+    vgg = PerceptualLoss(args.vgg).to(device)
+    return "VGG16 relu5_3 (512)", torch.no_grad()(
+        lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3))
+    )
+
+
+def read_features(
+    paths: Sequence[Path], extract: Extract, args: argparse.Namespace
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Features of image files, (N, D) float32, in the order of the files, and the (height, width) that occur."""
+    found, sizes = {}, set()
+    for batch, images in image_batches(paths, args.batch_size, args.num_threads):
+        found.update(zip(batch, extract(images).float().cpu().numpy(), strict=True))
+        sizes.add(tuple(images.shape[-2:]))
+    return np.stack([found[path] for path in paths]), sorted(sizes)
+
+
+def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """FID and KID of a run to real images; returns results and a table."""
+    samples, run = read_run(args.run, args.data_root)
+    rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
+    name, extract = load_extractor(args)
+    real, real_sizes = read_features(sorted({row.image for row in rows}), extract, args)
+    synthesized, sizes = read_features([sample.image for sample in samples], extract, args)
+    results = compare_sets(real, synthesized, args.seed, subsets=args.subsets, subset_size=args.subset_size)
+    note = "These are not the published FID and KID: another network. Compare them with each other only."
+    results = {"measure": "distribution", "features": name, "columns": real.shape[1], "note": note, **results,
+               "sizes": {"real": real_sizes, "synthesized": sizes},
+               "arguments": plain_arguments(args),
+               "checkpoint": run.get("settings", {})}  # fmt: skip
+    return results, distribution_table(results)
+
+
+def distribution_table(results: dict[str, Any]) -> str:
+    """Markdown text of distribution."""
+    rows = [
+        (label, f"{row['images'][0]}, {row['images'][1]}", f"{row['fid']:.3f}",
+         f"{1000 * row['kid']:.3f} ({1000 * row['kid_sd']:.3f})")
+        for label, row in (("real, synthesized", results["all"]),
+                           ("part of the real, as many synthesized", results["same_size"]),
+                           ("part of the real, as many other real (floor)", results["floor"]))
+    ]  # fmt: skip
+    table = markdown_table(["sets", "images", "FID", "KID x 1000 (sd of subsets)"], rows)
+    text = f"{table}\nFeatures: {results['features']}. {results['note']}\n"
+    smallest = min(results["all"]["images"])
+    if smallest < results["columns"]:
+        text += f"FID of {smallest} images in {results['columns']} features is far above that of large sets: use KID.\n"
+    if results["sizes"]["real"] != results["sizes"]["synthesized"]:
+        text += f"Sizes differ ({results['sizes']}): part of the distance is that of resolution.\n"
+    return text
+
+
+def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Mean LPIPS between samples painted from the same mask and reference; returns results and a table."""
+    samples, run = read_run(args.run, args.data_root)
+    device = choose_device(args.device)
+    lpips = PerceptualLoss(args.vgg).to(device)
+    groups: dict[Any, list[int]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault((sample.mask, sample.reference, sample.size), []).append(number)
+    with torch.no_grad():
+        means = list(mean_pair_distances(
+            groups, lambda numbers: read_images([samples[number].image for number in numbers]).to(device) / 127.5 - 1,
+            lpips,
+        ).values())  # fmt: skip
+    if not means:
+        raise UserError(f"--run {args.run}: one sample a mask and reference. Expected two or more. Paint with "
+                        "--num_per_mask 4.")  # fmt: skip
+    pairs = sum(len(one) * (len(one) - 1) // 2 for one in groups.values())
+    error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+    results = {"measure": "diversity", "metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
+               "standard_error": error, "groups": len(means), "pairs": pairs,
+               "arguments": plain_arguments(args),
+               "checkpoint": run.get("settings", {})}  # fmt: skip
+    plus = "" if error is None else f" ± {error:.4f} (standard error over masks)"
+    return results, (f"LPIPS diversity {results['lpips']:.4f}{plus}: {pairs} pairs of samples of {len(means)} masks "
+                     "with one reference each. 0 = all samples are the same; VGG16, not AlexNet.\n")  # fmt: skip

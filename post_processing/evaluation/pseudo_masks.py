@@ -6,11 +6,20 @@ import torch
 from post_processing.segmentation.segmentor import Segmentor
 
 IGNORE_INDEX = 255
+STRIDE = 32  # the coarsest grid of the usual backbones, pixels
 
 
 def class_probabilities(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
-    """Probability of every class in every pixel: (B, 3, H, W) uint8 RGB -> (B, K, H, W) float32."""
-    logits = segmentor.logits(images)
+    """Probability of every class in every pixel: (B, 3, H, W) uint8 RGB -> (B, K, H, W) float32.
+
+    Sides that STRIDE does not divide are filled up with the last row or column. mmseg would stretch the coarse scores
+    over them instead, so that an image and a part of it were predicted on different grids.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = (torch.arange(-(-side // STRIDE) * STRIDE).clamp(max=side - 1) for side in (height, width))
+    if len(rows) > height or len(columns) > width:
+        images = images[:, :, rows][:, :, :, columns]
+    logits = segmentor.logits(images)[:, :, :height, :width]
     if logits.shape[1] == 1:  # a sigmoid head with one channel: the probability of class 1
         probability = logits.sigmoid()
         return torch.cat([1 - probability, probability], dim=1)

@@ -1,18 +1,57 @@
 """How well synthesized images follow their masks and their references, as numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-MAX_PIXELS = 2**24  # mmseg counts in float32, which is exact up to here
+from ldm.data.images import Pair
+from ldm.util import UserError
+from post_processing.segmentation.loading import load_batches, run_in_parts, stack_batch
+from post_processing.segmentation.segmentor import Segmentor
+
 SRGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
 WHITE_D65 = (0.95047, 1.0, 1.08883)
 
 
+def class_areas(prediction: torch.Tensor, mask: torch.Tensor, num_classes: int, ignore_index: int = 255) -> np.ndarray:
+    """Pixels of each class in every image, as needed for its IoU.
+
+    Args:
+        prediction: class ids, (B, H, W) integer.
+        mask: true class ids, (B, H, W) integer; ignore_index where there is none.
+        num_classes: K.
+        ignore_index: marks pixels that do not count.
+
+    Returns:
+        (B, 3, K) float64: right pixels, predicted pixels, true pixels.
+    """
+    mask, prediction = mask.to(prediction.device).long(), prediction.long()
+    counted = mask != ignore_index
+    offset = torch.arange(len(mask), device=mask.device)[:, None, None] * num_classes
+
+    def count(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        return torch.bincount((ids + offset)[where], minlength=len(mask) * num_classes).reshape(-1, num_classes)
+
+    areas = [count(mask, counted & (prediction == mask)), count(prediction, counted), count(mask, counted)]
+    return torch.stack(areas, dim=1).double().cpu().numpy()
+
+
+def iou_of(areas: np.ndarray) -> np.ndarray:
+    """IoU in percent of summed areas: (..., 3, K) -> (..., K); NaN for a class that no mask has."""
+    right, predicted, true = np.moveaxis(areas, -2, 0)
+    return 100 * np.divide(right, predicted + true - right, out=np.full_like(true, np.nan), where=true > 0)
+
+
+def mean_iou(areas: np.ndarray) -> np.ndarray:
+    """Mean of the IoUs over the classes of the masks, the same ones on both sides of a pair: (..., 3, K) -> (...)."""
+    return np.nanmean(iou_of(areas), axis=-1)
+
+
 class SegmentationScore:
-    """mmseg's IoUMetric over batches, kept in double precision.
+    """IoU, accuracy and their means over batches, as mmseg's IoUMetric takes them.
 
     Example: `score.add(prediction, mask)` for every batch, then `score.result()`.
     """
@@ -21,7 +60,7 @@ class SegmentationScore:
         """Start with nothing counted."""
         self.class_names = list(class_names)
         self.ignore_index = ignore_index
-        self.areas = [torch.zeros(len(self.class_names), dtype=torch.float64) for _ in range(4)]
+        self.areas = np.zeros((3, len(self.class_names)))
 
     def add(self, prediction: torch.Tensor, mask: torch.Tensor) -> None:
         """Count a batch.
@@ -32,16 +71,11 @@ class SegmentationScore:
         Raises:
             ValueError: if the shapes differ.
         """
-        from mmseg.evaluation.metrics import IoUMetric
-
         if prediction.shape != mask.shape:
             raise ValueError(
                 f"score: prediction {tuple(prediction.shape)}, mask {tuple(mask.shape)}. Expected equal shapes."
             )
-        step = max(1, MAX_PIXELS // max(1, prediction[0].numel()))
-        for part, truth in zip(prediction.split(step), mask.to(prediction.device).split(step), strict=True):
-            areas = IoUMetric.intersect_and_union(part, truth, len(self.class_names), self.ignore_index)
-            self.areas = [total + area.double() for total, area in zip(self.areas, areas, strict=True)]
+        self.areas += class_areas(prediction, mask, len(self.class_names), self.ignore_index).sum(axis=0)
 
     def result(self) -> dict[str, Any]:
         """All numbers in percent.
@@ -53,25 +87,51 @@ class SegmentationScore:
         Raises:
             ValueError: if no pixel was counted.
         """
-        from mmseg.evaluation.metrics import IoUMetric
-
-        if not self.areas[3].sum():
+        right, predicted, true = self.areas
+        if not true.sum():
             raise ValueError("score: no pixel has a class (all are ignored, or nothing was given). Check the masks.")
-        metrics = IoUMetric.total_area_to_metrics(*self.areas, metrics=["mIoU"])
+        shares = {
+            key: np.divide(100 * right, whole, out=np.full_like(right, np.nan), where=whole > 0)
+            for key, whole in (("IoU", predicted + true - right), ("Acc", true))
+        }
         per_class = {
-            key: {
-                name: None if np.isnan(value) else round(float(value) * 100, 2)
-                for name, value in zip(self.class_names, metrics[key], strict=True)
-            }
-            for key in ("IoU", "Acc")
-        }
+            key: {name: None if np.isnan(value) else round(float(value), 2)
+                  for name, value in zip(self.class_names, values, strict=True)}
+            for key, values in shares.items()
+        }  # fmt: skip
         return {
-            "aAcc": round(float(metrics["aAcc"]) * 100, 2),
-            "mIoU": round(float(np.nanmean(metrics["IoU"])) * 100, 2),
-            "mAcc": round(float(np.nanmean(metrics["Acc"])) * 100, 2),
+            "aAcc": round(float(100 * right.sum() / true.sum()), 2),
+            **{f"m{key}": round(float(np.nanmean(values)), 2) for key, values in shares.items()},
             **per_class,
-            "pixels": int(self.areas[3].sum()),
+            "pixels": int(true.sum()),
         }
+
+
+def score_pairs(
+    segmentor: Segmentor, pairs: Iterable[tuple[Path, Path]], batch_size: int, workers: int
+) -> dict[str, Any]:
+    """Score a segmentor on real (image, mask) files, masks brought to the size of their images.
+
+    Args:
+        segmentor: the segmentor.
+        pairs: the files; masks are read with the segmentor's class table.
+        batch_size: images at once.
+        workers: threads that read.
+    Returns:
+        See SegmentationScore.result.
+    Raises:
+        UserError: naming pairs that cannot be read.
+    """
+    table, problems = segmentor.class_table, []
+    score = SegmentationScore(table.names, table.ignore_index)
+    items = [Pair(image, mask) for image, mask in dict.fromkeys(pairs)]
+    for batch in load_batches(items, table, batch_size, workers, lambda _, error: problems.append(str(error)),
+                              is_resized=True):  # fmt: skip
+        images, masks = stack_batch(batch, segmentor.device)
+        score.add(torch.cat(run_in_parts(segmentor.predict, images)), masks)
+    if problems:
+        raise UserError(f"{len(problems)} of {len(items)} real pairs cannot be used: {'; '.join(problems[:5])}")
+    return score.result()
 
 
 def derange(groups: Sequence[Any], seed: int) -> list[int]:
@@ -127,6 +187,18 @@ def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
         ratio > (6 / 29) ** 3, ratio.clamp(min=1e-9) ** (1 / 3), ratio * (29 / 6) ** 2 / 3 + 4 / 29
     ).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def lab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
+    """The way back of rgb_to_lab: (B, 3, H, W) float32 -> uint8, clipped to what sRGB has."""
+    level = (lab[:, 0] + 16) / 116
+    ratio = torch.stack([level + lab[:, 1] / 500, level, level - lab[:, 2] / 200], dim=1)
+    ratio = torch.where(ratio > 6 / 29, ratio**3, (ratio - 4 / 29) * 3 * (6 / 29) ** 2)
+    matrix = torch.linalg.inv(torch.tensor(SRGB_TO_XYZ, dtype=torch.float64)).float().to(lab.device)
+    white = torch.tensor(WHITE_D65, device=lab.device).view(1, 3, 1, 1)
+    linear = torch.einsum("ij,bjhw->bihw", matrix, ratio * white).clamp(0, 1)
+    value = torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return (value * 255).round().to(torch.uint8)
 
 
 def colour_statistics(images: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from post_processing.gain.recolour import write_recoloured_set
 from post_processing.gain.sets import (
+    link_references,
     write_masks,
     write_random_drop,
     write_real_set,
@@ -27,9 +29,10 @@ class Arm:
     Attributes:
         name: on the command line and as a folder.
         label: in tables and figures.
-        data: flags of train_segmentor.py; {real}, {painted}, {unfiltered}, {resampled} stand for the manifests of the
-            real pairs, of the masks to generate from, and of the synthesized pairs before and after filter and
-            resample, {synthetic_ratio} for the flag's value.
+        data: flags of train_segmentor.py; {real}, {painted}, {recoloured}, {unfiltered}, {resampled} stand for the
+            manifests of the real pairs, of the masks to generate from, of their images in the colours of references,
+            and of the synthesized pairs before and after filter and resample, {targets} for unlabelled images,
+            {synthetic_ratio} and {noise_matrix} for the flags' values.
         needs: stages that must be finished before, besides `sets`.
         first: flags for the first half of the steps, if that is a training of its own; the second half goes on from
             its weights.
@@ -55,6 +58,8 @@ ARMS = {arm.name: arm for arm in (
         ("resample",)),
     Arm("unfiltered", "real + synthesized, neither filtered nor resampled", UNFILTERED, ("unfiltered",)),
     Arm("dlc", "real + unfiltered, noise corrected", (*UNFILTERED, *CORRECTED), ("unfiltered",)),
+    Arm("dlc_audit", "real + unfiltered, noise corrected as audited",
+        (*UNFILTERED, "--noise_matrix", "{noise_matrix}"), ("unfiltered",)),
     Arm("smooth", "real + unfiltered, labels smoothed", (*UNFILTERED, "--label_smoothing", "0.1"), ("unfiltered",)),
     Arm("random_drop", "real + unfiltered, random pixels dropped",
         (*REAL, "--synthetic_txt_file", "{random_drop}", *RATIO), ("random_drop",)),
@@ -68,6 +73,8 @@ ARMS = {arm.name: arm for arm in (
     Arm("cutmix", "real, with CutMix", (*REAL, "--augment", "cutmix")),
     Arm("mixed", "real + the mixtures themselves, not painted", (*REAL, "--synthetic_txt_file", "{painted}", *RATIO),
         ("masks",)),
+    Arm("recolour", "real + the images of the masks in the colours of the references, no generator",
+        (*REAL, "--synthetic_txt_file", "{recoloured}", *RATIO), ("recolour",)),
     Arm("pretrain", "half the steps on synthesized, then half on real", REAL, ("resample",),
         first=("--synthetic_txt_file", "{resampled}")),
 )}  # fmt: skip
@@ -89,14 +96,17 @@ class Plan:
         self.root = str(root)
         self.real = args.real_txt_file or str(root / "train_set_items.json")
         self.test = os.path.abspath(args.test_txt_file or root / "test_set_items.json")
+        if args.held_out:  # the test tiles are not looked at
+            self.test = str(self.outdir / "sets/held_out.json")
         self.val = args.val_txt_file and os.path.abspath(args.val_txt_file)
         is_file = Path(args.class_table).is_file()
         self.table = os.path.abspath(args.class_table) if is_file else args.class_table
         self.config = os.path.abspath(args.config if Path(args.config).is_file() else ROOT / args.config)
         self.paint_root = str(self.outdir / "masks") if args.mix_masks else self.root
-        self.has_references = bool(args.references) or args.real_fraction < 1
+        self.has_references = bool(args.references or args.held_out) or args.real_fraction < 1
         self.manifests = {
             "real": str(self.outdir / "sets/real.json"),
+            "recoloured": str(self.outdir / "recolour/train_set_items.json"),
             "painted": str(self.outdir / "masks/synthesis.json"),
             "unfiltered": str(self.outdir / "unfiltered/train_set_items.json"),
             "resampled": str(self.outdir / "resample/set/train_set_items.json"),
@@ -105,6 +115,8 @@ class Plan:
             "targets": str(self.outdir / "targets/targets.json"),
         }
         self.first = f"real/seed_{args.seeds[0]}"  # its segmentor filters
+        # On the tiles that it was trained on its losses are low, and the filter too strict.
+        self.folds = args.hardness_folds if args.hardness_folds is not None else 0 if self.val else 3
 
     def stages(self) -> list[Stage]:
         """All stages that the arms need, each after what it needs."""
@@ -136,8 +148,8 @@ class Plan:
         rectify = (args.python_seg, "-W", "ignore", *(rectified_run if part == run else part for part in generate[1:]),
                    "--guide", *base, *shlex.split(args.rectify_args))  # fmt: skip
         filter_command = (
-            args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *base, "--run", run, "--real_txt_file",
-            self.manifests["real"], "--data_root", self.root, "--filtered-mask-path", masks, "--classes", self.table,
+            args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *base, "--run", run, *self.judged(),
+            "--data_root", self.root, "--filtered-mask-path", masks, "--classes", self.table,
             *shlex.split(args.filter_args),
         )  # fmt: skip
         resample_command = (
@@ -147,13 +159,23 @@ class Plan:
         # Which classes are poor must not be read off the test tiles.
         score = self.scoring(base, self.val or self.manifests["real"], iou)
         keys = ("references", "num_masks", "balance", "num_per_mask", "mix_masks")
+        predict = (args.python_seg, "-W", "ignore", "scripts/predict_masks.py", "--segmentor", *base, "--images",
+                   str(self.outdir / "shares/images"), "--outdir", str(self.outdir / "shares"))  # fmt: skip
+        # Older folders do not have these.
+        new = {key: value for key, value in (("held_out", args.held_out), ("scene_regex", args.scene_regex),
+                                             ("folds", self.folds)) if value}  # fmt: skip
+        folds = [self.fold(number) for number in range(self.folds)]
         return [
-            Stage("sets", action=lambda: write_real_set(self), inputs=(self.real,),
-                  settings={key: getattr(args, key) for key in ("real_fraction", "class_table")}),
-            Stage("masks", (), ("sets",), tuple(given), action=lambda: write_masks(self),
-                  settings={key: getattr(args, key) for key in keys}),
+            Stage("sets", action=lambda: write_real_set(self), inputs=(self.real,), settings=new | {
+                key: getattr(args, key) for key in ("real_fraction", "class_table")}),
+            Stage("shares", (predict,), ("sets", self.first), tuple(given), action=lambda: link_references(self),
+                  settings={"references": args.references}),
+            Stage("masks", (), ("sets", *(("shares",) if args.match_shares else ())), tuple(given),
+                  action=lambda: write_masks(self), settings={key: getattr(args, key) for key in keys}),
+            Stage("recolour", needs=("masks",), action=lambda: write_recoloured_set(self)),
             Stage("synthesis", (generate,), ("masks",), (args.ckpt,), is_sharded=True),
-            Stage("filter", (filter_command,), ("synthesis", self.first)),
+            *folds,
+            Stage("filter", (filter_command,), ("synthesis", self.first, *(fold.name for fold in folds))),
             Stage("resample", (score, resample_command), ("filter",)),
             Stage("rectified_synthesis", (rectify,), ("masks", self.first), (args.ckpt,), is_sharded=True),
             Stage("rectified", needs=("rectified_synthesis",), action=lambda: write_rectified(self)),
@@ -162,6 +184,32 @@ class Plan:
             Stage("targets", (), ("sets",), tuple(given), action=lambda: write_targets(self),
                   settings={"references": args.references}),
         ]  # fmt: skip
+
+    def judged(self) -> list[str]:
+        """Flags of the filter: real pairs, not trained on if there are any, whose losses make its class means."""
+        if self.folds:
+            parts = [[str(self.outdir / self.fold(number).name / name) for name in ("config.json", "segmentor.pth")]
+                     for number in range(self.folds)]
+            return [word for number, part in enumerate(parts)
+                    for word in ("--fold", *part, str(self.outdir / f"sets/fold_{number}.json"))]
+        if self.val and self.args.hardness_folds is None:
+            return ["--hardness_txt_file", self.val]
+        return ["--real_txt_file", self.manifests["real"]]
+
+    def fold(self, number: int) -> Stage:
+        """Training on all real pairs but those of a fold."""
+        name = f"fold_{number}"
+        command = self.train(self.outdir / name, self.args.steps, self.args.seeds[0],
+                             ["--train_txt_file", str(self.outdir / f"sets/not_{name}.json")])
+        return Stage(name, (command,), ("sets",), (self.config,))
+
+    def train(self, folder: Path, steps: int, seed: int, flags: Sequence[str]) -> tuple[str, ...]:
+        """Command that trains a segmentor."""
+        args = self.args
+        return (args.python_seg, "-W", "ignore", "scripts/train_segmentor.py", "--config", self.config, "--class_table",
+                self.table, "--data_root", self.root, *flags, "--work_dir", str(folder), "--max_steps", str(steps),
+                "--batch_size", str(args.batch_size), "--seed", str(seed), "--resume",
+                *shlex.split(args.train_args))  # fmt: skip
 
     def scoring(self, segmentor: Sequence[str], manifest: str, outdir: str) -> tuple[str, ...]:
         """Command that scores a segmentor on real pairs."""
@@ -176,17 +224,16 @@ class Plan:
         halves = [(folder / "first_half", half, arm.first)] if half else []
         start = ("--init_from", str(folder / "first_half/segmentor.pth")) if half else ()
         validate = ["--val_txt_file", self.val, "--val_interval", str(max(1, args.steps // 4))] if self.val else []
-        values = {**self.manifests, "synthetic_ratio": args.synthetic_ratio}
+        audited = args.noise_matrix and os.path.abspath(args.noise_matrix)
+        values = {**self.manifests, "synthetic_ratio": args.synthetic_ratio, "noise_matrix": audited}
         commands = [
-            (args.python_seg, "-W", "ignore", "scripts/train_segmentor.py", "--config", self.config, "--class_table",
-             self.table, "--data_root", self.root, *(flag.format(**values) for flag in data), *extra, *validate,
-             "--work_dir", str(place), "--max_steps", str(steps), "--batch_size", str(args.batch_size), "--seed",
-             str(seed), "--resume", *shlex.split(args.train_args))
+            self.train(place, steps, seed, [*(flag.format(**values) for flag in data), *extra, *validate])
             for place, steps, data, extra in [*((*it, ()) for it in halves),
                                               (folder, args.steps - half, arm.data, start)]
         ]  # fmt: skip
         segmentor = [str(folder / part) for part in ("config.json", "segmentor.pth")]
         commands.append(self.scoring(segmentor, self.test, str(folder / "test")))
-        inputs = [self.config, self.test] + ([self.val] if self.val else [])
+        inputs = [self.config, *([] if args.held_out else [self.test]), *([self.val] if self.val else [])]
         inputs += [self.table] if Path(self.table).is_file() else []
+        inputs += [audited] if "{noise_matrix}" in arm.data else []
         return Stage(name, tuple(commands), ("sets", *arm.needs), tuple(inputs))

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from ldm.cli import markdown_table
+from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import read_image
 from ldm.files import atomic_write, write_json
+from ldm.sheet import Cell, draw_sheet
 from post_processing.gain.plan import LABELS, Plan
 from post_processing.run_index import read_mask_at, read_run
 
@@ -38,8 +40,10 @@ def write_report(plan: Plan) -> str:
     atomic_write(plan.outdir / "table.md", table)
     tiles = scores["real"][args.seeds[0]]["images"]
     real, resampled = plan.manifests["real"], plan.manifests["resampled"]
+    scored = (f"Scored on {tiles} tiles of held-out training scenes, to choose settings: no test tile was looked at."
+              if args.held_out else f"Test tiles, unseen: {tiles}.")
     facts = [
-        f"Real pairs: {count_lines(real)} ({args.real_fraction:.0%} of the set). Test tiles, unseen: {tiles}."
+        f"Real pairs: {count_lines(real)} ({args.real_fraction:.0%} of the set). {scored}"
         " Scores: mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
         f" {', '.join(map(str, args.seeds))}; gains are paired by seed.",
         f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized pictures for each"
@@ -102,12 +106,12 @@ def make_table(summary: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """Markdown table of a summary: an arm a row, `mean ± SD`."""
     classes = list(next(iter(summary.values()))["IoU"])
     heads = ["trained on", "seeds", *MEASURES, "gain in mIoU", *(f"IoU {name}" for name in classes)]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for arm, row in summary.items():
         values = [*(row[key] for key in MEASURES), row["gain"], *(row["IoU"][name] for name in classes)]
         cells = [show(value, is_signed=place == len(MEASURES)) for place, value in enumerate(values)]
-        lines.append(f"| {labels[arm]} | {len(row['seeds'])} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([labels[arm], len(row["seeds"]), *cells])
+    return markdown_table(heads, rows)
 
 
 def show(value: tuple[float, float | None] | None, is_signed: bool = False) -> str:
@@ -158,23 +162,17 @@ def draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, l
 
 
 def draw_examples(run_folder: Path, filtered: Path, count: int, class_table: ClassTable) -> Image.Image:
-    """A sheet of samples, one a row: mask, reference, picture, filtered mask (dropped pixels in the ignore colour)."""
+    """A sheet of samples, one a row: mask, reference, image, filtered mask (dropped pixels in the ignore colour)."""
     samples, run = read_run(run_folder)
     table = ClassTable.load(run["class_table"]) if run.get("class_table") else class_table
-    chosen = [samples[int(place)] for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))]
     rows = []
-    for sample in chosen:
-        height, width = sample.size
-        mask = read_mask_at(sample.mask, table, sample.size)
-        kept = read_mask(filtered / f"{sample.image.stem}.png", table)
-        reference = np.zeros((height, width, 3), np.uint8)
-        if sample.reference:
-            reference = np.asarray(Image.fromarray(read_image(sample.reference)).resize((width, height)))
-        parts = [table.colourise(mask), reference, read_image(sample.image), table.colourise(kept)]
-        rows.append(np.pad(np.concatenate(parts, axis=1), ((0, 4), (0, 0), (0, 0)), constant_values=255))
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=IGNORE_INDEX) for row in rows]
-    return Image.fromarray(np.concatenate(rows))
+    for sample in (samples[int(place)] for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))):
+        mask = table.colourise(read_mask_at(sample.mask, table, sample.size))
+        kept = table.colourise(read_mask(filtered / f"{sample.image.stem}.png", table))
+        reference = read_image(sample.reference, None) if sample.reference else None
+        rows.append([Cell(mask, sample.mask.stem, is_mask=True), Cell(reference, "reference"),
+                     Cell(read_image(sample.image, None), "synthesized"), Cell(kept, "filtered", is_mask=True)])
+    return draw_sheet(rows)
 
 
 def make_page(table: str, facts: Sequence[str], drawings: Sequence[str], examples: Image.Image | None) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
 from post_processing.segmentation.dataset import class_weights
-from post_processing.segmentation.loading import Item, load_item
+from post_processing.segmentation.loading import load_pair
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
 
@@ -33,36 +34,107 @@ SPLIT_SEED = 23
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
 
 
-def split_real(manifest: str, root: str, table: ClassTable, fraction: float) -> tuple[list[Row], list[Row]]:
-    """Real pairs that keep their labels, and those that do not, in whole pictures; each pair once."""
-    rows = read_manifest(manifest, root, need=("image",), table=table)
+def split_real(plan: "Plan") -> tuple[list[Row], list[Row], list[Row]]:
+    """Real pairs that keep their labels, those that do not, and those that are held out; each pair once.
+
+    All three in whole groups: what the names have in common before the offsets of their tiles, or what --scene_regex
+    finds in them.
+    """
+    args = plan.args
+    rows = read_manifest(plan.real, plan.root, need=("image",), table=ClassTable.load(plan.table))
     rows = list({(row.image, row.mask): row for row in rows}.values())  # rows may differ in the reference only
+    rest, held_out = split_groups(rows, 1 - args.held_out, args.scene_regex, 3)
+    real, others = split_groups(rest, args.real_fraction, None, 0)
+    return real, others, held_out
+
+
+def split_groups(rows: Sequence[Row], fraction: float, pattern: str | None, draw: int) -> tuple[list[Row], list[Row]]:
+    """A share of the rows in whole groups, and the others; `draw` numbers the random draw."""
     if fraction == 1:
-        return rows, []
-    tiles = [SimpleNamespace(group=TILE_OFFSET.sub("", Path(row.mask_name).stem)) for row in rows]
-    groups = choose_groups(tiles, fraction, np.random.default_rng([SPLIT_SEED, 0]))
-    is_labelled = [tile.group in groups for tile in tiles]
-    return ([row for row, is_kept in zip(rows, is_labelled, strict=True) if is_kept],
-            [row for row, is_kept in zip(rows, is_labelled, strict=True) if not is_kept])  # fmt: skip
+        return list(rows), []
+    groups = [group_of(row, pattern) for row in rows]
+    tiles = [SimpleNamespace(group=group) for group in groups]
+    chosen = choose_groups(tiles, fraction, np.random.default_rng([SPLIT_SEED, draw]))
+    return ([row for row, group in zip(rows, groups, strict=True) if group in chosen],
+            [row for row, group in zip(rows, groups, strict=True) if group not in chosen])  # fmt: skip
+
+
+def group_of(row: Row, pattern: str | None) -> str:
+    """Image or scene that a tile is of; UserError if the pattern finds none."""
+    name = Path(row.mask_name).stem
+    if pattern is None:
+        return TILE_OFFSET.sub("", name)
+    match = re.search(pattern, name)
+    if match is None:
+        raise UserError(f"--scene_regex {pattern}: finds nothing in {name}. Expected one that fits all names.")
+    return match.group(match.re.groups and 1)
 
 
 def write_real_set(plan: "Plan") -> None:
-    """Write the manifest of the labelled real pairs."""
-    real, others = split_real(plan.real, plan.root, ClassTable.load(plan.table), plan.args.real_fraction)
-    entries = [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in real]
-    write_manifest(plan.manifests["real"], entries)
-    logger.info("%d of %d real pairs are labelled", len(real), len(real) + len(others))
+    """Write the manifests of the labelled real pairs, of those that are held out, and of the folds."""
+    real, others, held_out = split_real(plan)
+    write_pairs(plan, plan.manifests["real"], real)
+    if plan.args.held_out:
+        write_pairs(plan, plan.test, held_out)
+    names = sorted({group_of(row, plan.args.scene_regex) for row in real})
+    if len(names) < plan.folds:
+        raise UserError(f"--hardness_folds {plan.folds}: the {len(real)} real pairs are of {len(names)} images. "
+                        "Expected at least as many as folds. Set it to 0, or give --val_txt_file.")
+    order = np.random.default_rng([SPLIT_SEED, 4]).permutation(len(names))
+    fold_of = {names[place]: number % max(plan.folds, 1) for number, place in enumerate(order)}
+    numbers = [fold_of[group_of(row, plan.args.scene_regex)] for row in real]
+    for fold in range(plan.folds):
+        for name, is_wanted in ((f"fold_{fold}", True), (f"not_fold_{fold}", False)):
+            rows = [row for row, number in zip(real, numbers, strict=True) if (number == fold) == is_wanted]
+            write_pairs(plan, str(plan.outdir / f"sets/{name}.json"), rows)
+    logger.info("%d of %d real pairs are labelled, %d more held out", len(real), len(real) + len(others), len(held_out))
+
+
+def write_pairs(plan: "Plan", path: str, rows: Sequence[Row]) -> None:
+    """Write a manifest of real pairs."""
+    write_manifest(path, [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in rows])
+
+
+def list_references(plan: "Plan") -> list[str]:
+    """All references, paths below the data root: those of --references, and images that lost their labels.
+
+    Images that are held out are among them only where there are no others of --references.
+    """
+    _, others, held_out = split_real(plan)
+    rows = [*others, *([] if plan.args.references else held_out)]
+    return [*find_references(plan.args.references, Path(plan.root)),
+            *(str(relative(row.image, plan.root)) for row in rows)]  # fmt: skip
+
+
+def link_references(plan: "Plan") -> None:
+    """Gather all references in one folder, under numbers, for the prediction of their class shares."""
+    folder = plan.outdir / "shares/images"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, name in enumerate(list_references(plan)):
+        link_or_copy(Path(plan.root) / name, folder / f"{number:06d}{Path(name).suffix}")
+
+
+def read_shares(folder: Path) -> np.ndarray:
+    """Share of every class in what predict_masks.py wrote, (K,) float64, sum 1; UserError if no pixel has a class."""
+    table, pixels = ClassTable.load(str(folder / "classes.yaml")), np.zeros(256)
+    for path in (folder / "masks").glob("*.png"):
+        pixels += np.bincount(read_mask(path, table).ravel(), minlength=256)
+    pixels = pixels[: table.num_classes]
+    if not pixels.any():
+        raise UserError(f"--match_shares: no pixel in {folder} has a class. Expected predicted masks of references.")
+    return pixels / pixels.sum()
 
 
 def write_masks(plan: "Plan") -> None:
     """Write the manifest of the masks to paint with their references; with --mix_masks also the masks themselves."""
     args, table = plan.args, ClassTable.load(plan.table)
-    real, others = split_real(plan.real, plan.root, table, args.real_fraction)
-    pool = find_references(args.references, Path(plan.root))
-    pool += [str(relative(row.image, plan.root)) for row in others]
+    real = split_real(plan)[0]
+    pool = list_references(plan)
+    shares = read_shares(plan.outdir / "shares") if args.match_shares else None
     if plan.has_references and len(pool) < args.num_per_mask:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
-    items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask)
+    items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask, shares)
     if args.mix_masks:
         items = write_mixtures(Path(plan.paint_root), items, pairs, plan.root, table)
     write_manifest(plan.manifests["painted"], items)
@@ -95,7 +167,7 @@ def write_synthesized(
         (folder / part).mkdir(exist_ok=True)
     rows = []
     for sample in samples:
-        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        loaded = load_pair(sample, table, is_resized=True)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
         atomic_write(folder / mask, encode_mask(loaded.raw, choose_dropped(sample, loaded.mask), table))
         (folder / image).unlink(missing_ok=True)
@@ -118,7 +190,7 @@ def write_random_drop(plan: "Plan") -> None:
     samples, table = read_samples(plan)
     pixels, kept = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for sample in samples:
-        loaded = load_item(Item(sample.image, sample.mask, is_resized=True), table)
+        loaded = load_pair(sample, table, is_resized=True)
         pixels += np.bincount(loaded.mask.ravel(), minlength=256)
         filtered = plan.outdir / f"filter/masks/{sample.image.stem}.png"
         mask = read_mask(filtered, table) if filtered.is_file() else loaded.mask  # one that was not judged
@@ -141,9 +213,7 @@ def write_random_drop(plan: "Plan") -> None:
 
 def write_targets(plan: "Plan") -> None:
     """Write the manifest of the references as unlabelled images of the target, for self-training."""
-    _, others = split_real(plan.real, plan.root, ClassTable.load(plan.table), plan.args.real_fraction)
-    images = find_references(plan.args.references, Path(plan.root))
-    images += [str(relative(row.image, plan.root)) for row in others]
+    images = list_references(plan)
     if not images:
         raise UserError("--references: none. Expected unlabelled images of the target, for the arms of self-training.")
     write_manifest(plan.manifests["targets"], [{"target": image} for image in dict.fromkeys(images)])
@@ -151,7 +221,7 @@ def write_targets(plan: "Plan") -> None:
 
 def list_items(
     real: Sequence[Row], root: str, pool: Sequence[str], table: ClassTable, count: int | None, balance: float,
-    copies: int,
+    copies: int, shares: np.ndarray | None = None,
 ) -> tuple[list[dict[str, str]], list[Row]]:
     """Draw the masks to paint and give each its references.
 
@@ -162,10 +232,11 @@ def list_items(
         count: masks; None = all.
         balance: see choose_masks.
         copies: references a mask, each with a row of its own.
+        shares: see choose_masks.
     Returns:
         Entries of a manifest (source, target, prompt, and ref_image if there is a pool), and the pair of each.
     """
-    prompts, chosen = choose_masks(real, table, count, balance)
+    prompts, chosen = choose_masks(real, table, count, balance, shares)
     rng = np.random.default_rng([SPLIT_SEED, 2])
     items, pairs = [], []
     for place in chosen:
@@ -207,8 +278,12 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
             here[:height, :width][chosen] = there[:height, :width][chosen]
         name = f"{number:06d}.png"
         (folder / "masks" / name).write_bytes(encode_mask(raw, np.zeros((1, 1), bool), table))
-        Image.fromarray(image).save(folder / "images" / name)
-        mixed.append({"source": f"masks/{name}", "target": f"images/{name}", "prompt": table.prompt(mask)})
+        image_name = f"images/{number:06d}.{'png' if image.shape[2] == 3 else 'npy'}"
+        if image.shape[2] == 3:
+            Image.fromarray(image).save(folder / image_name)
+        else:
+            np.save(folder / image_name, image)
+        mixed.append({"source": f"masks/{name}", "target": image_name, "prompt": table.prompt(mask)})
         if "ref_image" in item:
             reference = f"references/{item['ref_image']}"  # the whole path: names may repeat in other folders
             mixed[-1]["ref_image"] = reference
@@ -219,10 +294,16 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
 
 
 def choose_masks(
-    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float
+    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float, shares: np.ndarray | None = None
 ) -> tuple[list[str], list[int]]:
-    """Draw the masks to paint: the chance of one is the sum over its classes of (share in the set) ** -balance.
+    """Draw the masks to generate from: the chance of one is the sum over its classes of (share in the set) ** -balance.
 
+    Args:
+        rows: labelled pairs.
+        table: classes of the masks.
+        count: masks; None = all that have a class.
+        balance: 0 = all masks alike, higher prefers those of many and of rare classes.
+        shares: (K,) class shares that the drawn masks should have together, in place of balance.
     Returns:
         The prompt of every row, and the places of the drawn rows in ascending order.
     """
@@ -236,8 +317,37 @@ def choose_masks(
     weights = is_there @ np.array(class_weights(pixels.sum(0), balance))
     usable = int(np.count_nonzero(weights))
     size = min(count or usable, usable)
+    if shares is not None:
+        return prompts, sorted(draw_shares(pixels, shares, size))
     drawn = np.random.default_rng([SPLIT_SEED, 1]).choice(len(rows), size, replace=False, p=weights / weights.sum())
     return prompts, sorted(map(int, drawn))
+
+
+def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: int = 64) -> list[int]:
+    """Draw masks whose class shares together come near to given ones.
+
+    One mask after the other: of some random candidates the one that brings the sum nearest (L1), so that masks of all
+    kinds have a chance.
+
+    Args:
+        pixels: (N, K) pixels of each class; masks without any are never drawn.
+        shares: (K,) wanted, sum 1.
+        count: masks, at most as many as have a class.
+        candidates: looked at for each.
+    Returns:
+        Places of the drawn masks.
+    """
+    random, drawn = np.random.default_rng([SPLIT_SEED, 1]), []
+    left = np.flatnonzero(pixels.any(1))
+    mixes = pixels / pixels.sum(1, keepdims=True).clip(1)
+    total = np.zeros(len(shares))
+    for number in range(1, count + 1):
+        some = random.choice(left, min(candidates, len(left)), replace=False)
+        best = some[np.abs((total + mixes[some]) / number - shares).sum(1).argmin()]
+        total += mixes[best]
+        left = left[left != best]
+        drawn.append(int(best))
+    return drawn
 
 
 def find_references(sources: Sequence[str], root: Path) -> list[str]:

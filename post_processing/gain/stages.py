@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.files import digest_of, file_identity, find_changes, read_json, take_lock, write_json
+from ldm.files import digest_of, file_identity, take_lock
+from ldm.run_folder import RunFolder
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -81,9 +82,9 @@ class StageRunner:
     def __init__(self, stages: Sequence[Stage], folder: Path, slots: Sequence[Slot]) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self.folder, self.slots = folder, list(slots)
-        self.fingerprints: dict[str, dict[str, Any]] = {}
+        self.settings: dict[str, dict[str, Any]] = {}
         for stage in stages:
-            self.fingerprints[stage.name] = self.fingerprint(stage)
+            self.settings[stage.name] = self.settings_of(stage)
         self.free: queue.Queue[Slot] = queue.Queue()
         for slot in slots:
             self.free.put(slot)
@@ -91,7 +92,7 @@ class StageRunner:
         self.lock = threading.Lock()
         self.is_stopping = False
 
-    def fingerprint(self, stage: Stage) -> dict[str, Any]:
+    def settings_of(self, stage: Stage) -> dict[str, Any]:
         """What the results of a stage depend on; neither interpreters nor the place of the output folder."""
         commands = [
             [argument.replace(str(self.folder), "{outdir}") for argument in command[1:]] for command in stage.commands
@@ -100,24 +101,18 @@ class StageRunner:
             "commands": commands,
             "settings": dict(stage.settings),
             "inputs": {path: file_identity(Path(path)) for path in stage.inputs},
-            "needs": {name: digest_of(self.fingerprints[name]) for name in stage.needs},
+            "needs": {name: digest_of(self.settings[name]) for name in stage.needs},
         }
 
     def state(self, name: str) -> str:
         """`done`, `begun`, `open`, or `changed` when the folder comes from other settings."""
-        record = self.read_record(name)
-        if not record:
-            return "open"
-        return record["state"] if record["fingerprint"] == self.fingerprints[name] else "changed"
+        place = self.place(name)
+        record = place.read()
+        return "open" if not record else "changed" if place.changes(record) else record["state"]
 
-    def read_record(self, name: str) -> dict[str, Any]:
-        """Contents of a stage's stage.json, {} if there is none."""
-        return read_json(self.folder / name / "stage.json") or {}
-
-    def write_record(self, name: str, state: str, **more: Any) -> None:
-        """Note a stage as begun or done."""
-        record = {"state": state, "fingerprint": self.fingerprints[name], **more}
-        write_json(self.folder / name / "stage.json", record)
+    def place(self, name: str) -> RunFolder:
+        """The folder of a stage; its record says the `state`."""
+        return RunFolder(self.folder / name, self.settings[name], record="stage.json")
 
     def describe(self) -> str:
         """The plan: state and commands of every stage."""
@@ -140,8 +135,8 @@ class StageRunner:
         with self.alone():
             changed = [name for name in self.stages if self.state(name) == "changed"]
             if changed and not overwrite:
-                first = self.read_record(changed[0])["fingerprint"]
-                differences = find_changes(first, self.fingerprints[changed[0]])
+                first = self.place(changed[0])
+                differences = first.changes(first.read())
                 raise UserError(
                     f"{self.folder}: {len(changed)} stages were run with other settings ({changed[0]}: {differences})."
                     " Give another --outdir, or --overwrite to run them again."
@@ -174,7 +169,7 @@ class StageRunner:
                 for name, stage in self.stages.items():
                     if name not in done and name not in left and done.issuperset(stage.needs):
                         (self.folder / name).mkdir(parents=True, exist_ok=True)
-                        self.write_record(name, "begun")
+                        self.place(name).write(state="begun")
                         shards = len(self.slots) if stage.is_sharded else 1
                         left[name], started[name] = shards, time.time()
                         running |= {pool.submit(self.run_stage, stage, i, shards): name for i in range(shards)}
@@ -185,7 +180,7 @@ class StageRunner:
                     left[name] -= 1
                     if not left[name]:
                         seconds = round(time.time() - started[name], 1)
-                        self.write_record(name, "done", seconds=seconds)
+                        self.place(name).write(state="done", seconds=seconds)
                         done.add(name)
                         logger.info("%s: finished after %.0f s (%d of %d)", name, seconds, len(done), len(self.stages))
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device
-from ldm.data.classes import ClassTable
+from ldm.data.classes import ClassTable, same_names
+from ldm.data.images import Pair
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
 from post_processing.segmentation.dataset import list_pairs
@@ -31,7 +32,7 @@ from post_processing.segmentation.dlc import (
     decode_labels,
     find_losses,
 )
-from post_processing.segmentation.loading import Item, load_batches, stack_batch
+from post_processing.segmentation.loading import load_batches, stack_batch
 from post_processing.segmentation.noise import (
     LEAST_POINTS,
     count_consensus,
@@ -189,7 +190,7 @@ def find_matrices(table: ClassTable, args: argparse.Namespace) -> dict[int, torc
 def ask_teacher(table: ClassTable, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """T from a segmentor of real pairs (see estimate_from_teacher), and pixels by its prediction and given label."""
     teacher = load_segmentor(*args.teacher, device=choose_device("auto"))
-    if list(teacher.class_table.names) != list(table.names):
+    if not same_names(teacher.class_table.names, table.names):
         raise UserError(f"--teacher {args.teacher[1]}: knows {list(teacher.class_table.names)}. Expected "
                         f"{list(table.names)} of class table {table.name}. Train it with that table.")
     root = args.synthetic_root or Path(args.synthetic_txt_file).parent
@@ -201,12 +202,12 @@ def ask_teacher(table: ClassTable, args: argparse.Namespace) -> tuple[torch.Tens
 
 def count_predictions(segmentor: Any, pairs: Sequence[tuple[Path, Path]], table: ClassTable) -> torch.Tensor:
     """Pixels by prediction k and given label j, (K, K) float64."""
-    def stop(_: Item, error: Exception) -> None:
+    def stop(_: Pair, error: Exception) -> None:
         raise error
 
     count = table.num_classes
     total = torch.zeros(count * (count + 1), device=segmentor.device)
-    for batch in load_batches([Item(*pair) for pair in pairs], table, 8, 2, stop):
+    for batch in load_batches([Pair(*pair) for pair in pairs], table, 8, 2, stop):
         images, masks = stack_batch(batch, segmentor.device)
         codes = segmentor.predict(images).long() * (count + 1) + masks.long().clamp_max(count)  # column K: ignored
         total += torch.bincount(codes.flatten(), minlength=len(total))

@@ -14,73 +14,60 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
-from ldm.data.images import IMAGE_SUFFIXES, read_image
+from ldm.data.images import IMAGE_SUFFIXES, Pair, read_image
 from ldm.files import file_identity
+from ldm.generation.machine import in_parts
 
 logger = logging.getLogger(__name__)
+Source = TypeVar("Source")
 Result = TypeVar("Result")
 
 SEED_ENDING = re.compile(r"_seed_\d+$")
 
 
 @dataclass(frozen=True)
-class Item:
-    """A picture and the mask that it shows, as files.
-
-    Attributes:
-        image: the picture.
-        mask: its mask.
-        is_resized: the picture was painted at another size than the mask's, so the mask is brought to it.
-    """
-
-    image: Path
-    mask: Path
-    is_resized: bool = False
-
-
-@dataclass(frozen=True)
 class Loaded:
-    """An item in memory.
+    """A pair in memory.
 
     Attributes:
-        item: where it comes from.
+        pair: where it comes from.
         image: (H, W, 3) uint8 RGB.
         mask: (H, W) uint8 ids of the class table, 255 = ignored.
         raw: the numbers of the mask's file, (H, W) ids or (H, W, 3) colours.
         identity: of the two files (see file_identity).
     """
 
-    item: Item
+    pair: Pair
     image: np.ndarray
     mask: np.ndarray
     raw: np.ndarray
     identity: dict[str, str]
 
 
-def find_items(image_folder: Path, mask_folder: Path) -> list[Item]:
-    """Pair pictures called `{mask stem}_seed_{N}` (or as their mask) with masks; a mask need not exist.
+def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
+    """Pair images called `{mask stem}_seed_{N}` (or as their mask) with masks; a mask need not exist.
 
     Raises:
-        FileNotFoundError: if a folder is missing, or none of the pictures has a mask.
-        ValueError: if there are no pictures.
+        FileNotFoundError: if a folder is missing, or none of the images has a mask.
+        ValueError: if there are no images.
     """
     for folder in (image_folder, mask_folder):
         if not folder.is_dir():
-            raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of pictures. Check the path.")
+            raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images. Check the path.")
     images = sorted(path for path in image_folder.iterdir() if is_picture(path))
     masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if is_picture(path)}
     if not images:
-        raise ValueError(f"{image_folder}: no pictures. Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
-    items = []
+        raise ValueError(f"{image_folder}: no images. Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
+    pairs = []
     for image in images:
         stem = SEED_ENDING.sub("", image.stem)  # the end only: a mask may be called a_seed_1 itself
-        items.append(Item(image, masks.get(stem) or masks.get(image.stem) or mask_folder / f"{stem}.png"))
-    if not any(item.mask.is_file() for item in items):
+        pairs.append(Pair(image, masks.get(stem) or masks.get(image.stem) or mask_folder / f"{stem}.png", image.stem))
+    if not any(pair.mask.is_file() for pair in pairs):
         raise FileNotFoundError(
-            f"{mask_folder}: none of the {len(items)} pictures in {image_folder} has its mask there (the first would "
-            f"be {items[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the mask's own name. Check the folders."
+            f"{mask_folder}: none of the {len(pairs)} images in {image_folder} has its mask there (the first would "
+            f"be {pairs[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the mask's own name. Check the folders."
         )
-    return items
+    return pairs
 
 
 def is_picture(path: Path) -> bool:
@@ -88,25 +75,30 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def load_item(item: Item, table: ClassTable) -> Loaded:
-    """Read a picture and its mask.
+def load_pair(pair: Pair, table: ClassTable, is_resized: bool = False) -> Loaded:
+    """Read an image and its mask.
+
+    Args:
+        pair: the files.
+        table: class table that the mask is read with.
+        is_resized: the image may have another size than the mask, which is brought to it then (nearest pixel).
 
     Raises:
         FileNotFoundError: if one is missing.
         ValueError: if one is damaged, an id is not in the table, or they differ in size.
     """
-    image = read_image(item.image, None)
-    raw = read_raw_mask(item.mask, table)
+    image = read_image(pair.image, None)
+    raw = read_raw_mask(pair.mask, table)
     size = image.shape[:2]
     if raw.shape[:2] != size:
-        if not item.is_resized:
+        if not is_resized:
             raise ValueError(
-                f"mask {item.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its picture {item.image.name} "
+                f"mask {pair.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its image {pair.image.name} "
                 f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them."
             )
         raw = raw[nearest_places(raw.shape[0], size[0])][:, nearest_places(raw.shape[1], size[1])]
-    mask = decode_colours(raw, table, item.mask) if raw.ndim == 3 else decode_ids(raw, table, item.mask)
-    return Loaded(item, image, mask, raw, identity_of(item))
+    mask = decode_colours(raw, table, pair.mask) if raw.ndim == 3 else decode_ids(raw, table, pair.mask)
+    return Loaded(pair, image, mask, raw, identity_of(pair))
 
 
 def nearest_places(length: int, new_length: int) -> np.ndarray:
@@ -115,49 +107,78 @@ def nearest_places(length: int, new_length: int) -> np.ndarray:
     return np.asarray(row.resize((new_length, 1), Image.Resampling.NEAREST))[0]
 
 
-def identity_of(item: Item) -> dict[str, str]:
-    """What tells the content of an item's files from other content."""
-    return {"image": file_identity(item.image), "mask": file_identity(item.mask)}
+def identity_of(pair: Pair) -> dict[str, str]:
+    """What tells the content of a pair's files from other content."""
+    return {"image": file_identity(pair.image), "mask": file_identity(pair.mask)}
 
 
-def load_batches(
-    items: Iterable[Item],
-    table: ClassTable,
+def stream_batches(
+    items: Iterable[Source],
+    load: Callable[[Source], Result],
+    size_of: Callable[[Result], tuple[int, int]],
     batch_size: int,
     workers: int,
-    on_failure: Callable[[Item, Exception], None],
-) -> Iterator[list[Loaded]]:
-    """Yield batches of pictures of one size, read ahead by threads; the order does not depend on their number.
+    on_failure: Callable[[Source, Exception], None] | None = None,
+) -> Iterator[list[tuple[Source, Result]]]:
+    """Yield batches of one size, read ahead by threads; the order does not depend on their number.
 
     Args:
         items: what to read.
-        table: class table that the masks are read with.
-        batch_size: most pictures in a batch.
+        load: reads one of them.
+        size_of: (height, width) of what was read.
+        batch_size: most items in a batch.
         workers: threads.
-        on_failure: gets every item that cannot be read, and why.
+        on_failure: gets every item that cannot be read (OSError, ValueError), and why; None = the error is raised.
     """
-    groups: dict[tuple[int, int], list[Loaded]] = {}
+    groups: dict[tuple[int, int], list[tuple[Source, Result]]] = {}
     waiting: deque = deque()
     source = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         while True:
             while len(waiting) < 2 * batch_size + workers and (item := next(source, None)) is not None:
-                waiting.append((item, pool.submit(load_item, item, table)))
+                waiting.append((item, pool.submit(load, item)))
             if not waiting:
                 break
             item, future = waiting.popleft()
             try:
                 loaded = future.result()
             except (ValueError, OSError) as error:
+                if on_failure is None:
+                    raise
                 on_failure(item, error)
                 continue
-            size = loaded.mask.shape
-            groups.setdefault(size, []).append(loaded)
+            size = tuple(size_of(loaded))
+            groups.setdefault(size, []).append((item, loaded))
             if len(groups[size]) == batch_size:
                 yield groups.pop(size)
             elif sum(map(len, groups.values())) > 4 * batch_size:  # many sizes: do not hold them all
                 yield groups.pop(max(groups, key=lambda size: len(groups[size])))
     yield from groups.values()
+
+
+def load_batches(
+    pairs: Iterable[Pair],
+    table: ClassTable,
+    batch_size: int,
+    workers: int,
+    on_failure: Callable[[Pair, Exception], None] | None = None,
+    is_resized: bool = False,
+) -> Iterator[list[Loaded]]:
+    """Yield batches of images with their masks (see stream_batches and load_pair)."""
+
+    def load(pair: Pair) -> Loaded:
+        return load_pair(pair, table, is_resized)
+
+    for batch in stream_batches(pairs, load, lambda loaded: loaded.mask.shape, batch_size, workers, on_failure):
+        yield [loaded for _, loaded in batch]
+
+
+def image_batches(paths: Iterable[Path], batch_size: int, workers: int) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    """Yield paths and their images (B, 3, H, W) uint8 RGB, in batches of one size (see stream_batches)."""
+    for batch in stream_batches(paths, lambda path: read_image(path, None), lambda image: image.shape[:2], batch_size,
+                                workers):  # fmt: skip
+        images = torch.from_numpy(np.stack([image for _, image in batch]))
+        yield [path for path, _ in batch], images.permute(0, 3, 1, 2)
 
 
 def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +189,7 @@ def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Te
 
 
 def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[Result]:
-    """Call a function on a batch, or on halves, quarters, ... of it where the device's memory ends.
+    """Call a function on a batch, or on halves, quarters, ... of it where memory ends.
 
     Args:
         function: takes as many tensors as there are in `batch`, each with the same part of it.
@@ -176,17 +197,10 @@ def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[
     Returns:
         What the function gave for each part, in order.
     Raises:
-        torch.cuda.OutOfMemoryError: if one picture alone is too much.
+        UserError: if one image alone is too much.
     """
-    try:
-        return [function(*batch)]
-    except torch.cuda.OutOfMemoryError:
-        if len(batch[0]) == 1:
-            raise
-        logger.warning("out of memory with %d pictures at once, trying halves", len(batch[0]))
-    half = len(batch[0]) // 2  # outside of the except block, which would keep the tensors of the failed call alive
-    return [
-        result
-        for part in (slice(half), slice(half, None))
-        for result in run_in_parts(function, *(tensor[part] for tensor in batch))
-    ]
+
+    def run(part: Sequence[int], _: int) -> Result:
+        return function(*(tensor[part[0] : part[-1] + 1] for tensor in batch))
+
+    return in_parts(run, range(len(batch[0])), len(batch[0]))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ldm.cli import markdown_table
 from ldm.files import write_json
 from ldm.util import UserError
 
@@ -205,7 +206,5 @@ def read_noise(path: str | Path, names: Sequence[str]) -> dict[int, torch.Tensor
 def make_noise_table(transition: torch.Tensor, names: Sequence[str]) -> str:
     """Markdown table of a matrix: a row says how often an image's class is given each label."""
     heads = ["image shows", *(f"labelled {name}" for name in names)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{float(value):.3f}" for value in row) + " |"
-              for name, row in zip(names, transition, strict=True)]  # fmt: skip
-    return "\n".join(lines)
+    rows = [[name, *(f"{value:.3f}" for value in row.tolist())] for name, row in zip(names, transition, strict=True)]
+    return markdown_table(heads, rows).rstrip("\n")

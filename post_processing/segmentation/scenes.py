@@ -8,10 +8,8 @@ import torch
 
 from ldm.data.classes import IGNORE_INDEX
 from ldm.data.images import OpenImage
-from post_processing.evaluation.pseudo_masks import class_probabilities, pick_classes
+from post_processing.evaluation.pseudo_masks import STRIDE, class_probabilities, pick_classes
 from post_processing.segmentation.segmentor import Segmentor
-
-STRIDE = 32  # the coarsest grid of the usual backbones, pixels
 
 
 def window_weights(length: int, overlap: int, at_start: bool, at_end: bool) -> torch.Tensor:

@@ -132,6 +132,11 @@ class Segmentor:
                 f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class table "
                 f"{class_table.name}. Give the table that it was trained with."
             )
+        mean = getattr(model.data_preprocessor, "mean", None)  # (C, 1, 1), or (1, 1, 1) for all
+        self.channels = mean.numel() if isinstance(mean, torch.Tensor) and mean.numel() > 1 else 3
+        if self.channels != 3 and getattr(model.data_preprocessor, "channel_conversion", False):
+            raise UserError(f"segmentor: data_preprocessor has {self.channels} means and turns BGR to RGB, which drops "
+                            "bands. Expected bgr_to_rgb=False for images that are not RGB. Change its config.")
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.class_table = class_table
@@ -141,22 +146,24 @@ class Segmentor:
         """Class scores of every pixel.
 
         Args:
-            images: (B, 3, H, W) uint8 RGB in [0, 255], any device.
+            images: (B, C, H, W) uint8 in [0, 255], any device; C = 3 is RGB, others the bands of a .npy.
         Returns:
             (B, K, H, W) float32 on the segmentor's device.
         Raises:
             ValueError: for another dtype or shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(
-                f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, (B, 3, H, W)."
+                f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, (B, "
+                f"{self.channels}, H, W)."
             )
         return self.scores(images.to(self.device, non_blocking=True))
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """Class scores, differentiable: (B, 3, H, W) RGB in [0, 255] on the device -> (B, K, H, W) float32."""
-        # mmseg's models normalise what mmseg loads: BGR.
-        inputs = self.model.data_preprocessor({"inputs": list(images.flip(1))}, training=False)["inputs"]
+        """Class scores, differentiable: (B, C, H, W) in [0, 255] on the device (see logits) -> (B, K, H, W) float32."""
+        # mmseg's models normalise what mmseg loads: BGR, or any other bands as they are.
+        ordered = images.flip(1) if self.channels == 3 else images
+        inputs = self.model.data_preprocessor({"inputs": list(ordered)}, training=False)["inputs"]
         size = tuple(images.shape[-2:])
         metas = [{"ori_shape": size, "img_shape": size, "pad_shape": size, "padding_size": [0, 0, 0, 0]}] * len(images)
         return self.model.inference(inputs.contiguous(memory_format=torch.channels_last), metas).float()
@@ -172,7 +179,9 @@ class Segmentor:
 def require_mmseg() -> None:
     """Import MMSegmentation's models and choose its registry; UserError with what to install if that fails."""
     try:
-        import mmseg.models  # noqa: F401  registers the models
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of mmcv, about operators that no config of ours uses
+            import mmseg.models  # noqa: F401  registers the models
         from mmengine.registry import init_default_scope
     except ImportError as error:
         raise UserError(
@@ -199,7 +208,9 @@ def build_model(config: str | Path | Mapping[str, Any]) -> torch.nn.Module:
     config = Config(dict(config)) if isinstance(config, Mapping) else read_config(config)
     fill_preprocessor(config, source)
     try:
-        return init_model(config, checkpoint=None, device="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about defaults of mmseg's own
+            return init_model(config, checkpoint=None, device="cpu")
     except Exception as error:  # of any class of mmseg that the config names
         raise UserError(f"segmentor config {source}: its model cannot be built ({type(error).__name__}: "
                         f"{str(error)[:300]}). Expected one of MMSegmentation 1.x. See --debug.") from error

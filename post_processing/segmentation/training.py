@@ -276,6 +276,8 @@ def build_runner(config: Any, init_from: str | None) -> Any:
     from mmengine.runner import Runner
 
     runner = Runner.from_cfg(config)
+    # A line for every parameter, hundreds of them.
+    runner.logger.addFilter(lambda record: "paramwise_options" not in record.getMessage())
     model = getattr(runner.model, "module", runner.model)
     if config.get("channels_last", False):
         runner.model.to(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.cli import markdown_table
 from ldm.data.classes import ClassTable
 from post_processing.selection.choice import Candidate
 
@@ -42,13 +43,10 @@ def balance_of(candidates: Sequence[Candidate], kept: Sequence[Candidate], table
 
 def describe_balance(summary: Mapping[str, Any]) -> str:
     """Markdown table of a balance: share of the labelled pixels, and pictures that show the class."""
-    lines = ["| class | " + " | ".join(f"{stage}: share | pictures" for stage in STAGES) + " |",
-             "|---|" + "---:|" * (2 * len(STAGES))]  # fmt: skip
-    for name, row in summary["classes"].items():
-        cells = " | ".join(f"{row[stage]['share']:.2%} | {row[stage]['pictures']}" for stage in STAGES)
-        lines.append(f"| {name} | {cells} |")
-    totals = " | ".join(f"| {summary['pictures'][stage]}" for stage in STAGES)
-    return "\n".join(lines) + f"\n| all | {totals} |\n"
+    rows = [[name, *(cell for stage in STAGES for cell in (f"{row[stage]['share']:.2%}", row[stage]["pictures"]))]
+            for name, row in summary["classes"].items()]  # fmt: skip
+    rows.append(["all", *(cell for stage in STAGES for cell in ("", summary["pictures"][stage]))])
+    return markdown_table(["class", *(head for stage in STAGES for head in (f"{stage}: share", "pictures"))], rows)
 
 
 def draw_balance(summary: Mapping[str, Any], table: ClassTable) -> Image.Image:

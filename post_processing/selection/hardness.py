@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from ldm.data.classes import ClassTable
+from ldm.data.images import Pair
 from ldm.files import digest_of, file_sha256, lock, write_json
 from ldm.util import UserError
-from post_processing.segmentation.loading import Item, identity_of, load_batches, run_in_parts, stack_batch
+from post_processing.segmentation.loading import identity_of, load_batches, run_in_parts, stack_batch
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def pixel_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable, pairs: Sequence[Item]) -> dict:
+def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable, pairs: Sequence[Pair]) -> dict:
     """What a hardness depends on: the segmentor, the class table, and the content of the real pairs."""
     require_mmseg()
     from mmengine.config import Config
@@ -122,11 +123,20 @@ def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable
 
 
 def get_hardness(
-    path: Path, fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Item], batch_size: int, workers: int
+    path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Pair]]], batch_size: int, workers: int
 ) -> Hardness:
     """Take the hardness from a file if it was measured from the same, else measure and write it.
 
     Processes that ask at the same time wait for the one that measures.
+
+    Args:
+        path: the file.
+        fingerprint: what the hardness depends on.
+        parts: segmentors of one class table, each with the pairs that it judges; loaded only where they are needed.
+        batch_size: tiles at once.
+        workers: threads that read.
+    Returns:
+        Means over the pixels of all parts.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f".{path.name}.lock")):  # of its own: measuring takes long
@@ -136,14 +146,23 @@ def get_hardness(
                 logger.info("hardness: taken from %s", path)
                 return hardness
             logger.info("hardness: %s is of other inputs, measured again", path)
-        hardness = measure_hardness(fingerprint, segmentor, pairs, batch_size, workers)
+        measured = [measure_hardness(fingerprint, segmentor, pairs, batch_size, workers) for segmentor, pairs in parts]
+        hardness = measured[0] if len(measured) == 1 else pool_hardness(measured)
         write_json(path, hardness.to_json())
     return hardness
 
 
+def pool_hardness(parts: Sequence[Hardness]) -> Hardness:
+    """Class means over the pixels of several measurements, which have one fingerprint."""
+    pixels = np.sum([part.pixels for part in parts], axis=0)
+    total = np.sum([np.where(part.pixels > 0, part.mean, 0.0) * part.pixels for part in parts], axis=0)
+    mean = np.divide(total, pixels, out=np.full(len(pixels), np.nan), where=pixels > 0)
+    return Hardness(parts[0].names, mean, pixels, parts[0].fingerprint)
+
+
 @torch.inference_mode()
 def measure_hardness(
-    fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Item], batch_size: int, workers: int
+    fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
 ) -> Hardness:
     """Mean loss of each class over all its pixels in the real pairs, summed in double precision.
 
@@ -162,7 +181,7 @@ def measure_hardness(
         masks = masks.flatten()
         return torch.bincount(masks, weights=loss, minlength=256), torch.bincount(masks, minlength=256)
 
-    for batch in load_batches(pairs, table, batch_size, workers, lambda item, error: failures.append(str(error))):
+    for batch in load_batches(pairs, table, batch_size, workers, lambda _, error: failures.append(str(error))):
         for part in run_in_parts(count, *stack_batch(batch, segmentor.device)):
             sums += part[0]
             pixels += part[1]

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable
+from ldm.data.images import Pair, first_three
 from ldm.files import Record, append_lines, atomic_write, file_sha256
 from post_processing.segmentation.loading import (
-    Item,
     Loaded,
     identity_of,
     load_batches,
-    load_item,
+    load_pair,
     run_in_parts,
     stack_batch,
 )
@@ -100,18 +100,19 @@ class PixelFilter:
         work: folder for what is not complete, of this process alone, on the same file system.
         batch_size: pictures at once.
         workers: threads that read, and threads that write.
+        is_resized: images may have been generated at another size than their masks (see load_pair).
     """
 
     def __init__(
         self, segmentor: Segmentor, limits: torch.Tensor, table: ClassTable, folder: Path, work: Path,
-        batch_size: int, workers: int,
+        batch_size: int, workers: int, is_resized: bool = False,
     ) -> None:  # fmt: skip
         self.segmentor, self.table = segmentor, table
         self.limits = limits.to(segmentor.device)
         self.folder, self.work = folder, work
-        self.batch_size, self.workers = batch_size, workers
+        self.batch_size, self.workers, self.is_resized = batch_size, workers, is_resized
 
-    def run(self, items: Sequence[Item]) -> list[Record]:
+    def run(self, pairs: Sequence[Pair]) -> list[Record]:
         """Filter pictures.
 
         Returns:
@@ -121,14 +122,16 @@ class PixelFilter:
         """
         failures: list[Record] = []
 
-        def fail(item: Item, error: Exception | str) -> None:
-            logger.warning("%s: %s", item.image.name, error)
-            failures.append({"image": item.image.name, "mask": str(item.mask), "reason": str(error)})
+        def fail(pair: Pair, error: Exception | str) -> None:
+            logger.warning("%s: %s", pair.image.name, error)
+            failures.append({"image": pair.image.name, "mask": str(pair.mask), "reason": str(error)})
 
         waiting: deque[list[Future]] = deque()
         done = 0
         with ThreadPoolExecutor(self.workers) as pool:
-            for batch in load_batches(items, self.table, self.batch_size, self.workers, fail):
+            for batch in load_batches(
+                pairs, self.table, self.batch_size, self.workers, fail, self.is_resized
+            ):
                 dropped, counts, sums = judge_batch(
                     self.segmentor, *stack_batch(batch, self.segmentor.device), self.limits
                 )
@@ -137,12 +140,12 @@ class PixelFilter:
                     if np.isfinite(judged[2]):
                         futures.append(pool.submit(self.write, loaded, *judged))
                     else:
-                        fail(loaded.item, "the segmentor's scores are not finite. Expected numbers.")
+                        fail(loaded.pair, "the segmentor's scores are not finite. Expected numbers.")
                 waiting.append(futures)
                 if len(waiting) > 2:
                     self.settle(waiting.popleft())
                 done += len(batch)
-                logger.info("filtered %d of %d", done, len(items))
+                logger.info("filtered %d of %d", done, len(pairs))
             while waiting:
                 self.settle(waiting.popleft())
         return failures
@@ -154,7 +157,7 @@ class PixelFilter:
     def write(self, loaded: Loaded, is_dropped: np.ndarray, counts: np.ndarray, loss: float) -> Record:
         """Write one mask; returns its record."""
         content = encode_mask(loaded.raw, is_dropped, self.table)
-        name = f"{loaded.item.image.stem}.png"
+        name = f"{loaded.pair.image.stem}.png"
         # A power cut may damage it, which its hash in the record shows: no need to wait for the disk.
         atomic_write(self.folder / name, content, self.work / name, is_synced=False)
         totals = counts[: self.table.num_classes].sum(axis=1)
@@ -162,9 +165,9 @@ class PixelFilter:
             self.table.names[index]: [int(totals[index]), int(counts[index, 1])] for index in np.flatnonzero(totals)
         }
         return {
-            "image": loaded.item.image.name,
+            "image": loaded.pair.image.name,
             "file": name,
-            "mask": str(loaded.item.mask.absolute()),
+            "mask": str(loaded.pair.mask.absolute()),
             "height": loaded.mask.shape[0],
             "width": loaded.mask.shape[1],
             "loss": round(float(loss) / max(1, int(totals.sum())), 6),
@@ -175,20 +178,21 @@ class PixelFilter:
         }
 
 
-def is_finished(record: Record, item: Item, folder: Path) -> bool:
+def is_finished(record: Record, pair: Pair, folder: Path) -> bool:
     """Whether a picture's mask is complete and made of the very files that are there now."""
     try:
-        return file_sha256(folder / record["file"]) == record["sha256"] and record["sources"] == identity_of(item)
+        return file_sha256(folder / record["file"]) == record["sha256"] and record["sources"] == identity_of(pair)
     except (OSError, KeyError):
         return False
 
 
-def draw_overlay(record: Record, item: Item, folder: Path, table: ClassTable) -> Image.Image:
+def draw_overlay(record: Record, pair: Pair, folder: Path, table: ClassTable) -> Image.Image:
     """Picture, mask in the table's colours, and picture with the dropped pixels in magenta, side by side."""
-    loaded = load_item(item, table)
-    filtered = load_item(Item(item.image, folder / record["file"]), table).mask
+    loaded = load_pair(pair, table, is_resized=True)
+    filtered = load_pair(Pair(pair.image, folder / record["file"]), table).mask
     is_dropped = (filtered == IGNORE_INDEX) & (loaded.mask != IGNORE_INDEX)
-    marked = loaded.image.astype(np.float32)
+    image = first_three(loaded.image)
+    marked = image.astype(np.float32)
     marked[is_dropped] = 0.4 * marked[is_dropped] + 0.6 * DROPPED_COLOUR
-    parts = [loaded.image, table.colourise(loaded.mask), marked.round().astype(np.uint8)]
+    parts = [image, table.colourise(loaded.mask), marked.round().astype(np.uint8)]
     return Image.fromarray(np.concatenate(parts, axis=1))

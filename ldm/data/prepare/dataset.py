@@ -1,8 +1,6 @@
 """A prepared data set: tiles, manifests, class table and summary in one folder."""
 import argparse
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +27,7 @@ from ldm.data.prepare.sources import (
     split_by_names,
 )
 from ldm.data.prepare.tiling import Tile, TileSettings, cut_images
+from ldm.files import atomic_folder, write_json
 from ldm.util import UserError
 
 SUMMARY = "summary.json"
@@ -51,17 +50,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         raise FileExistsError(f"--out {out}: exists and is not empty. Choose a new folder, or --overwrite.")
     if is_used and not is_own_output(out):
         raise FileExistsError(f"--out {out}: has no {SUMMARY} of this script, so --overwrite leaves it alone.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.parent / f".{out.name}.partial-{os.getpid()}"
-    work.mkdir()
-    try:
+    with atomic_folder(out) as work:
         summary = write_dataset(args, work)
-        (work / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        work.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_json(work / SUMMARY, summary)
     return summary
 
 

@@ -43,7 +43,9 @@ class Source:
         split: see SourceFolder.
         pair: the image and its mask; the name is shared.
         group: tiles of one group stay in one split and may be references of each other.
-        scene: sources of one scene are windows of the same larger image.
+        scene: name of the scene: that of the image without its offset.
+        ground: sources of equal ground are windows of the same larger image; images of equal names without offsets in
+            two folders are not.
         offset: (top, left) of this window in its scene, pixels.
     """
 
@@ -51,6 +53,7 @@ class Source:
     pair: Pair
     group: str
     scene: str
+    ground: str
     offset: tuple[int, int]
 
 
@@ -145,7 +148,8 @@ def add_folder(result: Sources, folder: SourceFolder, recursive: bool, group_pat
                 result.problems.append(f"{pair.image}: the name does not match --group_regex {group_pattern}")
             else:
                 group = match.group(1) if match.re.groups else match.group()
-        result.images.append(Source(folder.split, pair, group, scene, offset))
+        ground = scene if window else str(pair.image.resolve())
+        result.images.append(Source(folder.split, pair, group, scene, ground, offset))
 
 
 def read_split_files(items: Sequence[str]) -> dict[str, str]:

@@ -53,7 +53,7 @@ class Tile:
 
     def overlaps(self, other: "Tile") -> bool:
         """True when both tiles show common ground (the same scene and windows that intersect)."""
-        if self.source.scene != other.source.scene:
+        if self.source.ground != other.source.ground:
             return False
         (top, left, height, width), (top2, left2, height2, width2) = self.box, other.box
         return top < top2 + height2 and top2 < top + height and left < left2 + width2 and left2 < left + width
@@ -169,7 +169,7 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
             cut.notes["image_nodata"] += int((~valid).sum())
             ids = np.where(valid, ids, np.uint8(IGNORE_INDEX))
         elif mask is not None:
-            cut.notes["black"] += int(((ids != IGNORE_INDEX) & ~rows.any(2)).sum())
+            cut.notes["black"] += count_black(rows, ids)
         for left in window_starts(width, tile_w, stride or tile_w):
             columns = slice(left, left + tile_w)
             if valid is not None and not valid[:, columns].any() and (mask is None or settings.max_ignore < 1):
@@ -181,6 +181,16 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
                 cut.left_out["tiles over --max_ignore"] += 1
             else:
                 cut.tiles.append(tile)
+
+
+def count_black(rows: np.ndarray, ids: np.ndarray) -> int:
+    """Number of labelled pixels that are 0 in every channel, of (h, w, C) and (h, w) uint8."""
+    if rows.min():
+        return 0
+    is_black = rows[:, :, 0] == 0
+    for channel in range(1, rows.shape[2]):
+        is_black &= rows[:, :, channel] == 0
+    return int((is_black & (ids != IGNORE_INDEX)).sum())
 
 
 def check_sizes(source: Source, info: ImageInfo, mask: OpenMask | None, settings: TileSettings) -> tuple[int, int]:

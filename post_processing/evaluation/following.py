@@ -1,0 +1,230 @@
+"""Do synthesized images follow their masks and their references? And how good is a segmentor on real tiles?
+
+Each measure takes the parsed command line of scripts/evaluate.py and returns results and a Markdown table.
+"""
+
+import argparse
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.cli import choose_device, markdown_table
+from ldm.data.classes import ClassTable, same_names
+from ldm.data.manifest import read_manifest
+from ldm.util import UserError
+from post_processing.evaluation.scores import (
+    SegmentationScore,
+    colour_statistics,
+    compare_references,
+    derange,
+    position,
+    score_pairs,
+)
+from post_processing.run_index import Sample, plain_arguments, read_mask_at, read_run, run_batches
+from post_processing.segmentation import segmentor as segmentors
+from post_processing.segmentation.dataset import list_pairs
+from post_processing.segmentation.loading import image_batches, run_in_parts, stack_batch
+from post_processing.segmentation.segmentor import Segmentor
+
+
+def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Score real tiles, pictures against their masks and against shuffled masks; returns results and a table."""
+    samples, run = read_run(args.run, args.data_root)
+    given = ClassTable.load(args.classes) if args.classes else None
+    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
+    table = segmentor.class_table
+    run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
+    if not same_names(run_table.names, table.names):
+        raise UserError(
+            f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
+            f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}."
+        )
+    rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), table=table)
+    real = score_pairs(segmentor, [(row.image, row.mask) for row in rows], args.batch_size, args.num_threads)
+    synthesized, shuffled = score_run(samples, run_table, segmentor, args)
+    floors = [score.result() for score in shuffled]
+    floor = mean_of(floors)
+    synthesized_result = synthesized.result()
+    results = {
+        "measure": "mask_following",
+        "metric": "mmseg IoUMetric, percent, 255 ignored",
+        "class_table": table.name,
+        "real": real,
+        "synthesized": synthesized_result,
+        "shuffled": floor,
+        "shuffled_mIoU": [one["mIoU"] for one in floors],
+        "position": position(synthesized_result["mIoU"], floor["mIoU"], real["mIoU"]),
+        "images": {"real": len(rows), "synthesized": len(samples), "masks": len({(s.mask, s.size) for s in samples})},
+        "sizes": sorted({sample.size for sample in samples}),
+        "arguments": plain_arguments(args),
+        "checkpoint": run.get("settings", {}),
+    }
+    return results, mask_table(results)
+
+
+def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
+    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device))
+    pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
+    score = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
+    score = {"OA": score["aAcc"], **score}
+    rows = [(key, score[key]) for key in ("OA", "mIoU", "mAcc")] + [(f"IoU {k}", v) for k, v in score["IoU"].items()]
+    results = {"measure": "segmentor", "metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
+    return results | {"arguments": plain_arguments(args)}, markdown_table(["", "%"], rows)
+
+
+def score_run(
+    samples: Sequence[Sample], table: ClassTable, segmentor: Segmentor, args: argparse.Namespace
+) -> tuple[SegmentationScore, list[SegmentationScore]]:
+    """Score pictures against their own masks and, in the same pass, against each shuffling of the masks.
+
+    Masks are shuffled as wholes: all pictures of one mask are held against the same other mask.
+    """
+    keys = sorted({(sample.mask, sample.size) for sample in samples})
+    orders = [derange([size for _, size in keys], args.seed + number) for number in range(args.shuffles)]
+    place = {key: number for number, key in enumerate(keys)}
+    own = SegmentationScore(table.names, table.ignore_index)
+    shuffled = [SegmentationScore(table.names, table.ignore_index) for _ in orders]
+
+    @lru_cache(maxsize=2048)
+    def mask_of(number: int) -> torch.Tensor:
+        path, size = keys[number]
+        return torch.from_numpy(read_mask_at(path, table, size).copy())
+
+    for batch in run_batches(samples, table, args.batch_size, args.num_threads):
+        images, masks = stack_batch(batch, segmentor.device)
+        prediction = torch.cat(run_in_parts(segmentor.predict, images))
+        own.add(prediction, masks)
+        numbers = [place[loaded.pair.mask, loaded.mask.shape] for loaded in batch]
+        for score, order in zip(shuffled, orders, strict=True):
+            score.add(prediction, torch.stack([mask_of(order[number]) for number in numbers]))
+    return own, shuffled
+
+
+def mean_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of several scores; a class that is absent from one of them has no mean."""
+    mean: dict[str, Any] = {
+        key: round(float(np.mean([one[key] for one in results])), 2) for key in ("aAcc", "mIoU", "mAcc")
+    }
+    for key in ("IoU", "Acc"):
+        mean[key] = {}
+        for name in results[0][key]:
+            values = [one[key][name] for one in results]
+            mean[key][name] = None if None in values else round(float(np.mean(values)), 2)
+    mean["mIoU_sd"] = round(float(np.std([one["mIoU"] for one in results], ddof=1)), 3) if len(results) > 1 else None
+    return mean
+
+
+def mask_table(results: dict[str, Any]) -> str:
+    """Markdown text of mask following."""
+    names, counts = list(results["real"]["IoU"]), results["images"]
+    floor = f"synthesized, shuffled masks (floor, mean of {len(results['shuffled_mIoU'])})"
+    rows = []
+    for key, label, count in (("real", "real test tiles (ceiling)", counts["real"]),
+                              ("synthesized", "synthesized, own masks", counts["synthesized"]),
+                              ("shuffled", floor, counts["synthesized"])):  # fmt: skip
+        row = results[key]
+        rows.append([label, count, row["mIoU"], row["aAcc"], row["mAcc"], *(row["IoU"][name] for name in names)])
+    table = markdown_table(["scored on", "images", "mIoU", "aAcc", "mAcc", *(f"IoU {name}" for name in names)], rows)
+    place = results["position"]
+    sentence = (
+        f"The synthesized mIoU lies at {place:.1f} % of the way from floor to ceiling."
+        if place is not None
+        else "The ceiling is not above the floor: the segmentor cannot judge these masks."
+    )
+    return f"{table}\n{sentence} ({results['metric']}; {counts['masks']} masks)\n"
+
+
+def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Compare colour statistics of pictures of the same masks painted with two sets of references."""
+    set_a, set_b = select_sets(args)
+    pairs = pair_by_mask(set_a, set_b)
+    statistics = make_statistics({path for pair in pairs for s in pair for path in (s.image, s.reference)}, args)
+
+    def stack(paths: list[Path]) -> torch.Tensor:
+
+        return torch.stack([statistics[path] for path in paths])
+
+    image_a, image_b = stack([a.image for a, _ in pairs]), stack([b.image for _, b in pairs])
+    reference_a, reference_b = stack([a.reference for a, _ in pairs]), stack([b.reference for _, b in pairs])
+    result_a = compare_references(image_a, reference_a, reference_b)
+    result_b = compare_references(image_b, reference_b, reference_a)
+    count = result_a["pairs"] + result_b["pairs"]
+    results = {
+        "measure": "reference_following",
+        "metric": "Euclidean distance of (mean, standard deviation) of CIE L*, a*, b* (D65), 6 numbers an image",
+        "A": result_a,
+        "B": result_b,
+        "pairs": count,
+        "nearer": result_a["nearer"] + result_b["nearer"],
+        "share": round(100 * (result_a["nearer"] + result_b["nearer"]) / count, 2),
+        "masks": len({(a.mask, a.size) for a, _ in pairs}),
+        "images": {"A": len({a.image for a, _ in pairs}), "B": len({b.image for _, b in pairs})},
+        "references": {"A": len({a.reference for a, _ in pairs}), "B": len({b.reference for _, b in pairs})},
+        "arguments": plain_arguments(args),
+    }
+    return results, reference_table(results)
+
+
+def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
+    """Samples painted with references of set A and of set B.
+
+    Raises:
+        UserError: if the flags do not define two sets, a set is empty, or a sample lies in both.
+    """
+    if len(args.run) > 2 or (len(args.run) == 1 and not (args.set_a and args.set_b)):
+        raise UserError(
+            "--run: expected two runs, or one run with both --set_a and --set_b (patterns of reference paths)."
+        )
+    runs = [read_run(folder, args.data_root)[0] for folder in args.run]
+
+    def select(samples: list[Sample], pattern: str | None) -> list[Sample]:
+        wide = f"*{pattern}" if pattern else "*"
+        return [s for s in samples if s.reference is not None and fnmatch(s.reference.as_posix(), wide)]
+
+    set_a, set_b = select(runs[0], args.set_a), select(runs[-1], args.set_b)
+    for flag, chosen in (("--set_a", set_a), ("--set_b", set_b)):
+        if not chosen:
+            raise UserError(f"{flag} {getattr(args, flag[2:])}: no sample with such a reference. Check the pattern.")
+    both = {s.image for s in set_a} & {s.image for s in set_b}
+    if both:
+        raise UserError(
+            f"--set_a, --set_b: {len(both)} samples lie in both sets. Expected separate sets. Narrow a pattern."
+        )
+    return set_a, set_b
+
+
+def pair_by_mask(set_a: Sequence[Sample], set_b: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """All (a, b) of one mask at one size; UserError if no mask was painted with both sets."""
+    by_mask: dict[Any, list[Sample]] = {}
+    for sample in set_b:
+        by_mask.setdefault((sample.mask, sample.size), []).append(sample)
+    pairs = [(a, b) for a in set_a for b in by_mask.get((a.mask, a.size), ())]
+    if not pairs:
+        raise UserError("--run: no mask was painted with references of both sets. Expected the same masks in both.")
+    return pairs
+
+
+def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, torch.Tensor]:
+    """Colour statistics of every file, batched over files of one size."""
+    device = choose_device(args.device)
+    result: dict[Path, torch.Tensor] = {}
+    for batch, images in image_batches(sorted(paths), args.batch_size, args.num_threads):
+        result.update(zip(batch, colour_statistics(images.to(device)).cpu(), strict=True))
+    return result
+
+
+def reference_table(results: dict[str, Any]) -> str:
+    """Markdown text of reference following."""
+    keys = ("distance_own", "distance_other", "distance_references")
+    parts = {"set A": results["A"], "set B": results["B"], "both": results}
+    rows = [[name, part["pairs"], part["nearer"], f"{part['share']:.1f}", *(part.get(key, "") for key in keys)]
+            for name, part in parts.items()]  # fmt: skip
+    heads = ["painted with", "pairs", "nearer to own", "share %", "distance to own", "to the other",
+             "between references"]  # fmt: skip
+    return f"{markdown_table(heads, rows)}\n{results['metric']}; {results['masks']} masks.\n"

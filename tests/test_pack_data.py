@@ -1,0 +1,160 @@
+"""A data set in one small file, and what train_mini.sh makes of it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import ROOT
+
+import train
+from ldm.data.classes import ClassTable
+from ldm.data.manifest import read_manifest
+from ldm.modules.perceptual import VGG16, PerceptualLoss
+from ldm.util import UserError
+from scripts import pack_data
+
+MINI = ClassTable.load("mini")
+
+
+@pytest.fixture(scope="module")
+def perceptual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the form of demo/make/convert_lpips.py."""
+    generator = torch.Generator().manual_seed(0)
+    widths = [3, *(w for w in VGG16 if w != "pool")]
+    tensors = {f"heads.{i}": torch.rand(1, w, 1, 1, generator=generator) for i, w in
+               enumerate((64, 128, 256, 512, 512))}  # fmt: skip
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        tensors[f"convs.{i}.weight"] = torch.randn(b, a, 3, 3, generator=generator) * (2 / (9 * a)) ** 0.5
+        tensors[f"convs.{i}.bias"] = torch.zeros(b)
+    path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_a_pack_holds_the_same_rows_and_masks(toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    lines = (data / "train_set_items.json").read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), "weight": 2})
+    (data / "train_set_items.json").write_text("\n".join(lines))
+    pack_data.main([str(data), str(tmp_path / "pack.zip")])
+    assert "8 of 8 rows in train_set_items.json, 2 of 2 rows in val_set_items.json" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "pack.zip") as file:
+        file.extractall(tmp_path / "unpacked")
+    for name in ("train_set_items.json", "val_set_items.json"):
+        own, packed = (read_manifest(root / name, root, need=("image", "reference", "prompt"), table=MINI)
+                       for root in (data, tmp_path / "unpacked"))  # fmt: skip
+        for a, b in zip(own, packed, strict=True):
+            assert (a.prompt, a.weight, a.mask.stem) == (b.prompt, b.weight, b.mask.stem)
+            assert np.array_equal(*(np.asarray(Image.open(row.mask)) for row in (a, b)))
+            image, other = (np.asarray(Image.open(row.image).convert("RGB")).astype(int) for row in (a, b))
+            assert 0 < np.abs(image - other).mean() < 16  # WebP is not exact, but near
+    assert packed[0].image.suffix == ".webp"
+
+
+def test_a_pack_stays_below_its_limit(toy_data: Path, tmp_path: Path):
+    pack_data.main([str(toy_data), str(tmp_path / "all.zip")])
+    limit = (tmp_path / "all.zip").stat().st_size * 0.7 / 1e6
+    pack_data.main([str(toy_data), str(tmp_path / "some.zip"), "--limit_mb", str(limit)])
+    assert (tmp_path / "some.zip").stat().st_size <= limit * 1e6
+    with zipfile.ZipFile(tmp_path / "some.zip") as file:
+        rows = [json.loads(line) for line in file.read("train_set_items.json").splitlines()]
+        names = set(file.namelist())
+    assert 1 <= len(rows) < 8 and all(row[key] in names for row in rows for key in ("source", "target", "ref_image"))
+    with pytest.raises(UserError, match="not one row of"):
+        pack_data.main([str(toy_data), str(tmp_path / "none.zip"), "--limit_mb", "0.0001"])
+    assert not (tmp_path / "none.zip").exists()
+
+
+def test_the_packed_loss_is_the_first_four_stages_of_the_whole(perceptual: Path, tmp_path: Path):
+    (tmp_path / "small.safetensors").write_bytes(pack_data.shrink_perceptual(perceptual))
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.27 * perceptual.stat().st_size
+    whole, small = PerceptualLoss(perceptual), PerceptualLoss(tmp_path / "small.safetensors")
+    images = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        whole.heads[4].zero_()
+        torch.testing.assert_close(small(*images), whole(*images), rtol=5e-3, atol=1e-5)
+    save_file({k: v for k, v in load_file(perceptual).items() if k.startswith("convs")}, tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="0 heads of LPIPS"):
+        PerceptualLoss(tmp_path / "none.safetensors")
+
+
+STUB = """#!/bin/sh
+echo "$*" >>"$LOG"
+case "$1 $2" in
+"-m zipfile") exec "$REAL" "$@" ;;
+"train.py -p") mkdir -p "$3/checkpoints"; touch "$3/checkpoints/last.ckpt" "$3/checkpoints/last.safetensors" ;;
+*measure_scale*) echo 0.5 ;;
+esac
+"""
+
+
+def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptual: Path):
+    pack_data.main([str(toy_data), str(tmp_path / "pack.zip"), "--perceptual", str(perceptual)])
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "REAL": sys.executable, "LOG": str(tmp_path / "log"),
+                   "MINUTES": "9", "ARGS": "data.params.batch_size=7"}  # fmt: skip
+    command = ["sh", "scripts/train_mini.sh", tmp_path / "pack.zip", tmp_path / "out"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    log = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("train.py")]
+    assert len(log) == 2 and all(line.endswith("data.params.batch_size=7") for line in log)
+    budgets = [float(line.partition("training.max_minutes=")[2].split()[0]) for line in log]
+    assert budgets[0] == pytest.approx(0.3 * 8.52, abs=0.1) and budgets[1] == pytest.approx(8.52, abs=0.3)
+    assert (tmp_path / "out/data/val_set_items.json").is_file() and (tmp_path / "out/lpips_vgg16.safetensors").is_file()
+    (tmp_path / "log").unlink()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)  # finished stages are skipped
+    assert "train.py" not in (tmp_path / "log").read_text()
+
+
+def test_train_mini_goes_on_with_references_from_a_whole_model(tmp_path: Path):
+    """Rich labelled tiles, every second unlabelled one, and one training; nothing that the model has already."""
+    (tmp_path / "out/data").mkdir(parents=True)
+    rows = [*(f"dubai/{n}" for n in range(4)), *(f"unlabelled/{n}" for n in range(5))]
+    lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
+    (tmp_path / "out/data/train_set_items.json").write_text("".join(lines))
+    (tmp_path / "out/lpips_vgg16.safetensors").touch()
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$@" >>"$LOG"\ncase $1 in scripts/select_rows.py) head -2 "$2" >"$3" ;;\n'
+                    'train.py) mkdir -p "$3" ;; esac\n')  # fmt: skip
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(tmp_path / "log"), "START": "whole.safetensors"}
+    command = ["sh", "scripts/train_mini.sh", "unused", tmp_path / "out", "tisynth_references"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    mixed = (tmp_path / "out/mixed_set_items.json").read_text().splitlines(keepends=True)
+    assert mixed == [*lines[:2], lines[4], lines[6], lines[8]]
+    log = (tmp_path / "log").read_text().splitlines()
+    assert [line.split()[0] for line in log] == ["scripts/select_rows.py", "train.py", "scripts/convert_checkpoint.py"]
+    assert "--pretrain_path whole.safetensors init=null" in log[1] and "mini_references.yaml" in log[1]
+    environment["START"] = ""
+    (tmp_path / "log").unlink()
+    (tmp_path / "out/references/done").unlink()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    stages = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines() if "-p " in line or "fit" in line]
+    assert stages == ["demo/make/fit_patches.py", "train.py", "train.py"]
+
+
+def test_a_packed_set_trains_the_autoencoder(toy_data: Path, tmp_path: Path, perceptual: Path,
+                                             monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    pack_data.main([str(toy_data), str(tmp_path / "pack.zip"), "--perceptual", str(perceptual)])
+    with zipfile.ZipFile(tmp_path / "pack.zip") as file:
+        file.extractall(tmp_path / "data")
+    assert train.main([
+        "--config_model", "configs/model/autoencoder_mini.yaml", "-b", "configs/train/mini_autoencoder.yaml", "-p",
+        str(tmp_path / "run"), "--data_root", str(tmp_path / "data"), "--gpus", "", "--no-test",
+        f"model.params.perceptual_weights={tmp_path}/data/lpips_vgg16.safetensors", "model.params.crop=16",
+        "model.params.autoencoder.params.ch=8", "data.params.batch_size=2", "data.params.size=[16,16]",
+        "data.params.num_workers=0", "data.params.cache=memory", "lightning.trainer.max_steps=2",
+        "lightning.trainer.limit_val_batches=0"]) == 0  # fmt: skip
+    assert (tmp_path / "run/checkpoints/last.safetensors").is_file()
