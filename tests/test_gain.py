@@ -231,7 +231,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     plain, guided = (sorted((out / folder / "images").iterdir()) for folder in ("synthesis", "rectified_synthesis"))
     assert [path.name for path in plain] == [path.name for path in guided]
     assert any(one.read_bytes() != other.read_bytes() for one, other in zip(plain, guided, strict=True))
-    fingerprint = json.loads((out / "rectified_synthesis/run.json").read_text())["fingerprint"]
+    fingerprint = json.loads((out / "rectified_synthesis/run.json").read_text())["settings"]
     assert fingerprint["guide"][2] == file_sha256(out / "real/seed_1/segmentor.pth")  # of the real pairs
     recoloured = [json.loads(line) for line in (out / "recolour/train_set_items.json").read_text().splitlines()]
     for row, item in zip(recoloured, paint, strict=True):  # the same masks and references, without the generator

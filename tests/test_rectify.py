@@ -315,11 +315,11 @@ def test_a_guide_on_latents_learns_and_guides_without_the_decoder(workspace: Pat
     records = [record for path in (out / "shards").iterdir() for record in json.loads(path.read_text())["rectified"]]
     assert len(records) == 4 and all(record["loss_after"] < record["loss"] for record in records)
     assert calls == [2, 2]  # two batches of two, one of them filled up
-    assert run(workspace, tmp_path / "no", "--guide", str(workspace / "tiny.safetensors")) == 2
+    assert run(workspace, tmp_path / "no", *flags, "--guide", str(workspace / "tiny.safetensors")) == 2
     assert "no guide on latents" in capsys.readouterr().err
     make_workspace(tmp_path)
     weights = method.state_dict()
     weights["first_stage_model.quant_conv.bias"] = weights["first_stage_model.quant_conv.bias"] + 1
     save_safetensors(tmp_path / "tiny.safetensors", weights, OmegaConf.create({"model": MODEL}))
-    assert run(tmp_path, tmp_path / "other", "--guide", str(file)) == 2
+    assert run(tmp_path, tmp_path / "other", *flags, "--guide", str(file)) == 2
     assert "another autoencoder" in capsys.readouterr().err
