@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
                                "are those of ImageNet's MobileNetV2 from PyPI unless a flag names another network.",
                                **style)  # fmt: skip
     sets.add_argument("--run", required=True, help="--outdir of inference.py")
+    add_classes(sets.add_argument, "of --segmentor; default: the one stored with it")
     sets.add_argument("--real", required=True, help="manifest of real images (target)")
     sets.add_argument("--real_root", help="where the paths of --real start; default: its folder")
     network = sets.add_mutually_exclusive_group()  # without: ImageNet's MobileNetV2

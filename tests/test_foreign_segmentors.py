@@ -1,10 +1,12 @@
 """Segmentors of other people: configs of MMSegmentation 0.x, and class names that are spelled in another way."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ldm.data.classes import ClassTable, name_key, same_names
 from ldm.util import UserError
@@ -86,6 +88,24 @@ def test_class_names_are_compared_without_case_and_separators(tmp_path: Path):
                 load_segmentor(*wrong, class_table=table)
     with pytest.raises(UserError, match="no class table inside. Give it with --classes"):
         load_segmentor(*write(tmp_path, "m", NEW))
+
+
+def test_evaluate_segmentor_takes_a_table_that_is_not_stored(tmp_path: Path, capsys):
+    from scripts.evaluate import main
+
+    config, checkpoint = write(tmp_path, "m", NEW)
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 6, (64, 64)).astype(np.uint8)).save(tmp_path / "mask.png")
+    Image.fromarray(random.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / "image.png")
+    (tmp_path / "real.json").write_text('{"source": "mask.png", "target": "image.png"}\n')
+    flags = ["segmentor", "--segmentor", config, checkpoint, "--real", tmp_path / "real.json", "--outdir",
+             tmp_path / "out", "--device", "cpu"]  # fmt: skip
+    main([*map(str, flags), "--classes", "potsdam"])
+    assert set(json.loads((tmp_path / "out/results.json").read_text())["IoU"]) == set(ClassTable.load("potsdam").names)
+    with pytest.raises(UserError, match="Give it with --classes"):
+        main([str(flag) for flag in flags])
+    table = ClassTable.load("potsdam")
+    assert load_segmentor(config, checkpoint, default_table=table).class_table is table
 
 
 def test_names_at_the_other_doors(tmp_path: Path):

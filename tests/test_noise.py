@@ -90,6 +90,23 @@ def test_trusted_pixels_have_the_same_gradient_whatever_the_noise_of_the_others(
         loss.set_transition({0: torch.eye(5)})
 
 
+def test_class_weights_mean_the_same_with_and_without_noise():
+    """Fitted to what is expected of clean and of noisy labels, the network says w_i P(i) either way."""
+    truth, weights = torch.tensor([0.3, 0.6, 0.1]), torch.tensor([1.6, 0.6, 1.5])
+    transition = torch.tensor([[0.55, 0.40, 0.05], [0.10, 0.80, 0.10], [0.05, 0.45, 0.50]])
+    expected = truth * weights / (truth * weights).sum()
+    for domain, shares in ((0, truth), (SYNTHETIC, truth @ transition)):
+        loss, logits = CorrectedCrossEntropy(3, class_weight=weights.tolist()), torch.zeros(3, requires_grad=True)
+        loss.set_transition({SYNTHETIC: transition})
+        labels = torch.arange(3).repeat_interleave((shares * 1000).round().int()).view(1, 1, -1) + 64 * domain
+        optimizer = torch.optim.Adam([logits], lr=0.05)
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss(logits.view(1, 3, 1, 1).expand(1, 3, 1, labels.numel()), labels).backward()
+            optimizer.step()
+        assert torch.allclose(logits.detach().softmax(0), expected, atol=0.01), domain
+
+
 def test_nothing_but_ignored_pixels_costs_nothing_and_teaches_nothing():
     logits = torch.randn(2, 5, 4, 4, requires_grad=True)
     loss = CorrectedCrossEntropy(5)(logits, torch.full((2, 4, 4), 255))

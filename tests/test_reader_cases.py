@@ -98,6 +98,18 @@ def test_binary_masks_of_0_and_255_are_not_taken_as_ignored(case: Case, kind: st
     case.prepare(table=TWO | {"source_ids": {0: 0, 255: 255}}, out="third")
 
 
+def test_a_manifest_of_binary_masks_warns(tmp_path: Path, caplog) -> None:
+    from ldm.data.manifest import read_manifest
+
+    case = Case(tmp_path).write_images()
+    case.write_masks([np.where(ids == 1, 255, 0).astype(np.uint8) for ids in case.ids])
+    lines = [json.dumps({"source": f"mask/s{number}.png", "target": f"img/s{number}.png"}) for number in range(3)]
+    (case.root / "all.json").write_text("\n".join(lines))
+    table = ClassTable.load(TWO | {"name": "binary_of_a_manifest"})
+    read_manifest(tmp_path / "all.json", tmp_path, table=table)
+    assert "hold only 0 and 255" in caplog.text and "source_ids: {0: 0, 255: 1}" in caplog.text
+
+
 def test_black_and_white_colours_are_the_same_kind(case: Case) -> None:
     table = {"name": "two", "classes": [{"id": 0, "name": "ground", "colour": [9, 9, 9]},
                                         {"id": 1, "name": "roof", "colour": [255, 255, 255]}]}

@@ -3,6 +3,7 @@ import difflib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.data.classes import ClassTable, read_mask, read_raw_mask
+from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask, read_raw_mask
 from ldm.data.images import image_size, read_image
+from ldm.data.masks import say_once
 from ldm.files import atomic_write
 from ldm.util import UserError
 
@@ -280,9 +282,10 @@ def check_rows(
     whole = [row for row in rows if decode(row.index)]
     decoded = {row.mask for row in whole}, {file for row in whole for file in (row.image, row.reference) if file}
     counted = {row.instance for row in whole}
+    notes = {file: Counter() for file in decoded[0]}  # one a file: threads must not share a counter
 
     def probe_mask(file: Path) -> tuple[int, int] | str | None:
-        return probe_mask_file(file, table) if file in decoded[0] else probe_existence(file)
+        return probe_mask_file(file, table, notes[file]) if file in notes else probe_existence(file)
 
     def probe_instances(file: Path) -> tuple[int, int] | str | None:
         return probe_mask_file(file, None) if file in counted else probe_existence(file)
@@ -291,6 +294,8 @@ def check_rows(
         return probe_image_file(file) if file in decoded[1] else probe_existence(file)
 
     masks = probe_all({row.mask for row in rows}, probe_mask)
+    if table is not None:
+        warn_of_binary(sum(notes.values(), Counter()), table)
     pictures = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_picture)
     instances = probe_all({row.instance for row in rows if row.instance}, probe_instances)
     for row in rows:
@@ -329,13 +334,22 @@ def probe_existence(file: Path) -> str | None:
         return f"file not found: {file} ({error.strerror})."
 
 
-def probe_mask_file(file: Path, table: ClassTable | None) -> tuple[int, int] | str:
+def warn_of_binary(notes: Counter, table: ClassTable) -> None:
+    """Warn where all masks together hold only 0 and 255: the second number may be a class, and is read as none."""
+    numbers = {key: count for key, count in notes.items() if isinstance(key, int) and count}
+    if set(numbers) == {0, IGNORE_INDEX} and table.num_classes > 1 and IGNORE_INDEX not in (table.source_ids or {}):
+        share = numbers[IGNORE_INDEX] / sum(numbers.values())
+        say_once(f"all masks hold only 0 and 255 ({share:.1%} of the pixels), and 255 is read as no class. If it is a "
+                 f"class of table {table.name}, add source_ids: {{0: 0, 255: 1}} to the table.")
+
+
+def probe_mask_file(file: Path, table: ClassTable | None, notes: Counter | None = None) -> tuple[int, int] | str:
     """Size (height, width) of a mask whose content is sound, else the problem as text."""
     problem = probe_existence(file) or probe_pixels(file)
     if problem:
         return problem
     try:
-        mask = read_raw_mask(file) if table is None else read_mask(file, table)
+        mask = read_raw_mask(file) if table is None else read_mask(file, table, notes=notes)
     except UserError as error:
         return str(error)
     return mask.shape[0], mask.shape[1]

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
+from ldm.data.images import image_size
 from ldm.data.manifest import Row, files_of, read_manifest
 from ldm.files import Record, file_sha256
 from ldm.generation.guide import guide_fingerprint, load_guide
@@ -136,9 +135,8 @@ def find_positions(rows: Sequence[Row], first: int, end: int) -> tuple[int, int]
 def read_size(mask: Path) -> tuple[int, int] | str:
     """(height, width) in the header of a mask, or what is wrong with the file."""
     try:
-        with Image.open(mask) as image:
-            return image.height, image.width
-    except Exception as error:  # Pillow raises OSError, bomb errors, ...
+        return image_size(mask)
+    except (UserError, FileNotFoundError) as error:
         return f"{mask}: cannot be read any more ({error}). Bring it back and start this again."
 
 

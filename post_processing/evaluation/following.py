@@ -69,7 +69,8 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
 
 def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
-    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device))
+    given = ClassTable.load(args.classes) if args.classes else None
+    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
     pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
     score = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     score = {"OA": score["aAcc"], **score}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device, markdown_table
+from ldm.data.classes import ClassTable
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
@@ -205,8 +206,8 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     device = choose_device(args.device)
     if args.segmentor:
-
-        segmentor = segmentors.load_segmentor(*args.segmentor, device=device)
+        given = ClassTable.load(args.classes) if args.classes else None
+        segmentor = segmentors.load_segmentor(*args.segmentor, device=device, class_table=given)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
     if not args.vgg:
 

@@ -118,7 +118,7 @@ class CorrectedCrossEntropy(nn.Module):
             label_smoothing: share of the loss that asks for equal probabilities, at pixels that are not trusted.
             is_learned: T of synthetic pixels is a parameter, trained once `start_learning` was called.
             volume_weight: of log|det T| while it is learned (VolMinNet: Li et al., ICML 2021).
-            class_weight: K weights of the labels.
+            class_weight: K weights of the classes (see without_weights).
             loss_weight: of the whole.
             loss_name: key in the log; has to start with `loss_`.
         Raises:
@@ -161,6 +161,17 @@ class CorrectedCrossEntropy(nn.Module):
         learned = torch.where(self.is_estimated, learned, identity)
         return torch.stack([identity, learned, learned, identity])
 
+    def without_weights(self, log_p: torch.Tensor) -> torch.Tensor:
+        """Take the class weights out of log probabilities (B, K, H, W): log softmax of log p_i - log w_i.
+
+        The weighted cross entropy of true labels leads to p_i ~ w_i P(i), which is wanted. Weights of *noisy* labels
+        would not: T^-1 blows their tilt up. So the likelihood of a noisy label is that of P, found from p (the logit
+        adjustment of Menon et al., ICLR 2021), and both kinds of pixels lead to the same p.
+        """
+        if self.class_weight is None:
+            return log_p
+        return (log_p - self.class_weight.clamp_min(FLOOR).log()[:, None, None]).log_softmax(1)
+
     def forward(
         self, seg_logits: torch.Tensor, seg_label: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
     ) -> torch.Tensor:
@@ -181,13 +192,15 @@ class CorrectedCrossEntropy(nn.Module):
         transition = self.current_transition()
         plain = -log_p.gather(1, label[:, None])[:, 0]
         given = transition.clamp_min(FLOOR).log().transpose(1, 2)[domain, label].movedim(-1, 1)  # T[d][:, j]
-        corrected = -torch.logsumexp(log_p + given, 1)
+        corrected = -torch.logsumexp(self.without_weights(log_p) + given, 1)
         is_noisy = (transition != torch.eye(self.num_classes, device=transition.device)).flatten(1).any(1)[domain]
         loss = torch.where(is_noisy, corrected, plain)
         if self.label_smoothing:
             smooth = (1 - self.label_smoothing) * loss - self.label_smoothing * log_p.mean(1)
             loss = torch.where(domain == TRUSTED, loss, smooth)
-        own = is_valid.float() if self.class_weight is None else self.class_weight[label] * is_valid
+        own = is_valid.float()
+        if self.class_weight is not None:
+            own = own * torch.where(is_noisy, own.new_ones(()), self.class_weight[label])
         total = (loss * own * share * (1 if weight is None else weight)).sum()
         mean = total / own.sum().clamp_min(torch.finfo(torch.float32).tiny)
         if self.is_learned:

@@ -189,7 +189,7 @@ def find_matrices(table: ClassTable, args: argparse.Namespace) -> dict[int, torc
 
 def ask_teacher(table: ClassTable, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """T from a segmentor of real pairs (see estimate_from_teacher), and pixels by its prediction and given label."""
-    teacher = load_segmentor(*args.teacher, device=choose_device("auto"))
+    teacher = load_segmentor(*args.teacher, device=choose_device("auto"), default_table=table)
     if not same_names(teacher.class_table.names, table.names):
         raise UserError(f"--teacher {args.teacher[1]}: knows {list(teacher.class_table.names)}. Expected "
                         f"{list(table.names)} of class table {table.name}. Train it with that table.")

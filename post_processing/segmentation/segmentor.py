@@ -221,6 +221,7 @@ def load_segmentor(
     checkpoint: str | Path,
     device: str | torch.device = "cpu",
     class_table: ClassTable | None = None,
+    default_table: ClassTable | None = None,
 ) -> Segmentor:
     """Load a trained segmentor.
 
@@ -229,6 +230,7 @@ def load_segmentor(
         checkpoint: its weights (see read_checkpoint).
         device: where it runs.
         class_table: what its class ids mean; None = the table stored in the checkpoint.
+        default_table: where none is stored.
     Returns:
         The segmentor in evaluation mode.
     Raises:
@@ -238,10 +240,11 @@ def load_segmentor(
     content = read_checkpoint(checkpoint)
     meta = content.get("meta") or {}
     stored = meta.get("class_table")
-    if class_table is None and stored is None:
-        raise UserError(f"segmentor checkpoint {checkpoint}: no class table inside. Give it with --classes.")
     if class_table is None:
-        class_table = ClassTable.load(stored)
+        class_table = default_table if stored is None else ClassTable.load(stored)
+    if class_table is None:
+        raise UserError(f"segmentor checkpoint {checkpoint}: no class table inside. Give it with --classes; commands "
+                        "without that flag need a segmentor.pth of scripts/train_segmentor.py, which holds one.")
     names = list((meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or class_table.names)
     if not same_names(names, class_table.names):
         raise UserError(
