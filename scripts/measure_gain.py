@@ -23,7 +23,8 @@ from post_processing.gain.report import write_report  # noqa: E402
 from post_processing.gain.stages import StageRunner, make_slots  # noqa: E402
 
 logger = logging.getLogger(__name__)
-PASSED_ON = ("--inference_args", "--filter_args", "--resample_args", "--train_args")  # flags whose values are flags
+# Flags whose values are flags.
+PASSED_ON = ("--inference_args", "--rectify_args", "--filter_args", "--resample_args", "--train_args")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "each (CutMix), anew for each row; `--inference_args '--strength 0.5'` starts from the images, mixed alike")
     add("--num_per_mask", type=positive_int, default=4, help="pictures of each mask, each with its own reference")
     add("--inference_args", default="", help="further flags of inference.py, in one string: '--mode fast --scale 2'")
+    add("--rectify_args", default="", help="arm rectified: further flags of inference.py beside --guide, such as "
+        "'--rectify_scale 0.1'; the guide is the segmentor of the real pairs")
     add("--filter_args", default="", help="further flags of filter.py")
     add("--hardness_folds", type=natural, help="class means of the filter: from so many folds of the real pairs, each "
         "judged by a segmentor trained on the others; 0: from the pairs that the segmentor was trained on, as "

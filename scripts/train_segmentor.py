@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.cli import add_classes  # noqa: E402
-from ldm.util import run_entry_point  # noqa: E402
+from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.segmentation.dlc_training import ESTIMATORS  # noqa: E402
 from post_processing.segmentation.mixing import MIXES  # noqa: E402
 from post_processing.segmentation.training import train_segmentor  # noqa: E402
@@ -55,6 +55,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--noise_border", type=int, default=0, help="pixels from a class border that get an estimate of their own")
     add("--target_txt_file", help="unlabelled images of another place, a manifest (target) or a folder: self-training "
         "with a teacher's labels for them")  # fmt: skip
+    add("--on_latents", metavar="CKPT", help="train a guide on this generator's latents instead: a few convolutions, "
+        "minutes on a CPU, for inference.py --guide WORK_DIR/guide.safetensors")  # fmt: skip
     add("--work_dir", required=True, help="output folder")
     add("--max_steps", type=int, help="optimizer steps (default: the config's)")
     add("--batch_size", type=int, help="tiles a step (default: the config's)")
@@ -76,8 +78,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train and write config.json and segmentor.pth."""
-    train_segmentor(parse_arguments(argv))
+    """Train and write config.json and segmentor.pth, or guide.safetensors."""
+    args = parse_arguments(argv)
+    if args.on_latents:
+        train_guide(args)
+    else:
+        train_segmentor(args)
+
+
+GUIDE_FLAGS = ("on_latents", "work_dir", "classes", "data_root", "train_txt_file", "image_folder", "mask_folder",
+               "max_steps", "batch_size", "learning_rate", "num_workers", "threads", "seed", "overwrite", "debug")
+
+
+def train_guide(args: argparse.Namespace) -> None:
+    """Train a guide on latents of real pairs (see ldm.training.latent_guide)."""
+    import torch
+
+    from ldm.data.classes import ClassTable
+    from ldm.training.latent_guide import train_latent_guide
+    from post_processing.segmentation.dataset import list_pairs
+
+    others = [f"--{name}" for name in args.given if name not in GUIDE_FLAGS]
+    if others or not args.classes:
+        raise UserError(f"--on_latents: {', '.join(others) or '--classes is missing'}. Expected --classes and pairs, "
+                        "steps, batch size, learning rate and seed alone. Change the command.")
+    out = Path(args.work_dir) / "guide.safetensors"
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"--work_dir: {out} exists. Choose another folder, or add --overwrite.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    table = ClassTable.load(args.classes)
+    pairs = list_pairs(table, manifest=args.train_txt_file, data_root=args.data_root, image_folder=args.image_folder,
+                       mask_folder=args.mask_folder)
+    steps = {name: getattr(args, name) for name in ("max_steps", "batch_size", "learning_rate")}
+    train_latent_guide(args.on_latents, pairs, table, out, **{k: v for k, v in steps.items() if v is not None},
+                       seed=args.seed, num_workers=args.num_workers,
+                       device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

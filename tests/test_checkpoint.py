@@ -296,10 +296,10 @@ BAD = {
     "web page": "is a web page, not weights",
     "empty": "is empty",
     "zip of something else": "cannot be read as tensors",
-    "wrong shapes": "wrong shape: 'a' is F32 .5. but has 16 bytes",
-    "overlapping tensors": "'b' overlaps another tensor",
-    "truncated safetensors": "truncated: tensors need 16 bytes, there are 10",
-    "header beyond the end": "truncated: its header",
+    "wrong shapes": "damaged or cut short",
+    "overlapping tensors": "damaged or cut short",
+    "truncated safetensors": "damaged or cut short",
+    "header beyond the end": "damaged or cut short",
     "100,000 tensors": "has 100,000 tensors. Expected at most 20,000",
 }
 

@@ -17,6 +17,7 @@ from painting import make_workspace
 from PIL import Image
 from pixel import config, make
 
+from ldm.files import file_sha256
 from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
@@ -214,7 +215,8 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert [half[half.index("--max_steps") + 1] for half in halves] == ["1", "1"]
     for flag in ("--init_from", "--train_txt_file"):
         assert [flag in half for half in halves] == [False, True]
-    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,recolour,dlc,random_drop", *flags)
+    measure(workspace, out, "--arms", "joint,unfiltered,pretrain,recolour,dlc,random_drop,rectified",
+            "--rectify_args", "--rectify_window 0 1", *flags)
 
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
     paint = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]
@@ -224,7 +226,13 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
     assert len(list((out / "unfiltered/images").iterdir())) == 6
     results = json.loads((out / "results.json").read_text())
-    assert list(results["summary"]) == ["real", "joint", "unfiltered", "dlc", "random_drop", "recolour", "pretrain"]
+    assert list(results["summary"]) == [
+        "real", "joint", "unfiltered", "dlc", "random_drop", "rectified", "recolour", "pretrain"]
+    plain, guided = (sorted((out / folder / "images").iterdir()) for folder in ("synthesis", "rectified_synthesis"))
+    assert [path.name for path in plain] == [path.name for path in guided]
+    assert any(one.read_bytes() != other.read_bytes() for one, other in zip(plain, guided, strict=True))
+    fingerprint = json.loads((out / "rectified_synthesis/run.json").read_text())["settings"]
+    assert fingerprint["guide"][2] == file_sha256(out / "real/seed_1/segmentor.pth")  # of the real pairs
     recoloured = [json.loads(line) for line in (out / "recolour/train_set_items.json").read_text().splitlines()]
     for row, item in zip(recoloured, paint, strict=True):  # the same masks and references, without the generator
         assert (out / "recolour" / row["source"]).read_bytes() == (workspace / item["source"]).read_bytes()
@@ -245,7 +253,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert "<svg" in page and "data:image/png" in page and "validation mIoU" in page
     trained = [name for module, name in RAN if module == "scripts.train_segmentor"]
     assert sorted(trained) == ["dlc/seed_1", "joint/seed_1", *["pretrain/seed_1"] * 2, "random_drop/seed_1",
-                               "real/seed_1", "recolour/seed_1", "unfiltered/seed_1"]  # fmt: skip
+                               "real/seed_1", "recolour/seed_1", "rectified/seed_1", "unfiltered/seed_1"]  # fmt: skip
     assert "6 pictures painted, 6 kept" in page
 
     measure(workspace, out, "--arms", "joint,cutmix", *flags)  # goes on: only what is new runs

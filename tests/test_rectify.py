@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from denoisers import STABLE, gaussian_denoiser
-from painting import arguments, contents, make_workspace, pixels, run
+from omegaconf import OmegaConf
+from painting import MODEL, arguments, contents, make_workspace, pixels, run
+from PIL import Image
 from segmentors import make_segmentor, table_of
 from zygote import Zygote, wait_until
 
@@ -20,8 +22,9 @@ from ldm.diffusion.prediction import target_of
 from ldm.sampling.guidance import Run, make_denoiser
 from ldm.sampling.modes import PRESETS, Rectify, Sampling
 from ldm.sampling.noise import SampleNoise, sample_noise
-from ldm.sampling.rectify import Rectifier
+from ldm.sampling.rectify import Rectifier, choose_levels
 from ldm.sampling.samplers import sample
+from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method, read_model_config
 
 MINI = ClassTable.load("mini")
@@ -43,7 +46,8 @@ class Linear:
 def bind(settings: Rectify, guide, path, mask: torch.Tensor, **sampling):
     levels = path.levels(8, "trailing", "clean")
     # Clean latents are about 1.5: decoded images are within [-1, 1], where nothing is clipped.
-    return Rectifier(settings, guide), Run({"mask": mask}, Sampling(**sampling), path, levels, lambda z: z / 4)
+    sampling = Sampling(rectify=settings, **sampling)
+    return Rectifier(settings, guide), Run({"mask": mask}, sampling, path, levels, lambda z: z / 4)
 
 
 def masks(count: int = 2) -> torch.Tensor:
@@ -128,8 +132,8 @@ def test_ignored_pixels_and_samples_without_a_gradient_keep_the_plain_step():
 
 def test_windows_steps_schedules_and_groups():
     def chosen(settings: Rectify, **sampling) -> dict[int, float]:
-        rectifier, run = bind(settings, Linear(), STABLE, masks(), **sampling)  # 999, 874, ..., 124
-        return {level.time: round(scale, 4) for level, scale in rectifier.choose(run).items()}
+        _, run = bind(settings, Linear(), STABLE, masks(), **sampling)  # 999, 874, ..., 124
+        return {level.time: round(scale, 4) for level, scale in choose_levels(run.sampling, run.levels).items()}
 
     assert chosen(Rectify()) == {999: 0.2, 874: 0.2, 749: 0.2}
     assert chosen(Rectify(0.1, (0.3, 0.6))) == {499: 0.1, 374: 0.1}
@@ -137,6 +141,8 @@ def test_windows_steps_schedules_and_groups():
     assert chosen(Rectify(steps=2, schedule="falling")) == {999: 0.175, 874: 0.15}
     assert chosen(Rectify(steps=1), method={"reuse_every": 2}) == {999: 0.2, 874: 0.2}
     assert chosen(Rectify(0.1, (0.3, 0.8)), method={"reuse_every": 2}) == dict.fromkeys((749, 624, 499, 374), 0.1)
+    with pytest.raises(ValueError, match="holds none of the 8 steps"):
+        chosen(Rectify(window=(0.55, 0.6)))
     for field, value in (("scale", 0.6), ("window", (0.7, 0.1)), ("steps", 0), ("schedule", "cosine"), ("loss", "no")):
         with pytest.raises(ValueError, match=f"--rectify_{field}"):
             Rectify(**{field: value})
@@ -247,10 +253,12 @@ def test_latents_do_not_depend_on_the_batch(workspace: Path):
 
 def test_guides_that_do_not_fit_are_refused_before_anything_is_written(workspace: Path, tmp_path: Path, capsys):
     config, weights = make_segmentor(tmp_path / "other", table_of(5))
+    steps = ["--num_steps", "8"]
     cases = [
-        (["--guide", str(config), str(weights)], "trained on the classes class 0"),
-        (["--guide", str(config), str(tmp_path / "absent.pth")], "absent.pth not found"),
-        (["--guide", str(config), str(weights), str(weights)], "3 files"),
+        ([*steps, "--guide", str(config), str(weights)], "trained on the classes class 0"),
+        ([*steps, "--guide", str(config), str(tmp_path / "absent.pth")], "absent.pth not found"),
+        ([*steps, "--guide", str(config), str(weights), str(weights)], "3 files"),
+        (["--guide", str(config), str(weights)], "holds none of the 2 steps"),
         (["--rectify_scale", "0.1"], "there is no guide"),
         (guided(workspace, "--rectify_preset", "upstream"), "a flow"),
         (guided(workspace, "--rectify_scale", "0.9"), "--rectify_scale: 0.9"),
@@ -270,3 +278,48 @@ def test_another_guide_is_another_run(workspace: Path, finished: Path, tmp_path:
     assert "guide was" in capsys.readouterr().err
     assert run(workspace, finished, *guided(workspace, "--rectify_scale", "0.2")) == 2
     assert "rectify_scale was 0.1, is 0.2" in capsys.readouterr().err
+
+
+def test_a_guide_on_latents_learns_and_guides_without_the_decoder(workspace: Path, tmp_path: Path, capsys, monkeypatch):
+    """Trained on images whose colours are their classes, it knows them; with it the decoder runs once an image."""
+    from scripts import train_segmentor
+
+    random = np.random.default_rng(0)
+    colours = np.array(MINI.colours, np.uint8)
+    rows = []
+    for index in range(6):
+        mask = np.kron(random.integers(0, 5, (2, 2)), np.ones((8, 8))).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"mask_{index}.png")
+        Image.fromarray(colours[mask]).save(tmp_path / f"image_{index}.png")
+        rows.append({"source": f"mask_{index}.png", "target": f"image_{index}.png", "prompt": "x"})
+    (tmp_path / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--on_latents", str(workspace / "tiny.safetensors"), "--classes", "mini", "--data_root", str(tmp_path),
+             "--train_txt_file", str(tmp_path / "train.json"), "--max_steps", "120",
+             "--learning_rate", "0.01"]  # fmt: skip
+    train_segmentor.main([*flags, "--work_dir", str(tmp_path / "guide")])
+    file = tmp_path / "guide/guide.safetensors"
+    from ldm.training.latent_guide import LatentGuide, encode_pairs
+
+    method = load_method(workspace / "tiny.safetensors", read_model_config(workspace / "tiny.safetensors"), "cpu")
+    pairs = [(tmp_path / row["target"], tmp_path / row["source"]) for row in rows]
+    latents, wanted = encode_pairs(method, pairs, MINI, torch.device("cpu"))
+    found = torch.nn.functional.interpolate(LatentGuide(file)(latents.float()), wanted.shape[-2:]).argmax(1)
+    assert (found == wanted).float().mean() > 0.45  # by chance 0.2; the autoencoder is random
+
+    calls = []
+    monkeypatch.setattr("ldm.methods.latent.LatentDiffusion.decode_latent", lambda self, z: calls.append(len(z)) or
+                        self.first_stage_model.decode(z / self.scale_factor))  # fmt: skip
+    out = tmp_path / "out"
+    flags = ["--rectify_window", "0", "1", "--num_steps", "4", "--rectify_log"]
+    assert run(workspace, out, "--guide", str(file), *flags) == 0
+    records = [record for path in (out / "shards").iterdir() for record in json.loads(path.read_text())["rectified"]]
+    assert len(records) == 4 and all(record["loss_after"] < record["loss"] for record in records)
+    assert calls == [2, 2]  # two batches of two, one of them filled up
+    assert run(workspace, tmp_path / "no", *flags, "--guide", str(workspace / "tiny.safetensors")) == 2
+    assert "no guide on latents" in capsys.readouterr().err
+    make_workspace(tmp_path)
+    weights = method.state_dict()
+    weights["first_stage_model.quant_conv.bias"] = weights["first_stage_model.quant_conv.bias"] + 1
+    save_safetensors(tmp_path / "tiny.safetensors", weights, OmegaConf.create({"model": MODEL}))
+    assert run(tmp_path, tmp_path / "other", *flags, "--guide", str(file)) == 2
+    assert "another autoencoder" in capsys.readouterr().err

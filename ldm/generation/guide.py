@@ -14,7 +14,7 @@ from ldm.util import UserError, locate, may_call
 
 # By name, since nothing here knows of segmentors.
 SEGMENTOR = "post_processing.segmentation.guide.SegmentorGuide"
-LATENT = "post_processing.segmentation.latent_guide.LatentGuide"
+LATENT = "ldm.training.latent_guide.LatentGuide"
 
 
 def find_guide(arguments: Sequence[str], allow_modules: Sequence[str] = ()) -> tuple[str, list[str]]:
@@ -72,4 +72,8 @@ def load_guide(arguments: Sequence[str], method: Method, device: torch.device | 
     if guide.channels != channels:
         raise UserError(f"--guide: it takes {guide.sees} of {guide.channels} channels. Expected {channels}, as the "
                         "model makes them. Give one that was trained for this model.")
+    if guide.sees == "latents" and not any(p.is_meta for p in method.parameters()) and (
+            guide.latent_space != method.latent_space()):
+        raise UserError("--guide: it was trained on latents of another autoencoder. Expected those of this model. "
+                        "Train one: scripts/train_segmentor.py --on_latents CKPT.")
     return guide

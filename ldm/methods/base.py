@@ -133,6 +133,10 @@ class Method(nn.Module):
         raise UserError(f"cache_latents: {type(self).__name__} has no autoencoder, there is nothing to encode. Set "
                         "training.cache_latents=null.")
 
+    def latent_space(self) -> str:
+        """What tells latents of one autoencoder from those of another, a hash; empty where images are sampled."""
+        return ""
+
     def weight_groups(self) -> tuple[WeightGroup, ...]:
         """Its parts, for reports of loaded weights and for what files may leave out."""
         return ()

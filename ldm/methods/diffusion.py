@@ -14,6 +14,7 @@ from ldm.diffusion.prediction import target_of
 from ldm.methods.base import Method
 from ldm.sampling.guidance import Correct, PredictBranches, Run, guide, join_branches, make_denoiser
 from ldm.sampling.modes import MODES, Sampling, make_sampling
+from ldm.sampling.rectify import choose_levels
 from ldm.sampling.samplers import Denoise, sample
 from ldm.util import instantiate_from_config
 
@@ -141,9 +142,11 @@ class DiffusionMethod(Method):
             scale = self.setting(sampling, name)
             if not 0 < scale < math.inf:
                 raise ValueError(f"sampling: {name} is {scale!r}. Expected above 0.")
-        self.levels(sampling)
-        if sampling.rectify is not None and sampling.rectify.rule == "clamped" and "velocity" not in \
-                self.path.predictions:
+        levels = self.levels(sampling)
+        if sampling.rectify is None:
+            return
+        choose_levels(sampling, levels)
+        if sampling.rectify.rule == "clamped" and "velocity" not in self.path.predictions:
             raise ValueError("--rectify_preset: upstream is a rule for velocities of a flow. Expected default for this "
                              "model. Leave the flag out.")
 

@@ -1,5 +1,6 @@
 """What diffusion methods on the latents of an autoencoder share: scale and shift, caches of conditions, dropout."""
 
+import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -81,6 +82,14 @@ class LatentDiffusion(DiffusionMethod):
             raise UserError("cache_latents: references are augmented anew in every step and cannot be cached. Set "
                             "model.params.reference_augment=null or training.cache_latents=null.")
         return self.first_stage_model
+
+    def latent_space(self) -> str:
+        """Hash of the autoencoder's weights, scale and shift (see Method)."""
+        digest = hashlib.sha256(repr((self.scale_factor, self.shift_factor)).encode())
+        for name, value in sorted(self.first_stage_model.state_dict().items()):
+            content = value.detach().float().cpu().contiguous()
+            digest.update(name.encode() + content.numpy().tobytes())
+        return digest.hexdigest()
 
     def weight_groups(self) -> tuple[WeightGroup, ...]:
         """The autoencoder; subclasses put their networks in front."""

@@ -78,10 +78,6 @@ class AutoencoderKL(nn.Module):
         """Image of an unscaled latent: (B, embed_dim, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latent))
 
-    def last_layer(self) -> Tensor:
-        """Weight of the last convolution (used to balance the losses)."""
-        return self.decoder.conv_out.weight
-
 
 class PatchAutoencoder(nn.Module):
     """Autoencoder that encodes each patch by its principal components; a network repairs what they leave out.

@@ -13,6 +13,7 @@ the noise that goes with it. A sample's step never depends on its neighbours.
 Source: Yang et al., arXiv 2512.16740 (TODSynth), whose own rule is `clamped`: v' = clamp(V + scale * noise * g, -1, 1).
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ldm.diffusion.path import Level
 from ldm.sampling.guidance import Run
-from ldm.sampling.modes import Rectify
+from ldm.sampling.modes import Rectify, Sampling
 from ldm.sampling.samplers import Denoise
 
 IGNORED = 255  # in masks after normalize_batch
@@ -61,7 +62,7 @@ class Rectifier:
 
     def __call__(self, denoise: Denoise, run: Run) -> Denoise:
         """Bind it to one run of a sampler."""
-        scales, self.pending = self.choose(run), []
+        scales, self.pending = choose_levels(run.sampling, run.levels), []
 
         def rectified(x: Tensor, level: Level) -> Tensor:
             clean = denoise(x, level)
@@ -69,20 +70,6 @@ class Rectifier:
             return clean if scale is None else self.correct(clean, x, level, scale, run)
 
         return rectified
-
-    def choose(self, run: Run) -> dict[Level, float]:
-        """Levels that are rectified -> scale of the step."""
-        settings, levels = self.settings, run.levels[:-1]
-        group = run.sampling.method.get("reuse_every", 1)  # a window never begins amid evaluations that share features
-        low, high = settings.window
-        chosen = {}
-        for index, level in enumerate(levels):
-            first = index - index % group
-            is_chosen = first < settings.steps if settings.steps else low <= levels[first].share <= high
-            if is_chosen:
-                falling = 1 - (index + 1) / len(levels)
-                chosen[level] = settings.scale * (falling if settings.schedule == "falling" else 1.0)
-        return chosen
 
     def correct(self, clean: Tensor, x: Tensor, level: Level, scale: float, run: Run) -> Tensor:
         """The corrected clean latents; those of samples without a usable gradient as they are."""
@@ -164,6 +151,31 @@ class Rectifier:
                             "skipped": total["samples"] - round(used), **means})
         self.totals = {}
         return records
+
+
+def choose_levels(sampling: Sampling, levels: Sequence[Level]) -> dict[Level, float]:
+    """Levels that are rectified -> scale of the step.
+
+    Args:
+        sampling: its `rectify` is set.
+        levels: that the sampler visits, and the end.
+    Raises:
+        ValueError: if there are none.
+    """
+    settings, levels = sampling.rectify, levels[:-1]
+    group = sampling.method.get("reuse_every", 1)  # a window never begins amid evaluations that share features
+    low, high = settings.window
+    chosen = {}
+    for index, level in enumerate(levels):
+        first = index - index % group
+        if first < settings.steps if settings.steps else low <= levels[first].share <= high:
+            falling = 1 - (index + 1) / len(levels)
+            chosen[level] = settings.scale * (falling if settings.schedule == "falling" else 1.0)
+    if not chosen:
+        raise ValueError(f"--rectify_window: {low} to {high} holds none of the {len(levels)} steps, which are at "
+                         f"{', '.join(f'{level.share:.3f}' for level in levels[:4])}, ... Expected one at least. Widen "
+                         "it, or take more --num_steps.")
+    return chosen
 
 
 def rms(tensor: Tensor) -> Tensor:

@@ -70,10 +70,6 @@ class Budget(pl.Callback):
         if self.limit is not None:
             pl_module.time_share = self.share()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Signals wait until the last checkpoint, which the callback behind this one writes, is there."""
-        self.elapsed_before += time.monotonic() - self.began
-
     def share(self) -> float:
         """Share of the time that is used up, in [0, 1]; with what earlier runs took, whose schedule goes on."""
         if self.limit is None:

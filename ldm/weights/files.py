@@ -1,6 +1,5 @@
 """Reads weight files of any origin without running anything in them: safetensors, and torch pickles of tensors."""
 import json
-import math
 import os
 import re
 import warnings
@@ -15,7 +14,7 @@ from torch import Tensor
 from ldm.util import UserError
 
 MAX_TENSORS = 20_000  # SD1.5 with both branches and averaged weights has about 2,700
-MAX_HEADER = 32 << 20
+MAPPED_BYTES = 16 << 20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -132,87 +131,50 @@ def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[st
     raise UserError(f"checkpoint {path}: {what}.")
 
 
+class SafeFile:
+    """Copies tensors out of a safetensors file.
+
+    The library maps files, and every page that was read counts as the process's memory while the map is open: it is
+    opened anew after MAPPED_BYTES, so that loading a model takes the model's memory and no more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.copied = path, 0
+        self.file = self.open()
+
+    def open(self) -> Any:
+        """A new map of the file; the library checks that header and contents belong together."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint {self.path}: damaged or cut short ({error}). Expected a complete safetensors "
+                            "file. Fetch it again or write it anew.") from error
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a tensor."""
+        if self.copied > MAPPED_BYTES:
+            self.file, self.copied = self.open(), 0
+        tensor = self.file.get_tensor(name).clone()
+        self.copied += tensor.nbytes
+        return tensor
+
+
 def read_safetensors(path: Path) -> RawFile:
-    """Open a safetensors file after checking that its header and its size belong together (see read_file)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise UserError(f"checkpoint {path}: truncated: its header has {length} bytes, the file {size}. "
-                            "Fetch it again.")
-        if length > MAX_HEADER:
-            raise UserError(f"checkpoint {path}: its header has {length} bytes. Expected at most {MAX_HEADER}. "
-                            "This is no weight file of a network of this kind.")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"checkpoint {path}: its header is damaged ({error}). Fetch it again.") from error
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(f"checkpoint {path}: its metadata is not a table of strings. Fetch it again.")
-    check_count(path, len(header))
-    problem = find_layout_problem(header, size - 8 - length)
-    if problem:
-        raise UserError(f"checkpoint {path}: {problem}. Fetch it again or write it anew.")
-
-    def reader(entry: dict[str, Any]) -> StoredTensor:
-        shape, dtype, (begin, end) = tuple(entry["shape"]), DTYPES[entry["dtype"]], entry["data_offsets"]
-        start = 8 + length + begin
-        return StoredTensor(shape, dtype, lambda: read_bytes(path, start, end - begin).view(dtype).reshape(shape))
-
-    return RawFile({name: reader(entry) for name, entry in header.items()}, metadata)
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Dictionary of JSON pairs; ValueError where a key comes twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name comes twice")
-    return result
-
-
-def find_layout_problem(header: Mapping[str, Any], size: int) -> str | None:
-    """What is wrong with the entries of a safetensors header for `size` bytes of data; None if nothing."""
-    spans = []
-    for name, entry in header.items():
-        try:
-            shape, kind, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
-            numbers = [*shape, begin, end]
-            is_valid = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in numbers)
-        except (TypeError, KeyError, ValueError):
-            is_valid = False
-        if not is_valid:
-            return f"the entry of {name[:80]!r} is not understood"
-        if kind not in DTYPES:
-            return f"{name[:80]!r} is of type {kind!r}, expected one of {', '.join(DTYPES)}"
-        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-            return f"wrong shape: {name[:80]!r} is {kind} {shape} but has {end - begin} bytes"
-        spans.append((begin, end, name))
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin < position:
-            return f"{name[:80]!r} overlaps another tensor"
-        if begin > position:
-            return f"{begin - position} bytes before {name[:80]!r} belong to no tensor"
-        position = end
-    if position > size:
-        return f"truncated: tensors need {position} bytes, there are {size}"
-    return f"{size - position} bytes at the end belong to no tensor" if position < size else None
-
-
-def read_bytes(path: Path, start: int, count: int) -> Tensor:
-    """Bytes of a file as a uint8 vector that owns its memory (a map of the file would count as ours while in use)."""
-    buffer = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        done = 0
-        while done < count:
-            got = file.readinto(view[done:])
-            if not got:
-                raise UserError(f"checkpoint {path}: ended while it was read. Was it changed meanwhile? Try again.")
-            done += got
-    return buffer
+    """Open a safetensors file (see read_file)."""
+    opened = SafeFile(path)
+    names = opened.file.keys()
+    check_count(path, len(names))
+    tensors = {}
+    for name in names:
+        entry = opened.file.get_slice(name)
+        if entry.get_dtype() not in DTYPES:
+            raise UserError(f"checkpoint {path}: {name[:80]!r} is of type {entry.get_dtype()!r}. Expected one of "
+                            f"{', '.join(DTYPES)}. Convert it.")
+        tensors[name] = StoredTensor(tuple(entry.get_shape()), DTYPES[entry.get_dtype()],
+                                     lambda name=name: opened.read(name))
+    return RawFile(tensors, opened.file.metadata() or {})
 
 
 def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> RawFile:

@@ -13,6 +13,7 @@ from post_processing.gain.sets import (
     write_masks,
     write_random_drop,
     write_real_set,
+    write_rectified,
     write_targets,
     write_unfiltered,
 )
@@ -62,6 +63,8 @@ ARMS = {arm.name: arm for arm in (
     Arm("smooth", "real + unfiltered, labels smoothed", (*UNFILTERED, "--label_smoothing", "0.1"), ("unfiltered",)),
     Arm("random_drop", "real + unfiltered, random pixels dropped",
         (*REAL, "--synthetic_txt_file", "{random_drop}", *RATIO), ("random_drop",)),
+    Arm("rectified", "real + synthesized with a guide, neither filtered nor resampled",
+        (*REAL, "--synthetic_txt_file", "{rectified}", *RATIO), ("rectified",)),
     Arm("dlc_filtered", "real + filtered and resampled, noise corrected", (*RESAMPLED, *CORRECTED), ("resample",)),
     Arm("self_training", "real, self-training on the references", (*REAL, *SELF_TRAINING), ("targets",)),
     Arm("dlc_self_training", "real + unfiltered, noise corrected, self-training",
@@ -108,6 +111,7 @@ class Plan:
             "unfiltered": str(self.outdir / "unfiltered/train_set_items.json"),
             "resampled": str(self.outdir / "resample/set/train_set_items.json"),
             "random_drop": str(self.outdir / "random_drop/train_set_items.json"),
+            "rectified": str(self.outdir / "rectified/train_set_items.json"),
             "targets": str(self.outdir / "targets/targets.json"),
         }
         self.first = f"real/seed_{args.seeds[0]}"  # its segmentor filters
@@ -136,9 +140,13 @@ class Plan:
         run, masks, iou, chosen = (
             str(self.outdir / name) for name in ("synthesis", "filter/masks", "resample/iou", "resample/set"))
         copies = () if self.has_references else ("--num_per_mask", str(args.num_per_mask))
+        rectified_run = str(self.outdir / "rectified_synthesis")
         generate = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.paint_root,
                     "--txt_file", self.manifests["painted"], "--outdir", run, *copies,
                     *shlex.split(args.inference_args))  # fmt: skip
+        # The guide saw the real training pairs and nothing else, as the segmentor that filters.
+        rectify = (args.python_seg, "-W", "ignore", *(rectified_run if part == run else part for part in generate[1:]),
+                   "--guide", *base, *shlex.split(args.rectify_args))  # fmt: skip
         filter_command = (
             args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *base, "--run", run, *self.judged(),
             "--data_root", self.root, "--filtered-mask-path", masks, "--classes", self.table,
@@ -169,6 +177,8 @@ class Plan:
             *folds,
             Stage("filter", (filter_command,), ("synthesis", self.first, *(fold.name for fold in folds))),
             Stage("resample", (score, resample_command), ("filter",)),
+            Stage("rectified_synthesis", (rectify,), ("masks", self.first), (args.ckpt,), is_sharded=True),
+            Stage("rectified", needs=("rectified_synthesis",), action=lambda: write_rectified(self)),
             Stage("unfiltered", needs=("synthesis",), action=lambda: write_unfiltered(self)),
             Stage("random_drop", needs=("filter",), action=lambda: write_random_drop(self)),
             Stage("targets", (), ("sets",), tuple(given), action=lambda: write_targets(self),

@@ -146,8 +146,13 @@ def write_unfiltered(plan: "Plan") -> None:
     write_synthesized(plan, "unfiltered", lambda sample, mask: np.zeros(mask.shape, bool))
 
 
+def write_rectified(plan: "Plan") -> None:
+    """The same of the images that were sampled with a guide."""
+    write_synthesized(plan, "rectified", lambda sample, mask: np.zeros(mask.shape, bool), "rectified_synthesis")
+
+
 def write_synthesized(
-    plan: "Plan", name: str, choose_dropped: Callable[["Sample", np.ndarray], np.ndarray]
+    plan: "Plan", name: str, choose_dropped: Callable[["Sample", np.ndarray], np.ndarray], run: str = "synthesis"
 ) -> None:
     """Write all synthesized images as a training set.
 
@@ -155,8 +160,9 @@ def write_synthesized(
         plan: the measurement.
         name: folder of the set, and its key in the plan's manifests.
         choose_dropped: called with each sample and its mask (H, W) uint8; gives the pixels (H, W) bool to ignore.
+        run: folder of the images.
     """
-    folder, (samples, table) = plan.outdir / name, read_samples(plan)
+    folder, (samples, table) = plan.outdir / name, read_samples(plan, run)
     for part in ("images", "masks"):
         (folder / part).mkdir(exist_ok=True)
     rows = []
@@ -170,10 +176,10 @@ def write_synthesized(
     write_manifest(plan.manifests[name], rows)
 
 
-def read_samples(plan: "Plan") -> "tuple[list[Sample], ClassTable]":
-    """Synthesized images with their masks, and the class table of these."""
-    samples, run = read_run(plan.outdir / "synthesis")
-    return samples, ClassTable.load(run["class_table"]) if run.get("class_table") else ClassTable.load(plan.table)
+def read_samples(plan: "Plan", run: str = "synthesis") -> "tuple[list[Sample], ClassTable]":
+    """Synthesized images of a run with their masks, and the class table of these."""
+    samples, record = read_run(plan.outdir / run)
+    return samples, ClassTable.load(record.get("class_table") or plan.table)
 
 
 def write_random_drop(plan: "Plan") -> None:
