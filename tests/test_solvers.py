@@ -191,7 +191,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
         "guidance_interval": ["--guidance_interval", 0.1, 0.7], "guidance_rescale": ["--guidance_rescale", 0.7],
         "share_control": ["--share_control"], "reuse_every": ["--reuse_every", 3], "strength": ["--strength", 0.5],
     }  # fmt: skip
-    assert set(changes) == {field.name for field in fields(Sampling)} - {"method"} | set(METHOD_SETTINGS)
+    assert set(changes) == {field.name for field in fields(Sampling)} - {"method", "rectify"} | set(METHOD_SETTINGS)
     plain = choose("--mode", "exact").to_dict()
     for name, flags in changes.items():
         assert choose("--mode", "exact", *flags).to_dict()[name] != plain.get(name), name
