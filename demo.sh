@@ -1,5 +1,5 @@
 #!/bin/sh
-# Paint the masks of demo/ in the look of its references with the shipped model, and make a contact sheet.
+# Generate images for the masks of demo/ in the look of its references with the shipped model, and make a contact sheet.
 #   sh demo.sh                                  everything by default; needs no network once the packages are installed
 #   sh demo.sh --ckpt other.safetensors --outdir outputs/other     any flag of inference.py; the last one given wins
 #   DATA_ROOT=GID_demo sh demo.sh --ckpt tisynth.ckpt --config configs/model/tisynth_sd15_upstream.yaml

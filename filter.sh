@@ -1,5 +1,5 @@
 #!/bin/sh
-# Drop the pixels of synthesized pictures that do not look like their class. Settings are environment variables; flags
+# Drop the pixels of synthesized images that do not look like their class. Settings are environment variables; flags
 # of post_processing/filter.py may follow, such as --overlays 20 or --tolerance-margin 1.5.
 #   SEGMENTOR=logs/segmentor RUN=outputs/inference REAL_TXT_FILE=data/fusu/train_set_items.json sh filter.sh
 #   CONFIG=base.py CKPT=base.pth SYN_IMG=DIR SYN_MASK=DIR REAL_IMG=DIR REAL_MASK=DIR CLASSES=fusu sh filter.sh

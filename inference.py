@@ -1,4 +1,4 @@
-"""Paint images for the rows of a manifest: a mask, a prompt and a reference become a picture.
+"""Generate images for the rows of a manifest: a mask, a prompt and a reference become an image.
 
 Everything is checked before the model is loaded. An interrupted run, started again, ends with the same files.
 """
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to paint")
+    model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to generate")
     model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
     model.add_argument("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that "
                        "the config may name, once or more often; else networks of this project only")  # fmt: skip
@@ -48,11 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
     data.add_argument(
-        "--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to paint"
+        "--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to generate"
     )
     add_classes(data.add_argument, "of masks with other ids on disk than the model's", dest="dataset")
-    data.add_argument("--H", type=positive_int, default=None, help="height to paint; default: the mask's")
-    data.add_argument("--W", type=positive_int, default=None, help="width to paint; default: the mask's")
+    data.add_argument("--H", type=positive_int, default=None, help="height to generate; default: the mask's")
+    data.add_argument("--W", type=positive_int, default=None, help="width to generate; default: the mask's")
     data.add_argument(
         "--bad_rows", choices=["stop", "skip"], default="stop",
         help="stop: one error lists all bad rows before the model is loaded; skip: they go to failures.jsonl",
@@ -69,14 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
     sampling.add_argument(
         "--batch_size", type=positive_int, default=8,
-        help="images at once on a GPU, halved if memory ends; a CPU paints 2 at once, whatever this says",
+        help="images at once on a GPU, halved if memory ends; a CPU generates 2 at once, whatever this says",
     )  # fmt: skip
 
     output = parser.add_argument_group("output")
     output.add_argument("--outdir", default="outputs", help="folder for images/, index.jsonl and run.json")
     output.add_argument("--ext", choices=["png", "jpg"], default="png", help="png is lossless, jpg is q95 4:4:4")
     output.add_argument("--format", choices=["folder"], default="folder", help=argparse.SUPPRESS)
-    output.add_argument("--overwrite", action="store_true", help="paint finished images again instead of skipping them")
+    output.add_argument("--overwrite", action="store_true", help="generate finished images again, do not skip them")
     output.add_argument("--status", action="store_true", help="say how far the run in --outdir is, and stop")
     output.add_argument(
         "--verify", action="store_true", help="check sizes and hashes in --outdir, requeue what is damaged, and stop"
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     scale = parser.add_argument_group("several processes")
     scale.add_argument(
         "--shard", type=shard, default=None,
-        help="i/n: paint shards i, i+n, ... (i from 0); default: from torchrun, srun or the SLURM array, else all",
+        help="i/n: generate shards i, i+n, ... (i from 0); default: from torchrun, srun or the SLURM array, else all",
     )  # fmt: skip
     scale.add_argument(
         "--shard_size", type=positive_int, default=None,
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check everything, then paint.
+    """Check everything, then generate.
 
     Args:
         argv: arguments without the program name; None = sys.argv[1:].
@@ -115,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
     missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
     if missing and not (args.status or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return report(Path(args.outdir), args.verify) if args.status or args.verify else paint(args)
+    return report(Path(args.outdir), args.verify) if args.status or args.verify else generate(args)
 
 
-def paint(args: argparse.Namespace) -> int:
-    """Check everything, then paint; returns the exit code.
+def generate(args: argparse.Namespace) -> int:
+    """Check everything, then generate; returns the exit code.
 
     Raises:
         OutputError: if the output cannot be written.

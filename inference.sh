@@ -1,7 +1,7 @@
 #!/bin/sh
-# Paint the rows of a manifest. Settings are environment variables; flags of inference.py may follow.
+# Generate the rows of a manifest. Settings are environment variables; flags of inference.py may follow.
 #   CKPT=logs/RUN/checkpoints/last.safetensors DATA_ROOT=data/gid TXT_FILE=data/gid/test_set_items.json sh inference.sh
-#   GPUS=0,1,2,3 CKPT=... sh inference.sh       one process for each GPU, each paints its share of the rows
+#   GPUS=0,1,2,3 CKPT=... sh inference.sh       one process for each GPU, each generates its share of the rows
 set -eu
 cd "$(dirname "$0")"
 DATA_ROOT=${DATA_ROOT:-demo}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Choose the filtered pictures worth training on. Settings are environment variables; flags of
+# Choose the filtered images worth training on. Settings are environment variables; flags of
 # post_processing/resample.py may follow, such as --policy hardness or --max-per-mask 5.
 #   FILTERED=outputs/filtered IOU=logs/segmentor/val/results.json sh resample.sh
 #   FILTERED=outputs/filtered RARE="agriculture construction, grass" sh resample.sh --valid-ratio 0.7

@@ -166,7 +166,7 @@ def autoencoder(machine: Machine) -> Iterator[Line]:
 
 
 def end_to_end(machine: Machine) -> Iterator[Line]:
-    """inference.py itself, loading, painting and writing; and our walk against diffusers' pipeline, step for step."""
+    """inference.py itself, loading, generating and writing; and our walk against diffusers' pipeline, step for step."""
     count, batch = (2, 1) if machine.tiny else (128, 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

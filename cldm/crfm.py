@@ -29,7 +29,7 @@ class CRFM(LatentDiffusion):
     Args:
         transformer: arguments of diffusers' SD3Transformer2DModel.
         autoencoder, class_table: see LatentDiffusion.
-        hint_mode: how a mask becomes the picture whose latent the network sees: `palette`, `levels`, or
+        hint_mode: how a mask becomes the image whose latent the network sees: `palette`, `levels`, or
             `grey_upstream` (see encode_mask).
         train: groups that train, of GROUPS: `image` (what image tokens pass through), `lora` (low-rank adapters there
             instead), `mask` (the mask stream). Text stream and embeddings never train.
@@ -64,7 +64,7 @@ class CRFM(LatentDiffusion):
             raise UserError("train: has both image and lora. Expected one of them, or only mask: adapters are for an "
                             "image stream that does not train. Drop one.")
         if hint_channels(hint_mode, self.class_table) != 3:
-            raise UserError(f"hint_mode: {hint_mode!r} makes no picture. Expected palette, levels or grey_upstream.")
+            raise UserError(f"hint_mode: {hint_mode!r} makes no image. Expected palette, levels or grey_upstream.")
         self.hint_mode, self.train_groups, self.lora_rank = hint_mode, tuple(train), lora_rank
         self.sample_mask, self.vectors_dir = sample_mask, vectors_dir
         if frozen_dtype not in (None, "bfloat16"):
@@ -138,7 +138,7 @@ class CRFM(LatentDiffusion):
 
     @torch.no_grad()
     def encode_mask_latent(self, mask: Tensor) -> Tensor:
-        """Scaled latent of the picture of a mask: (B, H, W) int64, 0..K-1 or 255 -> (B, C, h, w)."""
+        """Scaled latent of the image of a mask: (B, H, W) int64, 0..K-1 or 255 -> (B, C, h, w)."""
         posterior = self.first_stage_model.encode(encode_mask(mask, self.hint_mode, self.class_table) * 2 - 1)
         return self.scaled(posterior.sample() if self.sample_mask else posterior.mean)
 

@@ -189,7 +189,7 @@ class MaskTransformer(nn.Module):
             timestep: (B,) float, 1000 times the noise level.
             context: (B, L, joint_attention_dim) vectors of the prompt's tokens.
             pooled: (B, pooled_projection_dim) vector of the prompt.
-            mask_latent: (B, C, h, w) latent of the mask's picture; None = without a mask.
+            mask_latent: (B, C, h, w) latent of the mask's image; None = without a mask.
         Returns:
             (B, C, h, w).
         """

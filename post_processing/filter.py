@@ -1,9 +1,9 @@
-"""Drop the pixels of synthesized pictures that do not look like their class.
+"""Drop the pixels of synthesized images that do not look like their class.
 
 A segmentor trained on real tiles says how well every pixel shows the class of its mask. Its mean loss on real tiles,
 class by class, is the measure (better on tiles that it was not trained on, see --hardness_txt_file). Where the loss in
-a synthesized picture exceeds --tolerance-margin times that mean, the mask becomes 255 (ignored). The result is one mask
-a picture in --filtered-mask-path, with reports beside them. An interrupted run, started again, goes on where it ended.
+a synthesized image exceeds --tolerance-margin times that mean, the mask becomes 255 (ignored). The result is one mask
+an image in --filtered-mask-path, with reports beside them. An interrupted run, started again, goes on where it ended.
 """
 
 import argparse
@@ -57,21 +57,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fold", nargs=3, action="append", default=[], metavar=("CONFIG", "CKPT", "TXT_FILE"),
         help="another segmentor and pairs that it was not trained on: the class means are those of all folds. Give it "
         "once for each")
-    add("--syn-img-path", help="folder of synthesized pictures, {mask stem}_seed_{N}.png or .jpg")
-    add("--syn-mask-path", help="folder of the masks that they were painted for")
+    add("--syn-img-path", help="folder of synthesized images, {mask stem}_seed_{N}.png or .jpg")
+    add("--syn-mask-path", help="folder of the masks that they were generated for")
     add("--run", help="--outdir of inference.py, instead of the two folders")
     add("--run_root", help="where the masks of --run are; default: as noted by inference.py")
     add("--filtered-mask-path", required=True, help="output folder")
     add("--hardness", help="file that keeps the class means; default: hardness.json in the output folder")
     add("--tolerance-margin", type=positive_float, default=1.25, help="drop pixels above this many class means")
-    add("--batch_size", type=positive_int, default=16, help="pictures at once; halved where memory ends")
+    add("--batch_size", type=positive_int, default=16, help="images at once; halved where memory ends")
     add("--num_workers", type=positive_int, default=4, help="threads that read, and as many that write")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     add("--shard", type=shard, default="0/1",
-        help="i/n: filter pictures i, i+n, ... (i from 0), for n processes on one folder")
+        help="i/n: filter images i, i+n, ... (i from 0), for n processes on one folder")
     add("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
     add("--ray_workers", type=positive_int, help="number of actors; default: one a GPU, else 1")
-    add("--overlays", type=natural, default=0, help="draw this many pictures with their dropped pixels")
+    add("--overlays", type=natural, default=0, help="draw this many images with their dropped pixels")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure or read the hardness, then filter.
 
     Returns:
-        0 if all pictures of the shard have their filtered mask; 3 if some could not be judged (see failures.jsonl);
+        0 if all images of the shard have their filtered mask; 3 if some could not be judged (see failures.jsonl);
         130 after Ctrl-C. The same command goes on where this one ended.
     """
     args = build_parser().parse_args(argv)
@@ -103,7 +103,7 @@ def run_filter(args: argparse.Namespace) -> int:
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else None
     given = ClassTable.load(args.classes) if args.classes else run_table
     segmentor = load_segmentor(args.config, args.checkpoint, choose_device(args.device), given)
-    table = run_table or segmentor.class_table  # of the painted masks; the real ones may have other numbers on disk
+    table = run_table or segmentor.class_table  # of the synthetic masks; the real ones may have other numbers on disk
     if not same_names(table.names, segmentor.class_table.names):
         raise UserError(
             f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
@@ -135,7 +135,7 @@ def run_filter(args: argparse.Namespace) -> int:
         records, work = run_folder.done(), run_folder.work(part)
         own = items[number::count]
         todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder)]
-        logger.info("%d pictures, %d of them finished", len(own), len(own) - len(todo))
+        logger.info("%d images, %d of them finished", len(own), len(own) - len(todo))
         limits = hardness.limits(args.tolerance_margin)
         if args.engine == "ray":
             config, checkpoint = os.path.abspath(args.config), os.path.abspath(args.checkpoint)
@@ -215,10 +215,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, Any], Path]:
-    """Pictures with their masks in the order of their names, what run.json says, and the folder of the pictures.
+    """Images with their masks in the order of their names, what run.json says, and the folder of the images.
 
     Raises:
-        ValueError: if two pictures would share an output file.
+        ValueError: if two images would share an output file.
     """
     run: dict[str, Any] = {}
     if args.run:
@@ -237,7 +237,7 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, An
     if len(set(stems)) < len(stems):
         doubled = sorted({stem for stem in stems if stems.count(stem) > 1})
         raise ValueError(
-            f"{images}: {len(doubled)} names are used by two pictures ({', '.join(doubled[:3])}). Expected one picture "
+            f"{images}: {len(doubled)} names are used by two images ({', '.join(doubled[:3])}). Expected one image "
             "a name, since its mask is called {name}.png. Rename or remove one."
         )
     return items, run, images
@@ -252,7 +252,7 @@ def find_judged(args: argparse.Namespace) -> list[tuple[str, str, list[Pair]]]:
         return [(args.config, args.checkpoint, read_pairs(manifest, args.data_root))]
     pairs = [Pair(*pair) for pair in match_folders(Path(args.real_img_path), Path(args.real_mask_path))]
     if not pairs:
-        raise UserError(f"--real-img-path: no pictures in {args.real_img_path}. Expected the real training images.")
+        raise UserError(f"--real-img-path: no images in {args.real_img_path}. Expected the real training images.")
     return [(args.config, args.checkpoint, pairs)]
 
 
@@ -285,7 +285,7 @@ def warn_of_unknown(hardness: Hardness, margin: float) -> None:
 def write_report(
     folder: Path, records: dict[str, Record], failed: Sequence[Record], hardness: Hardness, margin: float
 ) -> None:
-    """Write report.json and report.md: what was dropped, class by class, and how many pictures failed."""
+    """Write report.json and report.md: what was dropped, class by class, and how many images failed."""
     totals = {name: np.zeros(3, np.int64) for name in hardness.names}
     for record in records.values():
         for name, (pixels, dropped) in record["classes"].items():
@@ -310,7 +310,7 @@ def write_report(
     rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
     table = markdown_table(["class", "real pixels", "mean loss", "limit", "pictures", "pixels", "dropped"], rows)
     where = " (failures.jsonl)" if failed else ""
-    text = f"{table}\n{len(records)} pictures filtered, {len(failed)} failed{where}.\n"
+    text = f"{table}\n{len(records)} images filtered, {len(failed)} failed{where}.\n"
     with lock(folder / ".lock"):
         write_json(folder / "report.json", report)
         atomic_write(folder / "report.md", text)
@@ -318,7 +318,7 @@ def write_report(
 
 
 def draw_overlays(folder: Path, items: Sequence[Pair], records: dict[str, Record], table: ClassTable) -> None:
-    """Draw overlays/{stem}.png for pictures that are finished."""
+    """Draw overlays/{stem}.png for images that are finished."""
     for item in items:
         if item.image.name in records:
             (folder / "overlays").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Choose the filtered pictures that are worth training on, and lay them out as a training set.
+"""Choose the filtered images that are worth training on, and lay them out as a training set.
 
 Reads what filter.py left in --filtered-mask-path. Writes --out-dir: images/ and masks/ (hard links where the file
 system allows, else copies), train_set_items.json (a manifest whose paths start there), and the class balance before and
@@ -40,11 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--filtered-mask-path", required=True, help="output folder of filter.py")
     add("--out-dir", required=True, help="output folder, one for each choice")
-    add("--syn-img-path", help="folder of the pictures; default: as noted by filter.py")
+    add("--syn-img-path", help="folder of the images; default: as noted by filter.py")
     add("--syn-mask-path", help="folder of the masks before filtering; only for masks that filter.py did not write")
     add_classes(add, "default: the one that filter.py used")
     add("--policy", choices=["rule", "hardness"], default="rule",
-        help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more pictures")
+        help="rule: a rare class survives or most of the mask does; hardness: the harder a mask, the more images")
     add("--rare", nargs="+", type=str.strip, default=["auto"], metavar="CLASS",
         help="rule: names of rare classes; none; auto = the worst of the segmentor's classes (see --iou)")
     add("--num-rare", type=positive_int, default=3, help="how many classes --rare auto takes")
@@ -56,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--valid-ratio", type=fraction, default=0.8, help="rule: or more than this share of the mask must survive")
     add("--count-ignored", action="store_true", help="rule: pixels that never had a class count as dropped")
     add("--hardness", help="hardness.json for --policy hardness; default: the one beside the filtered masks")
-    add("--max-per-mask", type=positive_int, help="most pictures of one mask")
+    add("--max-per-mask", type=positive_int, help="most images of one mask")
     add("--max-per-class", type=positive_int,
-        help="most pictures kept for one class, each counting for its rarest class")
+        help="most images kept for one class, each counting for its rarest class")
     add("--seed", type=int, default=0, help="of every random choice")
     add("--overwrite", action="store_true", help="replace another choice in --out-dir")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def choose(
     args: argparse.Namespace, candidates: Sequence[Candidate], table: ClassTable
 ) -> tuple[list[Candidate], dict[str, Any]]:
-    """The pictures to keep, in the order of their names, and all that this choice depends on.
+    """The images to keep, in the order of their names, and all that this choice depends on.
 
     Raises:
         UserError: if none is worth keeping.
@@ -97,7 +97,7 @@ def choose(
     }  # fmt: skip
     usable = [candidate for candidate in candidates if candidate.after.any()]
     if len(usable) < len(candidates):
-        logger.info("%d pictures have no labelled pixel left: not chosen", len(candidates) - len(usable))
+        logger.info("%d images have no labelled pixel left: not chosen", len(candidates) - len(usable))
     if args.policy == "rule":
         rare = find_rare(args, table)
         kept = keep_by_rule(usable, rare, args.min_rare_pixels, args.valid_ratio, args.count_ignored)
@@ -113,23 +113,23 @@ def choose(
     kept = sorted(cap(kept, args.max_per_mask, args.max_per_class, args.seed), key=lambda one: one.image.name)
     if not kept:
         raise UserError(
-            f"--policy {args.policy}: none of {len(candidates)} pictures is worth keeping. Expected some. Lower "
+            f"--policy {args.policy}: none of {len(candidates)} images is worth keeping. Expected some. Lower "
             "--valid-ratio, name other --rare classes, or filter with a larger --tolerance-margin."
         )
-    logger.info("%d of %d pictures chosen, %d after the caps", chosen, len(candidates), len(kept))
+    logger.info("%d of %d images chosen, %d after the caps", chosen, len(candidates), len(kept))
     return kept, choice
 
 
 def describe(candidate: Candidate) -> list[Any]:
-    """What of a picture the choice depends on."""
+    """What of an image the choice depends on."""
     return [candidate.image.name, candidate.mask, candidate.before.tolist(), candidate.after.tolist()]
 
 
 def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table: ClassTable) -> list[Candidate]:
-    """All filtered pictures with their pixels of each class, in the order of their names.
+    """All filtered images with their pixels of each class, in the order of their names.
 
     Raises:
-        FileNotFoundError: if pictures or masks are missing.
+        FileNotFoundError: if images or masks are missing.
         UserError: if there are none, or the filter has not finished.
     """
     folder = Path(args.filtered_mask_path)
@@ -160,23 +160,23 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
             "give both --syn-img-path and --syn-mask-path."
         )
     if not candidates:
-        raise UserError(f"--filtered-mask-path: no picture has a mask in {folder}. Check the folders.")
+        raise UserError(f"--filtered-mask-path: no image has a mask in {folder}. Check the folders.")
     missing = [path for one in candidates for path in (one.image, one.filtered) if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} files of {len(candidates)} pictures are missing (the first: {missing[0]}). Expected the "
-            "pictures where filter.py found them. Say where they are now with --syn-img-path, or filter again."
+            f"{len(missing)} files of {len(candidates)} images are missing (the first: {missing[0]}). Expected the "
+            "images where filter.py found them. Say where they are now with --syn-img-path, or filter again."
         )
     return candidates
 
 
 def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
-    """Raise UserError if the filter has not judged all pictures of its run; folders that do not say how many pass."""
+    """Raise UserError if the filter has not judged all images of its run; folders that do not say how many pass."""
     filtered = RunFolder(folder, record="filter.json")
     pictures, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
     if judged < pictures:
         raise UserError(
-            f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} pictures are judged). Expected "
+            f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} images are judged). Expected "
             "all of them. Give the command of filter.py again, with every --shard if there are several."
         )
 
@@ -249,7 +249,7 @@ def write_out(
     out: Path, choice: dict[str, Any], candidates: Sequence[Candidate], kept: Sequence[Candidate], table: ClassTable,
     is_overwritten: bool,
 ) -> None:  # fmt: skip
-    """Lay out the kept pictures; the folder is put together beside its place and then moved there.
+    """Lay out the kept images; the folder is put together beside its place and then moved there.
 
     Raises:
         FileExistsError: if the folder holds another choice (unless overwritten) or files of somebody else.

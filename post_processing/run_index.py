@@ -40,7 +40,7 @@ def read_run(
     Returns:
         The samples in file order and the contents of run.json.
     Raises:
-        FileNotFoundError: if the index is missing, or pictures that it names (all are counted, the first are named).
+        FileNotFoundError: if the index is missing, or images that it names (all are counted, the first are named).
         UserError: for damaged lines (with their numbers) and an empty index.
     """
     folder = Path(folder)
@@ -90,7 +90,7 @@ def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
 
 
 def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask at the size that was painted, (H, W) uint8; nearest pixel, as inference.py brings it to size."""
+    """Read a mask at the size that was generated, (H, W) uint8; nearest pixel, as inference.py brings it to size."""
     mask = read_mask(path, table)
     if mask.shape != tuple(size):
         mask = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))

@@ -1,9 +1,9 @@
-"""Measure what inference.py painted (does it follow the masks, the references?), and segmentors on real tiles.
+"""Measure what inference.py generated (does it follow the masks, the references?), and segmentors on real tiles.
 
-`mask_following` judges the pictures with a segmentor trained on real tiles, between a ceiling (the same segmentor on
-real test tiles) and a floor (the pictures against masks that are not theirs). `reference_following` compares colour
-statistics of pictures painted for the same masks in the look of two sets of references. `consistency` is the gate for
-faster sampling: it compares the mask following of runs with that of an exact run, picture by picture. `segmentor`
+`mask_following` judges the images with a segmentor trained on real tiles, between a ceiling (the same segmentor on
+real test tiles) and a floor (the images against masks that are not theirs). `reference_following` compares colour
+statistics of images generated for the same masks in the look of two sets of references. `consistency` is the gate for
+faster sampling: it compares the mask following of runs with that of an exact run, image by image. `segmentor`
 scores a segmentor on real test tiles. `distribution` (FID, KID) compares sets of images, `diversity` (LPIPS) the
 samples of one mask. All write results.json and results.md.
 """
@@ -32,12 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--outdir", help="folder for results.json and results.md; default: below the run")
     common.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
-    common.add_argument("--batch_size", type=positive_int, default=32, help="pictures at once")
+    common.add_argument("--batch_size", type=positive_int, default=32, help="images at once")
     common.add_argument("--num_threads", type=positive_int, default=4, help="threads that read files")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     style = {"parents": [common], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 
-    masks = commands.add_parser("mask_following", help="mIoU of the pictures between floor and ceiling", **style)
+    masks = commands.add_parser("mask_following", help="mIoU of the images between floor and ceiling", **style)
     masks.add_argument(
         "--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote"
     )
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     gate.add_argument("--seed", type=int, default=0, help="seed of the draws")
 
     references = commands.add_parser(
-        "reference_following", help="share of pictures nearer to their own reference", **style
+        "reference_following", help="share of images nearer to their own reference", **style
     )
     references.add_argument(
         "--run", nargs="+", required=True, help="one --outdir of inference.py, or two (set A, set B)"

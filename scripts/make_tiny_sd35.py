@@ -4,7 +4,7 @@
     python scripts/encode_prompts.py --sd35 tiny_sd35 --txt_file rows.json --outdir vectors
 
 The real folder has the same parts (transformer, vae, scheduler, three text encoders and tokenizers) and 2.2 billion
-parameters more; this one knows nothing, and its pictures are noise until it is trained.
+parameters more; this one knows nothing, and its images are noise until it is trained.
 """
 import argparse
 import json

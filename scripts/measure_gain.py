@@ -1,9 +1,9 @@
 """Measure what synthesized pairs add to a segmentor on unseen real tiles.
 
-Trains a base segmentor on the real pairs, paints masks of the real set in the look of unlabelled references, filters
-and resamples the pictures, and trains on real and synthesized pairs (and on the comparisons of --arms) for the same
-number of optimizer steps, with several seeds. Writes results.json, table.md and report.html to --outdir. Finished
-stages are skipped when the command is given again; arms and seeds can be added.
+Trains a base segmentor on the real pairs, generates images for masks of the real set in the look of unlabelled
+references, filters and resamples the images, and trains on real and synthesized pairs (and on the comparisons of
+--arms) for the same number of optimizer steps, with several seeds. Writes results.json, table.md and report.html to
+--outdir. Finished stages are skipped when the command is given again; arms and seeds can be added.
 """
 
 import argparse
@@ -46,18 +46,18 @@ def build_parser() -> argparse.ArgumentParser:
         "folds; default: its name without the offsets of prepare_dataset.py")
     add("--references", nargs="+", default=[], help="unlabelled images of the target: folders below --data_root, or "
         "manifests, of which only the images (target) are used; none where the generator takes none")  # fmt: skip
-    add("--real_fraction", type=float, default=1.0, help="share of the real pairs that is labelled, in whole pictures; "
+    add("--real_fraction", type=float, default=1.0, help="share of the real pairs that is labelled, in whole images; "
         "the images of the others become references")  # fmt: skip
     add = parser.add_argument_group("synthesis").add_argument
     add("--ckpt", required=True, help="generator, for inference.py")
-    add("--num_masks", type=positive_int, help="real masks to paint; default: all")
+    add("--num_masks", type=positive_int, help="real masks to generate; default: all")
     add("--balance", type=float, default=0.5, help="prefer masks of many and of rare classes: the chance of a "
         "mask is the sum over its classes of (share of the class in the set) ** -balance")  # fmt: skip
     add("--match_shares", action="store_true", help="in place of --balance: draw masks whose class shares together are "
         "those that the base segmentor predicts on the references")
-    add("--mix_masks", action="store_true", help="paint new layouts: a box of another mask of the draw pasted into "
+    add("--mix_masks", action="store_true", help="generate new layouts: a box of another mask of the draw pasted into "
         "each (CutMix), anew for each row; `--inference_args '--strength 0.5'` starts from the images, mixed alike")
-    add("--num_per_mask", type=positive_int, default=4, help="pictures of each mask, each with its own reference")
+    add("--num_per_mask", type=positive_int, default=4, help="images of each mask, each with its own reference")
     add("--inference_args", default="", help="further flags of inference.py, in one string: '--mode fast --scale 2'")
     add("--rectify_args", default="", help="arm rectified: further flags of inference.py beside --guide, such as "
         "'--rectify_scale 0.1'; the guide is the segmentor of the real pairs")
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=numbers, default="1,2,3", help="of the trainings; the first is the base segmentor's")
     add("--steps", type=positive_int, default=2000, help="optimizer steps of every training")
     add("--batch_size", type=positive_int, default=16, help="tiles a step")
-    add("--synthetic_ratio", type=positive_float, default=1.0, help="synthesized pictures for each real one in a batch")
+    add("--synthetic_ratio", type=positive_float, default=1.0, help="synthesized images for each real one in a batch")
     add("--noise_matrix", help="for --arms dlc_audit: noise.json that audit_masks.py made of the unfiltered set")
     add("--train_args", default="", help="further flags of train_segmentor.py")
     add = parser.add_argument_group("running").add_argument

@@ -1,4 +1,4 @@
-r"""Predict land-cover masks for images that have none, so that a generator can be trained on them or paint from them.
+r"""Predict land-cover masks for images that have none, so that a generator can train on them or use them.
 
     python scripts/predict_masks.py --segmentor logs/loveda/config.json logs/loveda/segmentor.pth \
         --images begc/train --buildings data/buildings --max_background 0.55 --outdir data/begc
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--outdir", type=Path, required=True, help="output folder")
     add("--threshold", type=float, default=0.0, help="pixels of a lower probability are ignored (default: all count)")
     add("--buildings", type=Path, help="output of convert_buildings.py coco_to_masks: predicted buildings become "
-        "--background, these are painted over (by stems)")
+        "--background, these are drawn over (by stems)")
     add("--building", default="building", help="name of the class of buildings (default: %(default)s)")
     add("--background", default="background", help="name of the background class (default: %(default)s)")
     add("--max_background", type=float, help="keep masks with a smaller share of background only (default: all)")

@@ -86,12 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         "train and val manifests (default: %(default)s)")
     add("--pair", choices=(*PAIRS, "none"), nargs="+", help="references of the inference manifest: random and "
         "nearest_mix (nearest class mix) from the training tiles, folder from --ref_dir; of several the first is "
-        "inference_items.json, the others inference_items_<pair>.json (default: random, when there are masks to paint)")
+        "inference_items.json, the others inference_items_<pair>.json (default: random, when there are masks for it)")
     add("--refs_per_mask", type=positive_int, default=1, help="references a mask in the inference manifests (default: "
         "%(default)s)")
     add("--ref_dir", type=Path, nargs="+", default=[], help="folders of images of any size without masks that become "
         "ref_img/")
-    add("--infer_split", choices=SPLITS, default="test", help="split whose masks are painted (default: %(default)s)")
+    add("--infer_split", choices=SPLITS, default="test", help="split of inference.py's masks (default: %(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, help="output folder; must not exist or be empty")
     add("--merge", type=Path, nargs="+", help="instead of all the above: join the manifests of these output folders, "

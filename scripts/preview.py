@@ -1,4 +1,4 @@
-"""Contact sheet of an output folder of inference.py: masks, references and what was painted for them."""
+"""Contact sheet of an output folder of inference.py: masks, references and what was generated for them."""
 
 import argparse
 import logging
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Sources:
-    """Reads the pictures that an index names.
+    """Reads the images that an index names.
 
     Args:
         folder: output folder of inference.py.
@@ -73,7 +73,7 @@ class Sources:
         return Cell(read_image(self.data_root / record["reference"], None), Path(record["reference"]).stem)
 
     def result(self, record: Record | None, label: str) -> Cell:
-        """Painted image; an empty tile if there is none."""
+        """Generated image; an empty tile if there is none."""
         return Cell(None if record is None else read_image(self.folder / record["image"], None), label)
 
     def legend(self, records: list[Record]) -> list[tuple[str, tuple[int, int, int]]]:
@@ -100,7 +100,7 @@ def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) 
         for reference in references:
             for copy in copies:
                 record = found.get((mask["mask"], reference["reference"], copy))
-                line.append(sources.result(record, f"seed {record['seed']}" if record else "not painted"))
+                line.append(sources.result(record, f"seed {record['seed']}" if record else "not generated"))
         sheet.append(line)
     return sheet
 

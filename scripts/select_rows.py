@@ -4,7 +4,7 @@ r"""Keep the rows of a manifest whose masks are rich: much of a wanted class, or
         --classes DATA/classes.yaml --min_share building=0.15,road=0.2 --min_classes 3
 
 A row stays if it has the share of one of the classes of --min_share, or --min_classes classes of more than 5 % each.
-So a generator trains, or paints, where there is something to learn: in many data sets most tiles are bare land.
+So a generator trains, or generates, where there is something to learn: in many data sets most tiles are bare land.
 """
 
 import argparse

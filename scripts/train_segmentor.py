@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--synthetic_txt_file", help="manifest of synthesized pairs, as resample.py writes")
     add("--synthetic_root", help="where its paths start (default: its folder)")
     add(
-        "--synthetic_ratio", type=float, default=1.0, help="synthesized pictures for each real one in every batch when "
+        "--synthetic_ratio", type=float, default=1.0, help="synthesized images for each real one in every batch when "
         "both are given: 1 = half and half, 3 = three quarters; the numbers of files do not matter",
     )  # fmt: skip
     add("--augment", choices=("none", *MIXES), default="none", help="mix pairs of the training set, half of the time")

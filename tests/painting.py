@@ -1,4 +1,4 @@
-"""A tiny TISynth with random weights, rows to paint, and inference.py run on them in this process."""
+"""A tiny TISynth with random weights, rows to generate, and inference.py run on them in this process."""
 
 import json
 import struct
@@ -87,7 +87,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
-    """Pictures of an output folder by name."""
+    """Images of an output folder by name."""
     return {path.name: np.asarray(Image.open(path)) for path in (folder / "images").iterdir()}
 
 

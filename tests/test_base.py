@@ -53,7 +53,7 @@ def test_a_run_saves_what_trains_and_the_hash_of_its_base(run: Callable, tmp_pat
     files = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     trained = {name for name in saved["current_model_state"]}
     assert trained and all(torch.equal(method.state_dict()[n.removeprefix("method.")], files[n]) for n in trained)
-    own = load_method(folder / "checkpoints/last.ckpt", config, "cpu").state_dict()  # a checkpoint paints, too
+    own = load_method(folder / "checkpoints/last.ckpt", config, "cpu").state_dict()  # a checkpoint generates, too
     assert all(torch.equal(value, own[name]) for name, value in method.state_dict().items())
 
     # One whole file of both; it needs nothing else.

@@ -38,7 +38,7 @@ def rate_of(checkpoint: dict) -> float:
     return checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] / 1e-2  # of the fixture's config
 
 
-def assert_paints(run: Path) -> None:
+def assert_generates(run: Path) -> None:
     last = run / "checkpoints/last.safetensors"
     load_method(last, read_model_config(last), "cpu")
     assert sorted(path.name for path in last.parent.iterdir()) == ["last.ckpt", "last.safetensors"]
@@ -51,7 +51,7 @@ def test_a_training_ends_with_its_time_at_the_end_of_its_schedule(command: list[
     assert 4 < wall < 9 + 6
     first = read_last(tmp_path / "run")
     assert rate_of(first) < 0.05 and first["global_step"] > 3
-    assert_paints(tmp_path / "run")
+    assert_generates(tmp_path / "run")
     # A new budget: the rate rises again, since the time that is used up is a smaller share, and falls to the end.
     assert train.main(["-r", str(tmp_path / "run"), "--gpus", "", "training.max_minutes=0.15", "--no-test"]) == 0
     second = read_last(tmp_path / "run")
@@ -77,7 +77,7 @@ def test_a_signal_ends_a_training_behind_a_step(command: list[str], tmp_path: Pa
     assert signal.getsignal(number) == before
     last = read_last(tmp_path / "run")
     assert last["global_step"] * 2 == last["micro_batches"] > 0  # whole steps
-    assert_paints(tmp_path / "run")
+    assert_generates(tmp_path / "run")
     assert f"stopped by {signal.Signals(number).name} after step {last['global_step']}; go on with" in caplog.text
     assert "Traceback" not in capfd.readouterr().err
     assert train.main(["-r", str(tmp_path / "run"), "--gpus", "", "--no-test", "data.params.num_workers=0",

@@ -356,7 +356,7 @@ def test_a_guide_rectifies_as_published_and_as_we_do(root: Path, tmp_path: Path,
 def test_mistakes_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="both image and lora"):
         CRFM(**params(root, train=["image", "lora"]))
-    with pytest.raises(UserError, match="'one_hot' makes no picture"):
+    with pytest.raises(UserError, match="'one_hot' makes no image"):
         CRFM(**params(root, hint_mode="one_hot"))
     with pytest.raises(UserError, match="frozen_dtype: 'float16'"):
         CRFM(**params(root, frozen_dtype="float16"))

@@ -37,7 +37,7 @@ def make_pairs(root, count, size=64):
         mask[:2] = 255
         Image.fromarray(mask).save(root / f"label/{number}.png")
         Image.fromarray(image).save(root / f"img/{number}.png")
-        rows.append({"source": f"label/{number}.png", "target": f"img/{number}.png", "prompt": "a picture"})
+        rows.append({"source": f"label/{number}.png", "target": f"img/{number}.png", "prompt": "an image"})
     write_lines(root / "test.json", rows)
 
 
@@ -212,7 +212,7 @@ def nearest_colour(self, images):
 
 
 def run_mask_following(trained, folder, pictures, monkeypatch):
-    """Score pictures (indices of real images) as the synthesized images of masks 0, 1, ..."""
+    """Score images (indices of real images) as the synthesized images of masks 0, 1, ..."""
     root, work = trained
     monkeypatch.setattr("post_processing.segmentation.segmentor.Segmentor.logits", nearest_colour)
     images = [np.asarray(Image.open(root / f"img/{number}.png")) for number in pictures]

@@ -77,7 +77,7 @@ def finished(workspace):
 
 @pytest.fixture
 def sample(monkeypatch):
-    """Replaces the function that paints; the new one gets the old one as its first argument."""
+    """Replaces the function that generates; the new one gets the old one as its first argument."""
     whole = synthesis.sample_images
 
     def replace(function):
@@ -87,7 +87,7 @@ def sample(monkeypatch):
 
 
 def close_to(one, other):
-    """Whether a run has all pictures of another one, up to one grey level."""
+    """Whether a run has all images of another one, up to one grey level."""
     found = pixels(one)
     return all(np.abs(found[name].astype(int) - image).max() <= 1 for name, image in pixels(other).items())
 
@@ -146,7 +146,7 @@ def test_fault_6_verify_in_a_folder_that_cannot_be_written(workspace, tmp_path, 
 
 
 def make_bad_rows(root):
-    """Rows that cannot be painted, each with a part of the reason."""
+    """Rows that cannot be generated, each with a part of the reason."""
     random = np.random.default_rng(1)
     (root / "cut.png").write_bytes((root / "ref_0.png").read_bytes()[:300])
     (root / "empty.png").touch()
@@ -280,13 +280,13 @@ def test_fault_15_masks_of_no_class_and_of_one_are_painted(workspace, tmp_path):
 
 
 def test_fault_17_what_bfloat16_breaks_is_painted_in_float32(workspace, finished, tmp_path, sample, caplog):
-    def paint(whole, painter, batch, seeds, chosen, use_autocast):
-        images = whole(painter, batch, seeds, chosen, use_autocast)
+    def paint(whole, batch_generator, batch, seeds, chosen, use_autocast):
+        images = whole(batch_generator, batch, seeds, chosen, use_autocast)
         return torch.full_like(images, torch.inf) if use_autocast else images
 
     sample(paint)
     assert run(workspace, tmp_path, "--precision", "autocast") == 0
-    assert "not finite in bfloat16, painted again in float32" in caplog.text
+    assert "not finite in bfloat16, generated again in float32" in caplog.text
     for name, image in pixels(finished).items():
         assert np.array_equal(pixels(tmp_path)[name], image)
 
@@ -325,10 +325,10 @@ def test_fault_18_memory_that_runs_out_halves_the_batch(workspace, finished, tmp
                                                         monkeypatch):  # fmt: skip
     most = 1
 
-    def paint(whole, painter, *arguments):
-        if painter.batch_size > most:
+    def paint(whole, batch_generator, *arguments):
+        if batch_generator.batch_size > most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(painter, *arguments)
+        return whole(batch_generator, *arguments)
 
     sample(paint)
     monkeypatch.setattr(synthesis, "CPU_BATCH", 4)
@@ -344,13 +344,13 @@ def test_fault_18_memory_that_runs_out_halves_the_batch(workspace, finished, tmp
 def test_fault_18_memory_that_runs_out_in_float32_halves_that_batch_only(workspace, finished, tmp_path, sample):
     sizes = []
 
-    def paint(whole, painter, batch, seeds, chosen, use_autocast):
+    def paint(whole, batch_generator, batch, seeds, chosen, use_autocast):
         if use_autocast:
-            sizes.append(painter.batch_size)
+            sizes.append(batch_generator.batch_size)
             return torch.full((len(chosen), 3, *batch["mask"].shape[1:]), torch.nan)
-        if painter.batch_size > 1:
+        if batch_generator.batch_size > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole(painter, batch, seeds, chosen, use_autocast)
+        return whole(batch_generator, batch, seeds, chosen, use_autocast)
 
     sample(paint)
     assert run(workspace, tmp_path, "--precision", "autocast") == 0

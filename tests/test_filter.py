@@ -29,7 +29,7 @@ SIZES = ((12, 16), (16, 16), (8, 20))
 
 
 def make_pictures(folder, count, classes, seed, name="{}", absent=()):
-    """Pictures and masks of mixed sizes in folder/img and folder/label; the third mask is ignored everywhere."""
+    """Images and masks of mixed sizes in folder/img and folder/label; the third mask is ignored everywhere."""
     random = np.random.default_rng(seed)
     items = []
     for part in ("img", "label"):
@@ -155,13 +155,13 @@ def test_a_sigmoid_head_predicts_at_its_own_threshold(threshold):
 
 
 class SmallMemory(Segmentor):
-    """Has memory for `room` pictures at once."""
+    """Has memory for `room` images at once."""
 
     room = 2
 
     def logits(self, images):
         if len(images) > self.room:
-            raise torch.cuda.OutOfMemoryError("too many pictures")
+            raise torch.cuda.OutOfMemoryError("too many images")
         return super().logits(images)
 
 
@@ -467,7 +467,7 @@ def test_real_pairs_that_cannot_be_read_are_all_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A real mmseg segmentor with random weights, real pairs and synthesized pictures."""
+    """A real mmseg segmentor with random weights, real pairs and synthesized images."""
     pytest.importorskip("mmseg")
     root = tmp_path_factory.mktemp("filter")
     make_segmentor(root / "segmentor", table_of(5))
@@ -511,7 +511,7 @@ def test_command_line_shards_and_settings(workspace, tmp_path):
         shared = flags(workspace, tmp_path / "shards", tmp_path, "--shard", f"{number}/2")
         assert main(shared) == 0
     assert contents(tmp_path / "shards") == before
-    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(tmp_path / "img/0_seed_7.png")  # painted again
+    Image.fromarray(np.zeros((12, 16, 3), np.uint8)).save(tmp_path / "img/0_seed_7.png")  # generated again
     assert main(flags(workspace, out, tmp_path)) == 0
     after = contents(out)
     assert {name for name in before if after[name] != before[name] and name.endswith(".png")} == {"0_seed_7.png"}
@@ -655,7 +655,7 @@ def test_a_run_of_inference_is_read_through_its_index(workspace, tmp_path):
     for row, item in enumerate(items):
         expected = read_mask_at(item.mask, table_of(5), (20, 24))
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out/{row}_x_seed_{row}.png")), expected)
-    run["fingerprint"] = {"H": None, "W": None}  # painted at the size of the mask, which has changed since
+    run["fingerprint"] = {"H": None, "W": None}  # generated at the size of the mask, which has changed since
     (tmp_path / "run/run.json").write_text(json.dumps(run))
     arguments[arguments.index("--filtered-mask-path") + 1] = str(tmp_path / "other")
     assert main(arguments) == 3

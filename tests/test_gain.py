@@ -146,7 +146,7 @@ def test_curves_are_read_past_torn_lines_and_their_legend_fits(tmp_path):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A tiny random generator, and twelve pairs of 32 x 32 from six pictures, whose colours are their classes."""
+    """A tiny random generator, and twelve pairs of 32 x 32 from six images, whose colours are their classes."""
     root = make_workspace(tmp_path_factory.mktemp("gain"))
     random = np.random.default_rng(0)
     for folder in ("img", "label", "ref"):
@@ -221,7 +221,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     real = [json.loads(line) for line in (out / "sets/real.json").read_text().splitlines()]
     paint = [json.loads(line) for line in (out / "masks/synthesis.json").read_text().splitlines()]
     scenes = {Path(row["target"]).name.split("_")[0] for row in real}
-    assert len(real) == 4 and len(scenes) == 2  # whole pictures
+    assert len(real) == 4 and len(scenes) == 2  # whole images
     assert len(paint) == 6 and {row["source"] for row in paint} <= {row["source"] for row in real}
     assert not {row["ref_image"] for row in paint} & {row["target"] for row in real}
     assert len(list((out / "unfiltered/images").iterdir())) == 6
@@ -254,12 +254,12 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     trained = [name for module, name in RAN if module == "scripts.train_segmentor"]
     assert sorted(trained) == ["dlc/seed_1", "joint/seed_1", *["pretrain/seed_1"] * 2, "random_drop/seed_1",
                                "real/seed_1", "recolour/seed_1", "rectified/seed_1", "unfiltered/seed_1"]  # fmt: skip
-    assert "6 pictures painted, 6 kept" in page
+    assert "6 images generated, 6 kept" in page
 
     measure(workspace, out, "--arms", "joint,cutmix", *flags)  # goes on: only what is new runs
     assert {name for _, name in RAN} == {"cutmix/seed_1"}
     assert list(json.loads((out / "results.json").read_text())["summary"]) == ["real", "joint", "cutmix"]
-    for arms, text in (("unfiltered", "6 pictures painted, not filtered"), ("cutmix", "")):  # filter/ is still there
+    for arms, text in (("unfiltered", "6 images generated, not filtered"), ("cutmix", "")):  # filter/ is still there
         measure(workspace, out, "--arms", arms, *flags)
         page = (out / "report.html").read_text()
         assert not RAN and text in page and "data:image/png" not in page and ("painted" in page) == bool(text)
@@ -452,9 +452,9 @@ def test_mixed_masks_are_painted_from_mixed_images(workspace, tmp_path, monkeypa
     assert str(out / "masks/synthesis.json") in json.dumps(log)
     run = json.loads((out / "synthesis/run.json").read_text())
     assert run["settings"]["strength"] == 0.4 and run["data_root"] == str(out / "masks")
-    assert "6 pictures of mixed masks painted" in (out / "report.html").read_text()
+    assert "6 images of mixed masks generated" in (out / "report.html").read_text()
 
-    RAN.clear()  # other ways to paint do not train the baseline again
+    RAN.clear()  # other ways to generate do not train the baseline again
     with pytest.raises(UserError, match="unfiltered.*other settings|other settings"):
         measure(workspace, out, "--arms", "unfiltered", "--num_masks", "2")
     measure(workspace, out, "--arms", "unfiltered", "--num_masks", "2", "--overwrite")
@@ -475,7 +475,7 @@ def test_masks_with_rare_classes_are_preferred(tmp_path):
     drawn = {balance: choose_masks(rows, table, 20, balance) for balance in (0, 1)}
     rare = {balance: sum(place < 10 for place in chosen) for balance, (_, chosen) in drawn.items()}
     assert rare[0] < 6 and rare[1] > 6  # of 10; 20 of 90 masks are drawn
-    assert all(not 10 <= place < 20 for _, chosen in drawn.values() for place in chosen)  # nothing to paint there
+    assert all(not 10 <= place < 20 for _, chosen in drawn.values() for place in chosen)  # nothing to generate there
     for number in range(20, 25):
         mask = np.kron([[1, 2], [3, 4]], np.ones((4, 4), int)).astype(np.uint8)
         Image.fromarray(mask).save(tmp_path / f"{number}.png")

@@ -48,7 +48,7 @@ def test_interval_holds_the_drop_and_finds_none_where_there_is_none():
     assert 5 < low < drop < high < 40
     assert drop == pytest.approx(mean_iou(exact.sum(0)) - mean_iou(worse.sum(0)))
     assert paired_drops(worse, exact, groups)["mIoU"] == pytest.approx(-np.array([drop, high, low]))
-    # More pictures of the same masks are no more masks: the interval must not shrink.
+    # More images of the same masks are no more masks: the interval must not shrink.
     width = np.diff(paired_drops(exact, same, range(60))["mIoU"][1:])
     twice = np.diff(paired_drops(np.tile(exact, (4, 1, 1)), np.tile(same, (4, 1, 1)), [*range(60)] * 4)["mIoU"][1:])
     assert twice == pytest.approx(width, rel=0.1)
@@ -101,5 +101,5 @@ def test_consistency_of_runs(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another seed"):
         main(flags("exact", "other_seed"))
     paint("short", range(5))
-    with pytest.raises(UserError, match="differ in 1 pictures"):
+    with pytest.raises(UserError, match="differ in 1 images"):
         main(flags("exact", "short"))

@@ -27,7 +27,7 @@ from PIL import Image
 from pixel import TINY, config, make
 
 import inference
-from ldm.generation.generator import Painter, generate
+from ldm.generation.generator import BatchGenerator, generate
 from ldm.generation.machine import compile_blocks
 from ldm.generation.plan import make_plan
 from ldm.sampling.modes import METHOD_SETTINGS, Rectify, Sampling
@@ -212,8 +212,8 @@ def test_samples_that_are_not_finite_are_listed_not_written(workspace, tmp_path,
 
     whole = synthesis.sample_images
 
-    def broken(painter, batch, seeds, chosen, use_autocast):
-        images = whole(painter, batch, seeds, chosen, use_autocast)
+    def broken(batch_generator, batch, seeds, chosen, use_autocast):
+        images = whole(batch_generator, batch, seeds, chosen, use_autocast)
         images[[batch["slot"][i] == 2 for i in chosen], 0, 0, 0] = torch.nan
         return images
 
@@ -301,18 +301,18 @@ def test_blocks_are_compiled_once_and_a_batch_that_is_not_full_adds_nothing(work
     method = load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu")
     sampling = Sampling(num_steps=2, guidance_scale=2.0)
     compile_blocks(method, backend=backend)
-    painter = Painter(method, sampling, torch.device("cpu"), False, 2, is_compiled=True)
-    painter.paint(make_batch(2), [1, 2])
+    batch_generator = BatchGenerator(method, sampling, torch.device("cpu"), False, 2, is_compiled=True)
+    batch_generator.generate(make_batch(2), [1, 2])
     most = len(graphs)
     assert most > 10
-    painted = painter.paint(make_batch(3), [1, 2, 3])
-    eager = Painter(load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu"), sampling,
+    painted = batch_generator.generate(make_batch(3), [1, 2, 3])
+    eager = BatchGenerator(load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu"), sampling,
                     torch.device("cpu"), False, 2)  # fmt: skip
-    torch.testing.assert_close(painted, eager.paint(make_batch(3), [1, 2, 3]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(painted, eager.generate(make_batch(3), [1, 2, 3]), rtol=1e-4, atol=1e-4)
     assert len(graphs) == most
-    painter.is_padded = False
+    batch_generator.is_padded = False
     with pytest.raises(RuntimeError, match="compiled again"):  # so the count sees what filling up avoids
-        painter.paint(make_batch(1), [1])
+        batch_generator.generate(make_batch(1), [1])
     torch._dynamo.reset()
 
 
@@ -320,10 +320,10 @@ def test_blocks_are_compiled_once_and_a_batch_that_is_not_full_adds_nothing(work
                          [("cpu", False, [2, 2]), ("cuda", True, [2, 2]), ("cuda", False, [2, 1])])  # fmt: skip
 def test_batches_are_filled_up_on_a_cpu_and_where_blocks_are_compiled(workspace, device, is_compiled, expected):
     method = load_method(workspace / "tiny.safetensors", {"model": MODEL}, "cpu")
-    painter = Painter(method, Sampling(num_steps=1), torch.device(device), False, 2, is_compiled)
-    painter.device, sizes, whole = torch.device("cpu"), [], method.sample
+    batch_generator = BatchGenerator(method, Sampling(num_steps=1), torch.device(device), False, 2, is_compiled)
+    batch_generator.device, sizes, whole = torch.device("cpu"), [], method.sample
     method.sample = lambda conditions, noise, *rest: sizes.append(len(noise)) or whole(conditions, noise, *rest)
-    assert len(painter.paint(make_batch(3), [1, 2, 3])) == 3 and sizes == expected
+    assert len(batch_generator.generate(make_batch(3), [1, 2, 3])) == 3 and sizes == expected
 
 
 def test_checkpoint_without_config_needs_one_and_ckpt_files_work(workspace, finished, tmp_path, capsys):

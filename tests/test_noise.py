@@ -230,7 +230,7 @@ def test_an_audit_is_painted_over_and_read_back(toy_data: Path, tmp_path: Path, 
     names = sorted(path.name for path in (tmp_path / "audit/corrected").iterdir())
     assert len(names) == 3 and names == sorted(path.name for path in (tmp_path / "again/corrected").iterdir())
     assert str(table.colours[1]) in capsys.readouterr().out
-    with pytest.raises(UserError, match="nothing is painted"):
+    with pytest.raises(UserError, match="nothing is generated"):
         main(["--outdir", str(tmp_path / "audit"), "--read"])
     with pytest.raises(UserError, match="is not empty"):
         main(["--outdir", str(tmp_path / "audit"), *flags])
@@ -238,7 +238,7 @@ def test_an_audit_is_painted_over_and_read_back(toy_data: Path, tmp_path: Path, 
     for name in names:
         given = read_mask(tmp_path / "audit/masks" / name, table)
         assert (read_mask(tmp_path / "audit/corrected" / name, table) == 255).all()
-        truth = (given.astype(int) + 1) % 5  # every label is wrong, as far as it is painted
+        truth = (given.astype(int) + 1) % 5  # every label is wrong, as far as it is generated
         truth[:, 16:], truth[given == 255] = 255, 255
         Image.fromarray(table.colourise(truth.astype(np.uint8))).save(tmp_path / "audit/corrected" / name)
         for label in range(5):

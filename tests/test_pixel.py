@@ -177,7 +177,7 @@ def test_overfitting_four_images(name: str):
     torch.manual_seed(0)
     method = make(name, std=None, mask_dropout=0.0)
     batch = batch_of(4)
-    # Smooth pictures that follow their masks, as pictures do.
+    # Smooth images that follow their masks, as images do.
     batch["image"] = torch.linspace(-0.8, 0.8, 5)[batch["mask"]][:, None].repeat(1, 3, 1, 1)
     many = {key: value.repeat(16, 1, 1, 1) if value.ndim == 4 else value.repeat(16, 1, 1)
             for key, value in batch.items()}
@@ -373,7 +373,7 @@ def test_training_by_epochs_then_finetuning_then_sampling(name: str, fit: Callab
     method = load_method(tmp_path / "two/checkpoints/last.safetensors", {"model": tuned["config"]["model"]}, "cpu")
     caplog.set_level("INFO")
     runs = []
-    for size, seed in (("2", "42"), ("1", "42")):  # another batch size, the same pictures
+    for size, seed in (("2", "42"), ("1", "42")):  # another batch size, the same images
         out = tmp_path / f"out{size}"
         with pytest.raises(SystemExit) as stop:
             run_entry_point(inference.main, [

@@ -140,7 +140,7 @@ def test_nearest_mix_takes_the_reference_with_the_nearest_class_mix(tmp_path: Pa
 
 
 def test_unlabelled_images_alone_make_a_training_set(source: Path, table: str, tmp_path: Path) -> None:
-    """No masks at all: every row has an ignored mask, and its reference is another tile of the same picture."""
+    """No masks at all: every row has an ignored mask, and its reference is another tile of the same image."""
     out = tmp_path / "out"
     main(["--classes", table, "--tile", "32", "--train_ref", "same_group", "--unlabelled_train",
           str(source / "images"), "--out", str(out)])

@@ -23,7 +23,7 @@ def make_noise(batch: int, height: int, width: int, seed: int = 0) -> torch.Tens
 
 
 def smooth_value(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A smooth picture as a function of pixels from the centre."""
+    """A smooth image as a function of pixels from the centre."""
     channels = [torch.sin(0.11 * x + 0.07 * y + phase) * torch.cos(0.05 * x - 0.13 * y) for phase in (0.0, 1.0, 2.0)]
     return 0.8 * torch.stack(channels)
 
@@ -72,7 +72,7 @@ def test_whole_pixel_offset_of_the_resampling_agrees_with_the_translation():
     resampled = resample_affine(image, *affine(1, offset=(3.0, -2.0)))
     moved = translate_mirrored(image, torch.tensor([[3, -2]]))
     assert (resampled - moved)[:, :, 8:-8, 8:-8].abs().max() < 1e-4
-    # A shift beyond two picture widths still finds mirror images, not zeros.
+    # A shift beyond two image widths still finds mirror images, not zeros.
     far = resample_affine(image * 0 + 0.7, *affine(1, offset=(75.0, 90.0)))
     torch.testing.assert_close(far, torch.full_like(far, 0.7), rtol=0, atol=1e-4)
 
@@ -106,7 +106,7 @@ def test_shrinking_does_not_alias():
     x, _ = centred_grid(48, 48)
     stripes = torch.cos(math.pi * 0.95 * x).expand(1, 3, 48, 48)
     shrunk = resample_affine(stripes, *affine(1, scale=0.6))
-    # These stripes are finer than the pixels of the shrunk picture, which must show grey.
+    # These stripes are finer than the pixels of the shrunk image, which must show grey.
     assert stripes.std() > 0.6
     assert shrunk[:, :, 8:-8, 8:-8].std() < 0.15
 

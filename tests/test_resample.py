@@ -20,7 +20,7 @@ SIZE = (8, 10)
 
 
 def make_candidates(masks=12, copies=6, seed=0):
-    """Random candidates of all kinds; the first mask is ignored everywhere, one picture has lost every pixel."""
+    """Random candidates of all kinds; the first mask is ignored everywhere, one image has lost every pixel."""
     random = np.random.default_rng(seed)
     candidates = []
     for mask in range(masks):
@@ -98,14 +98,14 @@ def test_caps_hold_and_do_not_spend_rare_classes_on_common_ones():
 
 @pytest.fixture
 def filtered(tmp_path):
-    """Pictures, masks and filtered masks of 3 masks with 4 copies each, as filter.py leaves them."""
+    """Images, masks and filtered masks of 3 masks with 4 copies each, as filter.py leaves them."""
     random = np.random.default_rng(0)
     masks = [random.integers(0, COUNT - (number == 0), SIZE).astype(np.uint8) for number in range(3)]
     return write_filtered(tmp_path, masks, table_of(COUNT), random)
 
 
 def write_filtered(tmp_path, masks, table, random):
-    """Write 4 pictures of each mask; of the i-th, the filter has dropped 30 i % of the pixels."""
+    """Write 4 images of each mask; of the i-th, the filter has dropped 30 i % of the pixels."""
     records = []
     for folder in ("img", "label", "filtered"):
         (tmp_path / folder).mkdir()
@@ -131,7 +131,7 @@ def write_filtered(tmp_path, masks, table, random):
 
 
 def slow_choice(root, policy, rare, losses):
-    """Names of the pictures that each policy keeps, from the pixels of the PNG files one at a time."""
+    """Names of the images that each policy keeps, from the pixels of the PNG files one at a time."""
     kept, groups = [], {}
     for path in sorted((root / "filtered").glob("*.png")):
         before, after = (np.asarray(Image.open(file)).ravel().tolist()
@@ -181,7 +181,7 @@ def test_kept_pictures_are_those_of_a_slow_loop_over_pixels(tmp_path, count, pol
 def test_an_unfinished_filter_is_refused(filtered):
     path = filtered / "filtered/filter.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pictures": 13}))
-    with pytest.raises(UserError, match=r"not finished \(12 of 13 pictures are judged\)"):
+    with pytest.raises(UserError, match=r"not finished \(12 of 13 images are judged\)"):
         run(filtered, "--rare", "none")
     failure = {"image": "9_seed_0.png", "mask": "9.png", "reason": "damaged"}
     (filtered / "filtered/failures.jsonl").write_text(json.dumps(failure) + "\n")
@@ -299,7 +299,7 @@ def test_rare_classes_are_those_of_lowest_iou(filtered, capsys):
     assert json.loads((filtered / "named/resample.json").read_text())["settings"]["rare"] == ["class 1", "class 3"]
     for flags, text in ((["--iou", filtered / "iou.json"], "no IoU of every class"), ([], "needs the IoU"),
                         (["--rare", "class5"], "Did you mean class"), (["--segmentor", "a", "b"], "needs real pairs"),
-                        (["--rare", "none", "--valid-ratio", "1"], "none of 12 pictures"),
+                        (["--rare", "none", "--valid-ratio", "1"], "none of 12 images"),
                         (["--max-per-mask", "0"], "at least 1"),
                         (["--valid-ratio", "80"], "between 0 and 1")):  # fmt: skip
         with pytest.raises((UserError, SystemExit)) as error:
@@ -332,7 +332,7 @@ def test_iou_is_measured_by_mmsegs_metric(filtered, monkeypatch):
 
     def predict_one(segmentor, images):
         if len(images) > 1:
-            raise torch.cuda.OutOfMemoryError("too many pictures")
+            raise torch.cuda.OutOfMemoryError("too many images")
         return predict(segmentor, images)
 
     predict = type(loaded).predict
@@ -356,5 +356,5 @@ def test_hardness_of_other_classes_is_refused(filtered):
 
 def test_pictures_that_went_missing_are_named(filtered):
     (filtered / "img/1_seed_2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 files of 12 pictures.*1_seed_2\.png"):
+    with pytest.raises(FileNotFoundError, match=r"1 files of 12 images.*1_seed_2\.png"):
         run(filtered, "--rare", "none")

@@ -147,7 +147,7 @@ def test_fault_8_bombs_take_no_memory(workspace, zygote, tmp_path):
         write_rows(workspace / f"{name}.json", rows[name])
         argv = arguments(workspace, tmp_path / name, "--bad_rows", "skip", manifest=f"{name}.json")
         limit = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))"  # bytes
-        zygote.start(argv, tmp_path / "log", fault=limit)  # one that is painted would take the machine's whole memory
+        zygote.start(argv, tmp_path / "log", fault=limit)  # one that is generated would take the machine's whole memory
         assert zygote.wait() == code, (tmp_path / "log").read_text()
         peaks[name] = zygote.peak
     assert len(read_lines(tmp_path / "large/failures.jsonl")) == 4
@@ -292,7 +292,7 @@ def test_torchrun_ranks_take_their_shards(workspace, finished, tmp_path):
     done = subprocess.run([*command, *arguments(workspace, tmp_path, *FLAGS)], cwd=REPOSITORY, capture_output=True,
                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 shards to paint, 4 rows" in done.stderr and "1 shards to paint, 3 rows" in done.stderr
+    assert "2 shards to generate, 4 rows" in done.stderr and "1 shards to generate, 3 rows" in done.stderr
     assert contents(tmp_path) == contents(finished[0])
     assert finished_shards(tmp_path) == finished_shards(finished[0])
 
@@ -357,7 +357,7 @@ class RayTaskError(Exception):
 
 
 def fake_ray(paint):
-    """As much of Ray as ray_pool uses; `paint(build, number)` runs when its result is asked for."""
+    """As much of Ray as ray_pool uses; `generate(build, number)` runs when its result is asked for."""
 
     def start_actor(build, *_):
         return SimpleNamespace(run=SimpleNamespace(remote=lambda number: partial(paint, build, number)))

@@ -170,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     references = sorted(path.name for path in (args.out / "ref").glob("*.[jp][pn]g"))
     if not references:
-        parser.error(f"--out: no .jpg or .png in {args.out / 'ref'}. Put at least one reference picture there.")
+        parser.error(f"--out: no .jpg or .png in {args.out / 'ref'}. Put at least one reference image there.")
     table = ClassTable.load("mini")
     (args.out / "label").mkdir(parents=True, exist_ok=True)
     rows = []

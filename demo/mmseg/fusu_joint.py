@@ -1,7 +1,7 @@
 # FUSU, real and synthesized pairs: fusu_base.py with the set that resample.sh wrote, at the same number of steps.
 #   CONFIG=demo/mmseg/fusu_joint.py WORK_DIR=logs/fusu_joint sh scripts/train_segmentor.sh
 # The method's authors repeat the real set ten times beside the synthesized one and train three times as long. Here a
-# sampler draws `ratio` synthesized pictures for each real one, however many files there are, and the length is equal.
+# sampler draws `ratio` synthesized images for each real one, however many files there are, and the length is equal.
 _base_ = "fusu_base.py"
 train_dataloader = dict(
     sampler=dict(_delete_=True, type="post_processing.segmentation.mixing.RatioSampler", ratio=1.0),

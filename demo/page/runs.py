@@ -20,7 +20,7 @@ class View:
     """What there is to see of a folder.
 
     Attributes:
-        images: pictures with a caption each.
+        images: images with a caption each.
         text: Markdown.
     """
 

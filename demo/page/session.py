@@ -18,7 +18,7 @@ from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, read_manifest
 from ldm.diffusion.path import Level
-from ldm.generation.generator import ConditionDataset, Job, Painter, Request, collate
+from ldm.generation.generator import BatchGenerator, ConditionDataset, Job, Request, collate
 from ldm.generation.guide import load_guide
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.guidance import Run
@@ -132,9 +132,10 @@ class Studio:
             done += 1
 
         watch = Watch(count, Rectifier(sampling.rectify, self.guide) if sampling.rectify else None)
-        painter = Painter(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE, rectifier=watch)
+        batch_generator = BatchGenerator(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE,
+                                         rectifier=watch)
         dataset = ConditionDataset(rows, self.table, None, self.method.image_channels)
-        parts = [jobs[i:i + painter.batch_size] for i in range(0, len(jobs), painter.batch_size)]
+        parts = [jobs[i:i + batch_generator.batch_size] for i in range(0, len(jobs), batch_generator.batch_size)]
         evaluations = max(1, round(sampling.num_steps * sampling.strength)) * len(parts)
 
         (folder / "images").mkdir()
@@ -143,7 +144,7 @@ class Studio:
             if batch["errors"]:
                 raise UserError("; ".join(sorted(set(batch["errors"].values()))))
             done = number * evaluations // len(parts)
-            images = painter.paint(batch, [job.noise_seed for job in part])
+            images = batch_generator.generate(batch, [job.noise_seed for job in part])
             yield from self.save(images, [folder / "images" / job.record["image"] for job in part])
 
     def save(self, images: Any, paths: Sequence[Path]) -> list[Path]:

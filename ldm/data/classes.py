@@ -153,7 +153,7 @@ class ClassTable:
         return palette
 
     def colourise(self, mask: np.ndarray) -> np.ndarray:
-        """Paint a mask (H, W) of 0..K-1 or 255 in the table's colours: (H, W, 3) uint8."""
+        """Colour a mask (H, W) of 0..K-1 or 255 by the table: (H, W, 3) uint8."""
         return self.palette()[mask]
 
     def map_from(self, source: "ClassTable") -> np.ndarray:

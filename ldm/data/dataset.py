@@ -252,7 +252,7 @@ class PairDataset(Dataset):
 
 
 def read_instances(path: Path) -> np.ndarray:
-    """Read a map of object numbers exactly, (H, W) int32; UserError for a picture in colours."""
+    """Read a map of object numbers exactly, (H, W) int32; UserError for an image in colours."""
     numbers = read_raw_mask(path)
     if numbers.ndim != 2:
         raise UserError(f"{path}: an instance map in RGB. Expected one number a pixel: grey PNG of 8 or 16 bit.")

@@ -270,7 +270,7 @@ def open_with_pillow(path: Path) -> tuple[Any, ImageInfo]:
         if ";16" in mode and picture.format in ("PNG", "TIFF", "PPM"):
             picture.close()
             return rasters.open_raster(path)
-        # Pages of TIFFs were counted before; the further pictures of an MPO are views for its camera's display.
+        # Pages of TIFFs were counted before; the further images of an MPO are views for its camera's display.
         if picture.format not in ("MPO", "TIFF") and getattr(picture, "n_frames", 1) > 1:
             raise UserError(f"{path}: {picture.n_frames} pages or frames. Expected one. Write the one that is meant to "
                             "a file of its own.")

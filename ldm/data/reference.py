@@ -34,11 +34,11 @@ LUMA = (0.299, 0.587, 0.114)
 class ReferenceAugment(nn.Module):
     """Augment references: whole-pixel shift, scaling, rotation, sub-pixel shift; each per sample with probability p.
 
-    What comes in from outside the picture is its mirror image. A sample depends on its own pixels and parameters
+    What comes in from outside the image is its mirror image. A sample depends on its own pixels and parameters
     only, never on the rest of the batch. The module has no parameters, runs without gradients, ignores train and eval
     mode, and does not wait for the device. The defaults are those of the TISynth paper's code.
 
-    Differences from that code: the mirror goes on without end (there: at most one picture wide, then zeros), positions
+    Differences from that code: the mirror goes on without end (there: at most one image wide, then zeros), positions
     take the delay of the filter into account, the result is clamped to [-1, 1].
 
     Args:

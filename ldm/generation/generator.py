@@ -1,4 +1,4 @@
-"""Paints planned samples with any method."""
+"""Generates planned samples with any method."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 TENSOR_KEYS = ("mask", "image", "reference", "instance")  # of these, what the method takes
 LIST_KEYS = ("prompt", "reference_key", "slot")
-# On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the pictures.
+# On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the images.
 CPU_BATCH = 2
 LOADERS_PER_GPU = 4
 
@@ -133,12 +133,12 @@ def plan_batches(jobs: Sequence[Job], batch_size: int,
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
-def generate_batches(painter: "Painter", loader: DataLoader, jobs: Sequence[Job],
+def generate_batches(batch_generator: "BatchGenerator", loader: DataLoader, jobs: Sequence[Job],
                      batch_size: int) -> Iterator[list[Result]]:
     """Generate images, one batch after another; nothing is written.
 
     Args:
-        painter: generates.
+        batch_generator: generates.
         loader: of the conditions (see make_loader).
         jobs: what to generate.
         batch_size: images in a batch.
@@ -147,12 +147,12 @@ def generate_batches(painter: "Painter", loader: DataLoader, jobs: Sequence[Job]
         What became of the jobs of a batch; each job comes once. A file that cannot be read and an image that is not
         finite are no error, they have a reason.
     """
-    loader.batch_sampler.batches = plan_batches(jobs, batch_size, painter.method.batch_kind)
+    loader.batch_sampler.batches = plan_batches(jobs, batch_size, batch_generator.method.batch_kind)
     for batch in loader:
         results = [Result(jobs[slot], None, error) for slot, error in batch["errors"].items()]
         if batch["slot"]:
             chosen = [jobs[slot] for slot in batch["slot"]]
-            finite, pixels = to_pixels(painter.paint(batch, [job.noise_seed for job in chosen]))
+            finite, pixels = to_pixels(batch_generator.generate(batch, [job.noise_seed for job in chosen]))
             results += [Result(job, image) if is_finite else Result(job, None, "the model returned NaN or infinity")
                         for job, image, is_finite in zip(chosen, pixels, finite, strict=True)]
         yield results
@@ -193,8 +193,8 @@ class Generator:
         if plan.sampling.rectify is not None:
             guide = load_guide(settings.guide, method, self.device, settings.allow_modules)
             rectifier = Rectifier(plan.sampling.rectify, guide)
-        self.painter = Painter(method, plan.sampling, self.device, plan.use_autocast, settings.batch_size,
-                               settings.compile, rectifier)  # fmt: skip
+        self.batch_generator = BatchGenerator(
+            method, plan.sampling, self.device, plan.use_autocast, settings.batch_size, settings.compile, rectifier)
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
         dataset = ConditionDataset(plan.rows, plan.table, size_of(settings), method.image_channels)
@@ -204,7 +204,7 @@ class Generator:
 
     def generate(self, jobs: Sequence[Job]) -> Iterator[list[Result]]:
         """Generate images of the plan, one batch after another (see generate_batches)."""
-        return generate_batches(self.painter, self.loader, jobs, self.plan.settings.batch_size)
+        return generate_batches(self.batch_generator, self.loader, jobs, self.plan.settings.batch_size)
 
     def close(self) -> None:
         """End the loader's processes.
@@ -233,8 +233,8 @@ def generate(plan: Plan) -> Iterator[list[Result]]:
         generator.close()
 
 
-class Painter:
-    """Paints batches with a method.
+class BatchGenerator:
+    """Generates batches with a method.
 
     On a CPU and with compiled blocks every call of the network has the same number of images, the last one filled up:
     there, what a sample looks like does not depend on its neighbours, on restarts or on shards, and nothing is compiled
@@ -257,8 +257,8 @@ class Painter:
         self.batch_size = CPU_BATCH if device.type == "cpu" else batch_size
         self.is_padded = is_compiled or device.type == "cpu"
 
-    def paint(self, batch: dict[str, Any], seeds: Sequence[int]) -> Tensor:
-        """Paint one batch.
+    def generate(self, batch: dict[str, Any], seeds: Sequence[int]) -> Tensor:
+        """Generate one batch.
 
         Args:
             batch: from the loader: mask (B, H, W) uint8, what else the method takes, lists of B.
@@ -273,7 +273,7 @@ class Painter:
         result = self.sample(batch, seeds, range(len(seeds)), self.use_autocast)
         broken = [i for i, is_good in enumerate(torch.isfinite(result).flatten(1).all(1).tolist()) if not is_good]
         if broken and self.use_autocast:
-            logger.warning("%d images are not finite in bfloat16, painted again in float32", len(broken))
+            logger.warning("%d images are not finite in bfloat16, generated again in float32", len(broken))
             usual = self.batch_size
             with suppress(UserError):  # of memory: they stay NaN
                 result[broken] = self.sample(batch, seeds, broken, use_autocast=False)
@@ -281,7 +281,7 @@ class Painter:
         return result
 
     def sample(self, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int], use_autocast: bool) -> Tensor:
-        """Paint the chosen samples of a batch in as many parts as memory asks for."""
+        """Generate the chosen samples of a batch in as many parts as memory asks for."""
 
         def attempt(part: Sequence[int], size: int) -> Tensor:
             self.batch_size = size  # stays so for the rest of the run
@@ -290,34 +290,34 @@ class Painter:
         return torch.cat(in_parts(attempt, chosen, self.batch_size))
 
 
-def sample_images(painter: Painter, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
+def sample_images(batch_generator: BatchGenerator, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
                   use_autocast: bool) -> Tensor:
-    """Paint chosen samples of a batch, filled up to the painter's batch size where it is_padded.
+    """Generate chosen samples of a batch, filled up to the batch_generator's batch size where it is_padded.
 
     Args:
-        painter: method, device, settings.
-        batch, seeds: see Painter.paint.
-        chosen: numbers of samples in the batch, at most the painter's batch size.
-        use_autocast: see Painter.
+        batch_generator: method, device, settings.
+        batch, seeds: see BatchGenerator.generate.
+        chosen: numbers of samples in the batch, at most the batch_generator's batch size.
+        use_autocast: see BatchGenerator.
 
     Returns:
         Images, (len(chosen), C, H, W) float32 in [-1, 1] unless something went wrong inside the network.
     """
-    method, device = painter.method, painter.device
-    filled = [*chosen, *[chosen[-1]] * ((painter.batch_size - len(chosen)) * painter.is_padded)]
+    method, device = batch_generator.method, batch_generator.device
+    filled = [*chosen, *[chosen[-1]] * ((batch_generator.batch_size - len(chosen)) * batch_generator.is_padded)]
     draw = SampleNoise([seeds[i] for i in filled], device)
     noise = draw(method.noise_shape(*batch["mask"].shape[-2:]))  # (B, C, h, w)
     part = {key: batch[key][filled] for key in TENSOR_KEYS if key in batch}
     part |= {key: [batch[key][i] for i in filled] for key in ("prompt", "reference_key")}
     conditions = normalize_batch(part, device)
     cache = method.condition_cache
-    if use_autocast != painter.use_autocast:
+    if use_autocast != batch_generator.use_autocast:
         method.condition_cache = None  # it holds what was computed in the other precision
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_autocast):
-            images = method.sample(conditions, noise, painter.sampling, draw, painter.rectifier)
+            images = method.sample(conditions, noise, batch_generator.sampling, draw, batch_generator.rectifier)
     finally:
         method.condition_cache = cache
-    if painter.rectifier is not None:
-        painter.rectifier.settle(len(chosen))
+    if batch_generator.rectifier is not None:
+        batch_generator.rectifier.settle(len(chosen))
     return images[: len(chosen)].float().clone()

@@ -56,7 +56,7 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def find_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Which shards this process paints, from what started it: torchrun, srun, a SLURM array, or arrays of these.
+    """Which shards this process generates, from what started it: torchrun, srun, a SLURM array, or arrays of these.
 
     Args:
         environment: of the process.

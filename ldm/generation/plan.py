@@ -60,9 +60,9 @@ class Plan:
         bad_rows: records of rows that are left out, with a `reason`.
         use_autocast: bfloat16 where it is safe.
         device: where to compute.
-        fingerprint: what decides the pictures.
+        fingerprint: what decides the images.
         layout: `rows`, `shard_size` and `copies` of the run.
-        numbers: shards that this process paints, finished ones left out; their files were checked.
+        numbers: shards that this process generates, finished ones left out; their files were checked.
     """
 
     settings: Namespace
@@ -92,7 +92,7 @@ class Plan:
         return first, min(first + self.layout["shard_size"], self.layout["rows"])
 
     def jobs(self, number: int, copies: int) -> tuple[list[Job], list[Record]]:
-        """What there is to paint of a shard.
+        """What there is to generate of a shard.
 
         Args:
             number: of the shard.
@@ -175,8 +175,8 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     Args:
         settings: the command line of inference.py; without --shard, the share of this process follows from what
             started it.
-        has_gpu: whether the machines that will paint have GPUs; None = this machine paints.
-        processes: how many will paint these shards; a new run has one for each, if the rows suffice.
+        has_gpu: whether the machines that will generate have GPUs; None = this machine generates.
+        processes: how many will generate these shards; a new run has one for each, if the rows suffice.
 
     Raises:
         UserError, FileNotFoundError, FileExistsError: saying what is wrong; nothing was written yet.
@@ -229,7 +229,7 @@ def check_settings(settings: Namespace, sampling: Sampling, method: Method) -> N
         raise UserError(f"--H {height} --W {width}: only one is given. Expected both or none. Add the other.")
     if height and (height % factor or width % factor):
         raise UserError(
-            f"--H {height} --W {width}: the model cannot paint this size. Expected multiples of {factor}. Change them."
+            f"--H {height} --W {width}: the model cannot generate this size. Expected multiples of {factor}."
         )
     channels, rows, _ = method.noise_shape(factor, factor)
     for flag, given, actual in (("--C", settings.C, channels), ("--f", settings.f, factor // rows)):
@@ -283,13 +283,13 @@ def find_unfinished(settings: Namespace, layout: dict[str, int]) -> list[int]:
 
 
 def is_unfinished(statistics: Record | None, copies: int) -> bool:
-    """Whether a shard with these statistics lacks images: never painted, failed samples, or fewer copies."""
+    """Whether a shard with these statistics lacks images: never generated, failed samples, or fewer copies."""
     return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
 def read_rows(settings: Namespace, table: ClassTable, method: Method, need: Sequence[str],
               numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
-    """Rows of the manifest with what they need; the files of those that this process paints are checked.
+    """Rows of the manifest with what they need; the files of those that this process generates are checked.
 
     Returns:
         Good rows, and records of bad ones with --bad_rows skip; else one error lists all bad rows.
@@ -331,7 +331,7 @@ def without_places(node: Any) -> Any:
 
 def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTable, rows: Sequence[Row],
                      use_autocast: bool, sampling: Sampling) -> dict[str, Any]:
-    """What decides the pictures; two runs may share an output folder only if they agree in it.
+    """What decides the images; two runs may share an output folder only if they agree in it.
 
     Not part of it: what changes rounding at most (device, batch size, --compile) or nothing (processes, engine, number
     of copies). Of the files that rows name, sizes are compared, not contents: reading a million would take hours.

@@ -89,7 +89,7 @@ def verify_run(folder: Path) -> tuple[str, int]:
     store.settle()
     text = f"{folder}: {checked} files checked, {len(lines)} damaged"
     if lines:
-        text += ". Run the same command of inference.py again to paint them."
+        text += ". Run the same command of inference.py again to generate them."
     return "\n".join([text, *lines[:SHOWN]] + [f"  and {len(lines) - SHOWN} more"] * (len(lines) > SHOWN)), len(lines)
 
 
@@ -107,7 +107,7 @@ def find_damage(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def requeue(store: ShardStore, number: int, names: Iterable[str]) -> None:
-    """Remove wrong files and the statistics of their shard, so that the next run paints them."""
+    """Remove wrong files and the statistics of their shard, so that the next run generates them."""
     for name in names:
         (store.folder / name).unlink(missing_ok=True)
     store.statistics_path(number).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Shards of a run: groups of rows that one process paints at a time and publishes with their statistics file last.
+"""Shards of a run: groups of rows that one process generates at a time and publishes with their statistics file last.
 
 `shards/000012.json` is there if and only if shard 12 is finished; it lists every image with size and SHA-256.
-`shards/000012.lock` is locked as long as a living process paints the shard. The kernel frees the lock when the process
+`shards/000012.lock` is locked as long as a living process works on the shard. The kernel frees the lock when it
 dies, on network file systems too, so there is no time after which a claim expires and no clock that could be wrong.
 `shards/000012.partial/` holds what is not complete.
 """
@@ -34,7 +34,7 @@ class Claim:
 
     Attributes:
         number: of the shard.
-        lock: open lock file; says who paints and how far it is.
+        lock: open lock file; says who generates and how far it is.
         files: (bytes, sha256) of images that are complete, by their name in the index.
         begun: when the claim was made, seconds since 1970.
     """

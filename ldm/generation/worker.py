@@ -1,4 +1,4 @@
-"""Paints shards: the loop that a single process, torchrun ranks, SLURM tasks and Ray actors all run."""
+"""Generates shards: the loop that a single process, torchrun ranks, SLURM tasks and Ray actors all run."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ class Worker:
         self.plan, self.store, self.generator = plan, plan.store(), Generator(plan)
         self.old = {number: self.store.statistics_time(number) for number in plan.numbers}
 
-    def paint_shard(self, number: int) -> bool:
+    def generate_shard(self, number: int) -> bool:
         """Generate what is missing of a shard and publish it; False if another process has the shard."""
         begun = time.monotonic()
         with self.store.claim_shard(number) as claim:
@@ -53,16 +53,17 @@ class Worker:
                 self.store.forget(claim, records)
             self.store.find_finished(claim, records)
             found = len(claim.files)
-            failures += self.paint_jobs(claim, [job for job in jobs if job.record["image"] not in claim.files], found)
+            missing = [job for job in jobs if job.record["image"] not in claim.files]
+            failures += self.generate_jobs(claim, missing, found)
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
                        "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.generator.device),
-                       "batch_size": self.generator.painter.batch_size, "torch": torch.__version__}  # fmt: skip
-            rectifier = self.generator.painter.rectifier
+                       "batch_size": self.generator.batch_generator.batch_size, "torch": torch.__version__}  # fmt: skip
+            rectifier = self.generator.batch_generator.rectifier
             details |= {"rectified": rectifier.report()} if rectifier else {}
             self.store.publish(claim, [r for r in records if r["image"] in claim.files], failures, details)
         return True
 
-    def paint_jobs(self, claim: Claim, jobs: Sequence[Job], found: int) -> list[Record]:
+    def generate_jobs(self, claim: Claim, jobs: Sequence[Job], found: int) -> list[Record]:
         """Write the images of jobs of a shard that has `found` already; returns records of those without an image."""
         if not jobs:
             return []
@@ -90,7 +91,7 @@ def device_name(device: torch.device) -> str:
 
 
 def run(plan: Plan) -> int:
-    """Paint the shards of this process; returns the exit code.
+    """Generate the shards of this process; returns the exit code.
 
     Raises:
         OutputError: if the output folder cannot be written.
@@ -102,9 +103,9 @@ def run(plan: Plan) -> int:
             begin(plan)
             left = list(plan.numbers)
             while left:
-                busy = [number for number in left if not worker.paint_shard(number)]
+                busy = [number for number in left if not worker.generate_shard(number)]
                 if len(busy) == len(left):
-                    logger.info("%d shards are left to the processes that paint them", len(busy))
+                    logger.info("%d shards are left to the processes that generate them", len(busy))
                     break
                 left = busy  # whoever had them may have died since
         finally:
@@ -116,7 +117,7 @@ def run(plan: Plan) -> int:
 
 def load_worker(plan: Plan) -> Callable[[int], bool]:
     """Load the model of a plan in a process of Ray's; gives the function that does a shard."""
-    return Worker(plan).paint_shard
+    return Worker(plan).generate_shard
 
 
 def run_on_ray(settings: Namespace) -> int:
@@ -142,7 +143,7 @@ def run_on_ray(settings: Namespace) -> int:
 
 
 def give_up(plan: Plan, number: int, reason: str) -> None:
-    """Publish a shard that no process can paint, with a reason for every image that is missing.
+    """Publish a shard that no process can generate, with a reason for every image that is missing.
 
     So the exit code and --status say it, and the next run tries again.
     """
@@ -166,7 +167,7 @@ def begin(plan: Plan) -> None:
         raise UserError(f"--outdir: {plan.folder} was begun by another process a moment ago, with "
                         f"{layout['shard_size']} rows a shard. Expected {plan.layout['shard_size']}. Start this again.")
     rows = sum(end - first for first, end in map(plan.bounds, plan.numbers))
-    logger.info("%d shards to paint, %d rows, %d images each", len(plan.numbers), rows, layout["copies"])
+    logger.info("%d shards to generate, %d rows, %d images each", len(plan.numbers), rows, layout["copies"])
     height, width = size_of(plan.settings) or (512, 512)
     needed = int(rows * layout["copies"] * height * width * 3 * PNG_SHARE)
     free = shutil.disk_usage(plan.folder).free

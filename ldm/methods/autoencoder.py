@@ -79,7 +79,7 @@ class AutoencoderMethod(Method):
 
     @torch.no_grad()
     def preview(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Pictures for the grid: the image and its reconstruction, (B, 3, H, W) in [-1, 1]."""
+        """Images for the grid: the image and its reconstruction, (B, 3, H, W) in [-1, 1]."""
         posterior = self.first_stage_model.encode(batch["image"])
         return {"image": batch["image"], "restored": self.first_stage_model.decode(posterior.mean).float()}
 
@@ -100,7 +100,7 @@ def opponent_l1(image: Tensor, other: Tensor, chroma_weight: float = 2.0) -> Ten
     """Mean absolute difference along grey, red-green and yellow-blue instead of red, green and blue.
 
     In RGB all three signs follow the error of the brightness as long as that is larger than the error of the colour,
-    so the colour gets no gradient: on land, whose colours are weak, a network trained that way paints in grey.
+    so the colour gets no gradient: on land, whose colours are weak, a network trained that way generates in grey.
 
     Args:
         image, other: (B, 3, H, W).

@@ -162,10 +162,10 @@ class WeightExport(pl.Callback):
 
 
 class ImageGrid(pl.Callback):
-    """Paints the same few validation rows every `every` optimizer steps: run_dir/images/gs-000100.png.
+    """Generates the same few validation rows every `every` optimizer steps: run_dir/images/gs-000100.png.
 
-    Each line of the grid is one row of the manifest, each column one picture of `method.preview(batch)`. With EMA they
-    are painted with the averaged weights, as the exported ones are.
+    Each line of the grid is one row of the manifest, each column one image of `method.preview(batch)`. With EMA they
+    are generated with the averaged weights, as the exported ones are.
 
     Args:
         run_dir: folder of the run.

@@ -33,7 +33,7 @@ from post_processing.segmentation.segmentor import Segmentor
 
 
 def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Score real tiles, pictures against their masks and against shuffled masks; returns results and a table."""
+    """Score real tiles, images against their masks and against shuffled masks; returns results and a table."""
     samples, run = read_run(args.run, args.data_root)
     given = ClassTable.load(args.classes) if args.classes else None
     segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
@@ -82,9 +82,9 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def score_run(
     samples: Sequence[Sample], table: ClassTable, segmentor: Segmentor, args: argparse.Namespace
 ) -> tuple[SegmentationScore, list[SegmentationScore]]:
-    """Score pictures against their own masks and, in the same pass, against each shuffling of the masks.
+    """Score images against their own masks and, in the same pass, against each shuffling of the masks.
 
-    Masks are shuffled as wholes: all pictures of one mask are held against the same other mask.
+    Masks are shuffled as wholes: all images of one mask are held against the same other mask.
     """
     keys = sorted({(sample.mask, sample.size) for sample in samples})
     orders = [derange([size for _, size in keys], args.seed + number) for number in range(args.shuffles)]
@@ -142,7 +142,7 @@ def mask_table(results: dict[str, Any]) -> str:
 
 
 def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Compare colour statistics of pictures of the same masks painted with two sets of references."""
+    """Compare colour statistics of images of the same masks generated with two sets of references."""
     set_a, set_b = select_sets(args)
     pairs = pair_by_mask(set_a, set_b)
     statistics = make_statistics({path for pair in pairs for s in pair for path in (s.image, s.reference)}, args)
@@ -173,7 +173,7 @@ def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any
 
 
 def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
-    """Samples painted with references of set A and of set B.
+    """Samples generated with references of set A and of set B.
 
     Raises:
         UserError: if the flags do not define two sets, a set is empty, or a sample lies in both.
@@ -201,13 +201,13 @@ def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
 
 
 def pair_by_mask(set_a: Sequence[Sample], set_b: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """All (a, b) of one mask at one size; UserError if no mask was painted with both sets."""
+    """All (a, b) of one mask at one size; UserError if no mask has images of both sets."""
     by_mask: dict[Any, list[Sample]] = {}
     for sample in set_b:
         by_mask.setdefault((sample.mask, sample.size), []).append(sample)
     pairs = [(a, b) for a in set_a for b in by_mask.get((a.mask, a.size), ())]
     if not pairs:
-        raise UserError("--run: no mask was painted with references of both sets. Expected the same masks in both.")
+        raise UserError("--run: no mask has images with references of both sets. Expected the same masks in both.")
     return pairs
 
 
@@ -226,6 +226,6 @@ def reference_table(results: dict[str, Any]) -> str:
     parts = {"set A": results["A"], "set B": results["B"], "both": results}
     rows = [[name, part["pairs"], part["nearer"], f"{part['share']:.1f}", *(part.get(key, "") for key in keys)]
             for name, part in parts.items()]  # fmt: skip
-    heads = ["painted with", "pairs", "nearer to own", "share %", "distance to own", "to the other",
+    heads = ["generated with", "pairs", "nearer to own", "share %", "distance to own", "to the other",
              "between references"]  # fmt: skip
     return f"{markdown_table(heads, rows)}\n{results['metric']}; {results['masks']} masks.\n"

@@ -21,9 +21,9 @@ from post_processing.segmentation.segmentor import Segmentor
 def paired_drops(
     exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], draws: int = 2000, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """How much lower the IoUs of other pictures of the same masks and noise are.
+    """How much lower the IoUs of other images of the same masks and noise are.
 
-    The bootstrap draws groups (all pictures of one mask) with replacement, for both sides the same ones, so that what
+    The bootstrap draws groups (all images of one mask) with replacement, for both sides the same ones, so that what
     makes a mask easy or hard cancels out.
 
     Args:
@@ -42,7 +42,7 @@ def paired_drops(
     """
     names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     if len(names) < 2:
-        raise ValueError("consistency: all pictures have one mask. Expected two or more, to tell drop from chance.")
+        raise ValueError("consistency: all images have one mask. Expected two or more, to tell drop from chance.")
     member = np.array([names[name] for name in groups])
     sums = []
     for areas in (exact, other):
@@ -122,7 +122,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         other = order_pairs(others)
         if other.keys() != exact.keys():
             raise UserError(
-                f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} pictures."
+                f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} images."
                 " Expected the same rows, copies and seed in both. Finish both runs."
             )
         areas = measure_areas(other.values(), segmentor, args)
@@ -136,7 +136,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def order_pairs(samples: Sequence[Sample]) -> dict[Any, Sample]:
-    """Samples by what two runs have in common, in one order: mask and name of the picture, which holds its seed."""
+    """Samples by what two runs have in common, in one order: mask and name of the image, which holds its seed."""
     return {key: sample for key, sample in sorted(((s.mask, s.image.stem), s) for s in samples)}
 
 
@@ -147,8 +147,8 @@ def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any
     different = [name for name in names if one.get(name) != other.get(name)]
     if different:
         raise UserError(
-            f"--run: {folder} was painted with another {', '.join(different)} than --exact. Expected other"
-            " sampling settings only. Paint it again."
+            f"--run: {folder} was generated with another {', '.join(different)} than --exact. Expected other"
+            " sampling settings only. Generate it again."
         )
 
 
@@ -175,7 +175,7 @@ def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:
         rows.append([Path(folder).name, row["mIoU_exact"], row["mIoU"], *drops, row["gate"]])
     heads = ["run", "mIoU exact", "mIoU", "drop (95 %)", *(f"drop {name}" for name in rare), "gate"]
     return markdown_table(heads, rows) + (
-        f"\n{results['pictures']} pictures of {results['masks']} masks. Gate: mIoU loses less than {args.max_drop},"
+        f"\n{results['pictures']} images of {results['masks']} masks. Gate: mIoU loses less than {args.max_drop},"
         f" each of the {args.rare} rarest classes less than {args.max_rare_drop} points. pass: the whole interval is\n"
         "below; open: the drop is, the interval is not.\n"
     )

@@ -267,7 +267,7 @@ def distribution_table(results: dict[str, Any]) -> str:
 
 
 def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Mean LPIPS between samples painted from the same mask and reference; returns results and a table."""
+    """Mean LPIPS between samples generated from the same mask and reference; returns results and a table."""
     samples, run = read_run(args.run, args.data_root)
     device = choose_device(args.device)
     lpips = PerceptualLoss(args.vgg).to(device)
@@ -280,7 +280,7 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             lpips,
         ).values())  # fmt: skip
     if not means:
-        raise UserError(f"--run {args.run}: one sample a mask and reference. Expected two or more. Paint with "
+        raise UserError(f"--run {args.run}: one sample a mask and reference. Expected two or more. Generate with "
                         "--num_per_mask 4.")  # fmt: skip
     pairs = sum(len(one) * (len(one) - 1) // 2 for one in groups.values())
     error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None

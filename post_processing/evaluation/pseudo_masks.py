@@ -1,4 +1,4 @@
-"""Masks predicted by a segmentor for images that have none, with what is known about buildings painted over."""
+"""Masks predicted by a segmentor for images that have none, with what is known about buildings drawn over."""
 
 import numpy as np
 import torch

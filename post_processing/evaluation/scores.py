@@ -212,7 +212,7 @@ def compare_references(result: torch.Tensor, own: torch.Tensor, other: torch.Ten
 
     Args:
         result: statistics of synthesized images, (N, 6).
-        own: statistics of the references they were painted with, (N, 6).
+        own: statistics of the references they were generated with, (N, 6).
         other: statistics of references of the other set, (N, 6).
     Returns:
         pairs (N), nearer (count), share (percent; a tie is not nearer), distance_own, distance_other and

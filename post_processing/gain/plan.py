@@ -29,7 +29,7 @@ class Arm:
     Attributes:
         name: on the command line and as a folder.
         label: in tables and figures.
-        data: flags of train_segmentor.py; {real}, {painted}, {recoloured}, {unfiltered}, {resampled} stand for the
+        data: flags of train_segmentor.py; {real}, {generated}, {recoloured}, {unfiltered}, {resampled} stand for the
             manifests of the real pairs, of the masks to generate from, of their images in the colours of references,
             and of the synthesized pairs before and after filter and resample, {targets} for unlabelled images,
             {synthetic_ratio} and {noise_matrix} for the flags' values.
@@ -71,7 +71,7 @@ ARMS = {arm.name: arm for arm in (
         (*UNFILTERED, *CORRECTED, *SELF_TRAINING), ("unfiltered", "targets")),
     Arm("copy_paste", "real, with copy-paste", (*REAL, "--augment", "copy_paste")),
     Arm("cutmix", "real, with CutMix", (*REAL, "--augment", "cutmix")),
-    Arm("mixed", "real + the mixtures themselves, not painted", (*REAL, "--synthetic_txt_file", "{painted}", *RATIO),
+    Arm("mixed", "real + the mixtures themselves, not generated", (*REAL, "--synthetic_txt_file", "{painted}", *RATIO),
         ("masks",)),
     Arm("recolour", "real + the images of the masks in the colours of the references, no generator",
         (*REAL, "--synthetic_txt_file", "{recoloured}", *RATIO), ("recolour",)),
@@ -102,7 +102,7 @@ class Plan:
         is_file = Path(args.class_table).is_file()
         self.table = os.path.abspath(args.class_table) if is_file else args.class_table
         self.config = os.path.abspath(args.config if Path(args.config).is_file() else ROOT / args.config)
-        self.paint_root = str(self.outdir / "masks") if args.mix_masks else self.root
+        self.mask_root = str(self.outdir / "masks") if args.mix_masks else self.root
         self.has_references = bool(args.references or args.held_out) or args.real_fraction < 1
         self.manifests = {
             "real": str(self.outdir / "sets/real.json"),
@@ -141,7 +141,7 @@ class Plan:
             str(self.outdir / name) for name in ("synthesis", "filter/masks", "resample/iou", "resample/set"))
         copies = () if self.has_references else ("--num_per_mask", str(args.num_per_mask))
         rectified_run = str(self.outdir / "rectified_synthesis")
-        generate = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.paint_root,
+        generate = (args.python, "inference.py", "--ckpt", os.path.abspath(args.ckpt), "--data_root", self.mask_root,
                     "--txt_file", self.manifests["painted"], "--outdir", run, *copies,
                     *shlex.split(args.inference_args))  # fmt: skip
         # The guide saw the real training pairs and nothing else, as the segmentor that filters.

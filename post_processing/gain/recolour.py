@@ -39,7 +39,7 @@ def write_recoloured_set(plan: "Plan") -> None:
     folder = plan.outdir / "recolour"
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    items = read_manifest(plan.manifests["painted"], plan.paint_root, need=("image", "reference"), check_files=False)
+    items = read_manifest(plan.manifests["painted"], plan.mask_root, need=("image", "reference"), check_files=False)
     rows = []
     for number, item in enumerate(items):
         image = recolour(read_image(item.image, None), read_image(item.reference, None))

@@ -46,14 +46,14 @@ def write_report(plan: Plan) -> str:
         f"Real pairs: {count_lines(real)} ({args.real_fraction:.0%} of the set). {scored}"
         " Scores: mmseg's IoUMetric in percent, macro; mean ± sample standard deviation over the seeds"
         f" {', '.join(map(str, args.seeds))}; gains are paired by seed.",
-        f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized pictures for each"
+        f"Every training: {args.steps} steps of {args.batch_size} tiles, {args.config}. Synthesized images for each"
         f" real one in a batch: {args.synthetic_ratio:g}.",
     ]
     if "synthesis" in stages:
         kept = f"{count_lines(resampled)} kept" if "resample" in stages else "not filtered"
         painted = count_lines(plan.outdir / "synthesis/index.jsonl")
-        what = "pictures of mixed masks" if args.mix_masks else "pictures"
-        facts.append(f"Generator {Path(args.ckpt).name}: {painted} {what} painted, {kept}. The labels that it was "
+        what = "images of mixed masks" if args.mix_masks else "pictures"
+        facts.append(f"Generator {Path(args.ckpt).name}: {painted} {what} generated, {kept}. The labels that it was "
                      "trained with are labels too; --real_fraction does not take those away.")
     folders = {arm: [plan.outdir / f"{arm}/seed_{seed}" for seed in args.seeds] for arm in args.arms}
     drawings = [draw_curves(read_curves(folders, key), title, LABELS)
@@ -181,7 +181,7 @@ def make_page(table: str, facts: Sequence[str], drawings: Sequence[str], example
     Args:
         table: Markdown table (see make_table).
         facts: sentences on what was measured and how.
-        drawings: SVG pictures.
+        drawings: SVG images.
         examples: sheet of samples, or None.
     """
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
@@ -196,6 +196,6 @@ def make_page(table: str, facts: Sequence[str], drawings: Sequence[str], example
         buffer = io.BytesIO()
         examples.save(buffer, "PNG")
         data = base64.b64encode(buffer.getvalue()).decode()
-        parts.append("<h2>Examples</h2><p>Mask, reference, synthesized picture, filtered mask.</p>"
+        parts.append("<h2>Examples</h2><p>Mask, reference, synthesized image, filtered mask.</p>"
                      f'<img src="data:image/png;base64,{data}" alt="examples">')  # fmt: skip
     return "\n".join(parts) + "\n"

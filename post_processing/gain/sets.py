@@ -1,4 +1,4 @@
-"""What a measurement of the gain trains on and paints: labelled real pairs, masks with references, mixed masks."""
+"""What a measurement of the gain trains on and generates: labelled real pairs, masks with references, mixed masks."""
 
 import logging
 import re
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to the name of an image
 SPLIT_SEED = 23
-LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth painting
+LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth generating
 
 
 def split_real(plan: "Plan") -> tuple[list[Row], list[Row], list[Row]]:
@@ -127,7 +127,7 @@ def read_shares(folder: Path) -> np.ndarray:
 
 
 def write_masks(plan: "Plan") -> None:
-    """Write the manifest of the masks to paint with their references; with --mix_masks also the masks themselves."""
+    """Write the manifest of the masks to generate with their references; with --mix_masks also the masks themselves."""
     args, table = plan.args, ClassTable.load(plan.table)
     real = split_real(plan)[0]
     pool = list_references(plan)
@@ -136,9 +136,9 @@ def write_masks(plan: "Plan") -> None:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
     items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask, shares)
     if args.mix_masks:
-        items = write_mixtures(Path(plan.paint_root), items, pairs, plan.root, table)
+        items = write_mixtures(Path(plan.mask_root), items, pairs, plan.root, table)
     write_manifest(plan.manifests["painted"], items)
-    logger.info("%d rows to paint, %d references", len(items), len(pool))
+    logger.info("%d rows to generate, %d references", len(items), len(pool))
 
 
 def write_unfiltered(plan: "Plan") -> None:
@@ -223,7 +223,7 @@ def list_items(
     real: Sequence[Row], root: str, pool: Sequence[str], table: ClassTable, count: int | None, balance: float,
     copies: int, shares: np.ndarray | None = None,
 ) -> tuple[list[dict[str, str]], list[Row]]:
-    """Draw the masks to paint and give each its references.
+    """Draw the masks to generate and give each its references.
 
     Args:
         real: labelled pairs.

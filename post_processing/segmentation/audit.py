@@ -1,7 +1,7 @@
-"""Masks that a person corrects, as a measure of how often labels are wrong: a folder to paint in, and its reading.
+"""Masks that a person corrects, as a measure of how often labels are wrong: a folder to generate in, and its reading.
 
 `images/` and `masks/` show what was synthesized and what the masks say, in the colours of the class table; in
-`corrected/` lie empty copies, in the colour of ignored pixels. A person paints what the image shows where that is
+`corrected/` lie empty copies, in the colour of ignored pixels. A person generates what the image shows where that is
 clear; what stays empty does not count.
 """
 
@@ -58,13 +58,13 @@ def write_audit(
 
 
 def read_audit(folder: str | Path, table: ClassTable) -> np.ndarray:
-    """Count what the painted copies and the masks say.
+    """Count what the generated copies and the masks say.
 
     Returns:
         (K, K) int64: pixels that show i (as corrected) and are labelled j.
     Raises:
         FileNotFoundError: if the folder is no audit, or a copy is missing.
-        UserError: if it is of other classes, nothing is painted, or copies have other sizes, colours or formats.
+        UserError: if it is of other classes, nothing is generated, or copies have other sizes, colours or formats.
     """
     folder = Path(folder)
     facts = read_facts(folder)
@@ -84,9 +84,9 @@ def read_audit(folder: str | Path, table: ClassTable) -> np.ndarray:
             continue
         counts += count_corrections(corrected, given, table.num_classes)
     if problems:
-        raise UserError(f"--audit {folder}: {'; '.join(problems)}. Paint with the exact colours and save as PNG.")
+        raise UserError(f"--audit {folder}: {'; '.join(problems)}. Generate with the exact colours and save as PNG.")
     if not counts.sum():
-        raise UserError(f"--audit {folder}: nothing is painted in corrected/. Paint what the images show, in the "
+        raise UserError(f"--audit {folder}: nothing is drawn in corrected/. Paint what the images show, in the "
                         "colours of the classes; leave empty what is not clear.")
     return counts
 

@@ -1,4 +1,4 @@
-"""Pictures and their masks, read ahead by threads and put together in batches of one size."""
+"""Images and their masks, read ahead by threads and put together in batches of one size."""
 
 import logging
 import re
@@ -71,7 +71,7 @@ def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a directory entry is a picture by its name; hidden files are not."""
+    """Whether a directory entry is an image by its name; hidden files are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 

@@ -48,8 +48,8 @@ class JointSegDataset(torch.utils.data.ConcatDataset):
 class RatioSampler(torch.utils.data.Sampler):
     """Endless draws from a JointSegDataset at a fixed ratio, whatever the sizes of the two parts.
 
-    The two kinds alternate evenly, so that every batch has its share to within one picture; each part is shuffled
-    anew whenever it is used up. Every process of a distributed training draws at the ratio, from its own pictures.
+    The two kinds alternate evenly, so that every batch has its share to within one image; each part is shuffled
+    anew whenever it is used up. Every process of a distributed training draws at the ratio, from its own images.
     """
 
     def __init__(self, dataset: JointSegDataset, ratio: float, seed: int | None = None) -> None:
@@ -57,7 +57,7 @@ class RatioSampler(torch.utils.data.Sampler):
 
         Args:
             dataset: real and synthesized pairs.
-            ratio: synthesized pictures drawn for each real one, above 0.
+            ratio: synthesized images drawn for each real one, above 0.
             seed: of the shuffling; None = one that mmengine agrees on between the processes.
         Raises:
             ValueError: if the ratio is not above 0.
@@ -65,7 +65,7 @@ class RatioSampler(torch.utils.data.Sampler):
         from mmengine.dist import get_dist_info, sync_random_seed
 
         if not 0 < ratio < float("inf"):
-            raise ValueError(f"ratio: {ratio}. Expected synthesized pictures for each real one, above 0.")
+            raise ValueError(f"ratio: {ratio}. Expected synthesized images for each real one, above 0.")
         exact = Fraction(ratio).limit_denominator(1000)
         self.share = exact / (1 + exact)
         self.sizes = [len(part) for part in dataset.datasets]
@@ -159,7 +159,7 @@ def choose_classes(mask: np.ndarray) -> np.ndarray:
 
 
 def choose_box(height: int, width: int, random: Any = np.random) -> np.ndarray:
-    """Pixels of a random box of the picture's proportions, (h, w) bool; drawn by numpy's global state or another."""
+    """Pixels of a random box of the image's proportions, (h, w) bool; drawn by numpy's global state or another."""
     side = random.rand() ** 0.5
     box = round(height * side), round(width * side)
     top, left = random.randint(height - box[0] + 1), random.randint(width - box[1] + 1)

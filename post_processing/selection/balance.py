@@ -1,4 +1,4 @@
-"""Class balance of synthesized pictures before and after filtering and resampling: numbers, table and picture."""
+"""Class balance of synthesized images before and after filtering and resampling: numbers, table and image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from ldm.cli import markdown_table
 from ldm.data.classes import ClassTable
 from post_processing.selection.choice import Candidate
 
-STAGES = {"painted": "all pictures, masks as painted", "filtered": "all pictures, filtered masks",
-          "resampled": "chosen pictures, filtered masks"}  # fmt: skip
+STAGES = {"painted": "all images, masks as generated", "filtered": "all images, filtered masks",
+          "resampled": "chosen images, filtered masks"}  # fmt: skip
 BAR_COLOURS = {"painted": "silver", "filtered": "#78a0d2", "resampled": "#1e5aaa"}
 
 
 def balance_of(candidates: Sequence[Candidate], kept: Sequence[Candidate], table: ClassTable) -> dict[str, Any]:
-    """Count pixels and pictures of each class at the three stages.
+    """Count pixels and images of each class at the three stages.
 
     Returns:
-        `pictures` and `masks` (stage -> number), `classes`: name -> stage -> {pixels, share (of the labelled pixels),
-        pictures (that show the class)}.
+        `images` and `masks` (stage -> number), `classes`: name -> stage -> {pixels, share (of the labelled pixels),
+        images (that show the class)}.
     """
     counts = {
         "painted": [one.before for one in candidates],
@@ -42,7 +42,7 @@ def balance_of(candidates: Sequence[Candidate], kept: Sequence[Candidate], table
 
 
 def describe_balance(summary: Mapping[str, Any]) -> str:
-    """Markdown table of a balance: share of the labelled pixels, and pictures that show the class."""
+    """Markdown table of a balance: share of the labelled pixels, and images that show the class."""
     rows = [[name, *(cell for stage in STAGES for cell in (f"{row[stage]['share']:.2%}", row[stage]["pictures"]))]
             for name, row in summary["classes"].items()]  # fmt: skip
     rows.append(["all", *(cell for stage in STAGES for cell in ("", summary["pictures"][stage]))])

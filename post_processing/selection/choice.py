@@ -1,4 +1,4 @@
-"""Which filtered pictures are worth training on: the rule, the budget by hardness, the caps. Pure functions."""
+"""Which filtered images are worth training on: the rule, the budget by hardness, the caps. Pure functions."""
 
 import hashlib
 from collections import defaultdict
@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Candidate:
-    """A filtered picture.
+    """A filtered image.
 
     Attributes:
-        image: the picture.
+        image: the image.
         filtered: its filtered mask.
-        mask: the mask that it was painted for; pictures of one mask form a group.
+        mask: the mask that it was generated for; images of one mask form a group.
         area: number of pixels.
         before: (K,) int64, pixels of each class in the mask.
         after: (K,) int64, pixels of each class in the filtered mask.
@@ -31,7 +31,7 @@ class Candidate:
 
 
 def shuffled(candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
-    """Order that looks random and depends on the seed and each picture's name alone, not on what else is there."""
+    """Order that looks random and depends on the seed and each image's name alone, not on what else is there."""
 
     def place(candidate: Candidate) -> bytes:
         return hashlib.sha256(f"{seed}/{candidate.image.name}".encode()).digest()
@@ -42,10 +42,10 @@ def shuffled(candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
 def keep_by_rule(
     candidates: Sequence[Candidate], rare: Sequence[int], min_rare_pixels: int, valid_ratio: float, count_ignored: bool
 ) -> list[Candidate]:
-    """Keep pictures in which a rare class survives, or most of the mask does.
+    """Keep images in which a rare class survives, or most of the mask does.
 
     Args:
-        candidates: the pictures.
+        candidates: the images.
         rare: ids of rare classes.
         min_rare_pixels: pixels of one rare class that must survive, at least 1.
         valid_ratio: else more than this share of the mask must survive.
@@ -77,12 +77,12 @@ def mask_hardness(before: np.ndarray, mean: np.ndarray) -> float:
 
 
 def keep_by_hardness(candidates: Sequence[Candidate], mean: np.ndarray, seed: int) -> list[Candidate]:
-    """Keep more pictures of harder masks: of the i-th of M masks (i from 1, easiest first) min(1 + round(n i / M), n).
+    """Keep more images of harder masks: of the i-th of M masks (i from 1, easiest first) min(1 + round(n i / M), n).
 
     Args:
-        candidates: the pictures; n is the number of those of one mask.
+        candidates: the images; n is the number of those of one mask.
         mean: see mask_hardness.
-        seed: of the choice among the pictures of a mask.
+        seed: of the choice among the images of a mask.
     Source: FreeMask (Yang et al. 2023), section 3.3.
     """
     groups: dict[str, list[Candidate]] = defaultdict(list)
@@ -99,13 +99,13 @@ def keep_by_hardness(candidates: Sequence[Candidate], mean: np.ndarray, seed: in
 def cap(
     candidates: Sequence[Candidate], max_per_mask: int | None, max_per_class: int | None, seed: int
 ) -> list[Candidate]:
-    """Leave out pictures at random until no mask and no class has too many.
+    """Leave out images at random until no mask and no class has too many.
 
     Args:
-        candidates: the pictures.
-        max_per_mask: most pictures of one mask.
-        max_per_class: most pictures kept for the sake of one class: each counts for the class that the fewest of the
-            pictures show, of those that survive in it, so that a common class in a picture does not cost it a rare one.
+        candidates: the images.
+        max_per_mask: most images of one mask.
+        max_per_class: most images kept for the sake of one class: each counts for the class that the fewest of the
+            images show, of those that survive in it, so that a common class in an image does not cost it a rare one.
         seed: of the choice.
     """
     shown = np.sum([candidate.after > 0 for candidate in candidates], axis=0) if candidates else np.zeros(0)

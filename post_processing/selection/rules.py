@@ -1,4 +1,4 @@
-"""Which pixels of synthesized pictures do not show their class: the rule, and the process that applies it to files."""
+"""Which pixels of synthesized images do not show their class: the rule, and the process that applies it to files."""
 
 import hashlib
 import io
@@ -90,7 +90,7 @@ def encode_mask(raw: np.ndarray, is_dropped: np.ndarray, table: ClassTable) -> b
 
 
 class PixelFilter:
-    """Filters pictures into a folder of masks; every picture is finished when its record is in items.jsonl.
+    """Filters images into a folder of masks; every image is finished when its record is in items.jsonl.
 
     Args:
         segmentor: the judge.
@@ -98,7 +98,7 @@ class PixelFilter:
         table: class table that the masks on disk are read with.
         folder: output folder.
         work: folder for what is not complete, of this process alone, on the same file system.
-        batch_size: pictures at once.
+        batch_size: images at once.
         workers: threads that read, and threads that write.
         is_resized: images may have been generated at another size than their masks (see load_pair).
     """
@@ -113,10 +113,10 @@ class PixelFilter:
         self.batch_size, self.workers, self.is_resized = batch_size, workers, is_resized
 
     def run(self, pairs: Sequence[Pair]) -> list[Record]:
-        """Filter pictures.
+        """Filter images.
 
         Returns:
-            A record with `image`, `mask` and `reason` for each picture that could not be judged.
+            A record with `image`, `mask` and `reason` for each image that could not be judged.
         Raises:
             OSError: if the folder cannot be written; what is finished stays.
         """
@@ -179,7 +179,7 @@ class PixelFilter:
 
 
 def is_finished(record: Record, pair: Pair, folder: Path) -> bool:
-    """Whether a picture's mask is complete and made of the very files that are there now."""
+    """Whether an image's mask is complete and made of the very files that are there now."""
     try:
         return file_sha256(folder / record["file"]) == record["sha256"] and record["sources"] == identity_of(pair)
     except (OSError, KeyError):
@@ -187,7 +187,7 @@ def is_finished(record: Record, pair: Pair, folder: Path) -> bool:
 
 
 def draw_overlay(record: Record, pair: Pair, folder: Path, table: ClassTable) -> Image.Image:
-    """Picture, mask in the table's colours, and picture with the dropped pixels in magenta, side by side."""
+    """Image, mask in the table's colours, and image with the dropped pixels in magenta, side by side."""
     loaded = load_pair(pair, table, is_resized=True)
     filtered = load_pair(Pair(pair.image, folder / record["file"]), table).mask
     is_dropped = (filtered == IGNORE_INDEX) & (loaded.mask != IGNORE_INDEX)

@@ -196,7 +196,7 @@ def write_manifests(args: argparse.Namespace, root: Path, tiles: Sequence[Tile])
     targets = [tile for tile in by_split[args.infer_split] if tile.is_labelled]
     kinds = [kind for kind in args.pair or [] if kind != "none"]
     if kinds and not targets:
-        raise UserError(f"--pair: there are no {args.infer_split} masks to paint. Choose --infer_split, or set "
+        raise UserError(f"--pair: there are no {args.infer_split} masks to generate. Choose --infer_split, or set "
                         "--test_fraction.")
     if args.pair is None and targets and by_split["train"]:
         kinds = ["random"]

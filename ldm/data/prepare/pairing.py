@@ -85,7 +85,7 @@ def pair_for_inference(tiles: Sequence[Tile], kind: str, pool: Sequence[Tile], c
     """Make the rows of an inference manifest.
 
     Args:
-        tiles: tiles whose masks are to be painted.
+        tiles: tiles whose masks are to be generated.
         kind: `random`, `folder` (both drawn from the pool) or `nearest_mix`.
         pool: candidates for references; nearest_mix uses those with labelled pixels.
         count: references a mask.
