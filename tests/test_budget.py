@@ -27,7 +27,7 @@ def command(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return ["--config_model", "configs/model/tisynth_tiny.yaml", "-b", str(toy_data / "train.yaml"), "-p",
             str(tmp_path / "run"), "--data_root", str(toy_data), "--gpus", "", "--no-test", "training.schedule=cosine",
             "training.ema_decay=0.9", "lightning.trainer.limit_val_batches=0",
-            "lightning.trainer.max_steps=1000000"]  # fmt: skip
+            "lightning.trainer.max_steps=1000000", "lightning.checkpoint.every_n_train_steps=1000000"]  # fmt: skip
 
 
 def read_last(run: Path) -> dict:
