@@ -1,5 +1,6 @@
 """Configuration, instantiation and error handling shared by every entry point."""
 import difflib
+import functools
 import importlib
 import inspect
 import logging
@@ -231,6 +232,12 @@ def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[s
             error.args[0] if isinstance(error, KeyError) and error.args else error, EXIT_MISTAKE)
         print(f"error: {text}", file=sys.stderr)
     sys.exit(code)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Log a warning, each text once."""
+    logging.getLogger(__name__).warning(text)
 
 
 def is_rank_zero() -> bool:

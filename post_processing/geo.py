@@ -1,8 +1,10 @@
 """Masks and images with their place on Earth: GeoTIFF, polygons as GeoJSON or GeoPackage, mosaics of tiles."""
 
 import json
+import logging
 import os
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,18 +110,21 @@ def write_polygons(mask_file: Path, path: Path, table: ClassTable) -> int:
 
 
 def write_geopackage(path: Path, found: Sequence[tuple[Mapping[str, Any], int]], table: ClassTable, crs: Any) -> None:
-    """Write polygons (GeoJSON geometry, class id) as one layer of a GeoPackage."""
+    """Write polygons (GeoJSON geometry, class id) as one layer of a GeoPackage; without crs it has none."""
     try:
         from pyogrio.raw import write
     except ImportError as error:
         raise UserError(f"{path}: GeoPackage needs pyogrio ({error}). Expected the packages of requirements/seg.txt. "
                         "Install them, or choose .geojson.") from error
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial, projection = path.with_name(f".{os.getpid()}.{path.name}"), crs.to_wkt() if crs else None
+    logging.getLogger("pyogrio").setLevel(logging.WARNING)  # it tells of every file
     try:
-        write(partial, np.array([to_wkb(geometry) for geometry, _ in found], object),
-              [np.array([value for _, value in found], np.int32),
-               np.array([table.names[value] for _, value in found], object)], ["class", "name"],
-              layer="classes", driver="GPKG", geometry_type="Polygon", crs=crs.to_wkt() if crs else None)  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
+            write(partial, np.array([to_wkb(geometry) for geometry, _ in found], object),
+                  [np.array([value for _, value in found], np.int32),
+                   np.array([table.names[value] for _, value in found], object)], ["class", "name"],
+                  layer="classes", driver="GPKG", geometry_type="Polygon", crs=projection)  # fmt: skip
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import argparse
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,9 +109,14 @@ def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path,
     def look(path: Path) -> ImageInfo | str:
         try:
             with open_image(path, 3, args.choices) as image:
-                if image.info.dtype != "uint8":
-                    image.read(0, 1)  # says what it needs to become 8 bits
-                return image.info
+                info = image.info
+                if info.dtype != "uint8" or info.bits != 8:
+                    middle = info.height // 2
+                    image.read(max(0, middle - 64), middle + 64)  # says what it needs to become 8 bits
+            if args.polygons == "geojson" and info.transform and not info.crs:
+                return (f"{path}: no coordinate system, which --polygons geojson needs. Expected one. Choose "
+                        "--polygons gpkg, or give the image one with gdal_edit -a_srs.")
+            return info
         except (UserError, FileNotFoundError) as error:
             return str(error)
 
@@ -212,19 +218,27 @@ def write_outlines(folder: Path, masks: Iterable[Path], ending: str, table: Clas
     print(f"{sum(counts)} polygons of {len(counts)} masks written to {folder}")
 
 
-def choose_pairs(args: argparse.Namespace, table: ClassTable, targets: dict[Path, Path]) -> tuple[list[dict], Path]:
-    """Rows of the manifest and the folder that their paths start at: the deepest one above images and masks."""
+def choose_pairs(args: argparse.Namespace, table: ClassTable,
+                 targets: dict[Path, Path]) -> tuple[list[dict], Path, Counter[str]]:
+    """Rows of the manifest, the folder that their paths start at, and why others are left out.
+
+    The folder is the deepest one above images and masks.
+    """
     root = Path(os.path.commonpath([*(path.resolve().parent for path in targets), args.outdir.resolve()]))
-    rows = []
+    rows: list[dict] = []
+    left_out: Counter[str] = Counter()
     background = find_class(table, args.background, "--background") if args.max_background is not None else None
     with ThreadPoolExecutor(args.num_threads) as pool:
         masks = pool.map(lambda path: read_mask(path, table), targets.values())
         for (image, target), mask in zip(targets.items(), masks, strict=True):
-            is_kept = background is None or (mask == background).mean() < args.max_background
-            if is_kept and (mask != IGNORE_INDEX).any():
+            if not (mask != IGNORE_INDEX).any():
+                left_out["without one pixel of a class"] += 1
+            elif background is not None and (mask == background).mean() >= args.max_background:
+                left_out["with too much background (--max_background)"] += 1
+            else:
                 names = [path.resolve().relative_to(root).as_posix() for path in (target, image)]
                 rows.append({"source": names[0], "target": names[1], "prompt": table.prompt(mask)})
-    return rows, root
+    return rows, root, left_out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -241,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.cli import choose_device
     from post_processing.segmentation.segmentor import load_segmentor
 
-    args.choices = make_reading(args)
+    args.choices = make_reading(args, "--scale_from and the folder that prepare_dataset.py wrote for the segmentor's "
+                                "training, or --scale_range MIN MAX of that training")
     if args.scale_percentiles:
         raise UserError("--scale_percentiles: the segmentor needs the scale of its training. Expected --scale_from "
                         "with the folder that prepare_dataset.py wrote for it, or --scale_range.")
@@ -253,9 +268,10 @@ def main(argv: list[str] | None = None) -> None:
     predict_missing(args, segmentor, table, targets, infos)
     if args.polygons:
         write_outlines(args.outdir / "polygons", targets.values(), args.polygons, table)
-    rows, root = choose_pairs(args, table, targets)
+    rows, root, left_out = choose_pairs(args, table, targets)
     write_manifest(args.outdir / "items.json", rows)
-    print(f"{len(rows)} of {len(targets)} pairs kept; {args.outdir / 'items.json'} (--data_root {root})")
+    reasons = "".join(f", {count} left out {reason}" for reason, count in left_out.items())
+    print(f"{len(rows)} of {len(targets)} pairs kept{reasons}; {args.outdir / 'items.json'} (--data_root {root})")
 
 
 if __name__ == "__main__":

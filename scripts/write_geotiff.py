@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scri
 
 from ldm.cli import natural  # noqa: E402
 from ldm.data.images import image_size  # noqa: E402
+from ldm.data.masks import short_list  # noqa: E402
 from ldm.files import read_lines  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.geo import PlacedTile, write_mosaic  # noqa: E402
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="output folder")
     add("--copy", type=natural, default=0, help="which image of each mask, from 0 (default: %(default)s)")
     add("--single", action="store_true", help="one file a tile, named after its image, in place of one a scene")
+    add("--overwrite", action="store_true", help="replace GeoTIFFs of these names in --out")
     add("-d", "--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -77,9 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     scenes = find_tiles(args.run_folder, args.txt_file, args.copy)
     if args.single:
         scenes = {tile.image.stem: [tile] for tiles in scenes.values() for tile in tiles}
+    files = {args.out / f"{name}.tif": tiles for name, tiles in scenes.items()}
+    there = [file.name for file in files if file.exists()]
+    if there and not args.overwrite:
+        raise FileExistsError(f"--out {args.out}: {len(there)} of {len(files)} files are there ({short_list(there)}). "
+                              "Choose a new folder, or --overwrite.")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, tiles in scenes.items():
-        write_mosaic(args.out / f"{name}.tif", tiles)
+    for file, tiles in files.items():
+        write_mosaic(file, tiles)
     print(f"{sum(map(len, scenes.values()))} images in {len(scenes)} GeoTIFFs: {args.out}")
 
 

@@ -138,6 +138,61 @@ def test_where_there_is_no_data(tmp_path: Path, kind: str) -> None:
         np.testing.assert_array_equal(values, pixels.transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("has_rasterio", [True, False])
+def test_near_infrared_that_is_tagged_as_alpha_masks_nothing(tmp_path, monkeypatch, caplog, has_rasterio: bool) -> None:
+    pixels = random_pixels(4, 300, 20) | 1
+    pixels[3, :260] = np.where(np.arange(20) < 9, 0, 255)  # water; the first rows alone look like a mask
+    file = write_tiff(tmp_path / "a.tif", pixels)
+    with rasterio.open(file) as tiff:
+        assert tiff.colorinterp[3].name == "alpha"  # GDAL's own choice
+    monkeypatch.setattr(rasters, "is_installed", lambda: has_rasterio)
+    with pytest.raises(UserError, match="band 3 is tagged as alpha and holds [0-9]+,.*--bands 0 1 2 of .*-mask 4"):
+        open_image(file)
+    for bands in ((0, 1, 2), (3, 1, 0), ("red", "green", "blue")):
+        numbers = [{"red": 0, "green": 1, "blue": 2}.get(band, band) for band in bands]
+        with open_image(file, reading=Reading(bands)) as image:
+            values, valid = image.read()
+        assert valid is None
+        np.testing.assert_array_equal(values, pixels[numbers].transpose(1, 2, 0))
+    assert caplog.text.count("taken for an ordinary band") <= 1
+    pixels[3, 260:] = 255  # now a mask; the file is looked at again
+    write_tiff(file, pixels)
+    with open_image(file) as image:
+        np.testing.assert_array_equal(image.read()[1], pixels[3] > 0)
+    Image.fromarray(np.dstack([pixels[:3].transpose(1, 2, 0), np.full((300, 20), 128, np.uint8)])).save(
+        tmp_path / "soft.png")
+    with open_image(tmp_path / "soft.png") as image:  # a PNG says itself that its fourth channel is alpha
+        assert image.read()[1].all()
+
+
+def test_arrays_of_more_bits_are_scaled_and_need_a_scale(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4001, (12, 10, 3))
+    file = tmp_path / "a.npy"
+    for dtype in ("uint16", ">u2", "int32", "float32"):
+        np.save(file, values.astype(dtype))
+        read = read_image(file, None, Reading(scale=((0, 4000),)))
+        assert np.abs(read - values * 255 / 4000).max() <= 0.51 and read.dtype == np.uint8
+        with pytest.raises(UserError, match=f"{values.min()} to {values.max()}. Expected 8-bit.*--scale_range"):
+            read_image(file, None)
+    holes = values.astype("float32")
+    holes[:4] = np.nan
+    np.save(file, holes)
+    with open_image(file, None, Reading(scale=((0, 4000),))) as image:
+        np.testing.assert_array_equal(image.read()[1][:, 0], np.arange(12) >= 4)
+    np.save(file, values > 5)
+    with pytest.raises(UserError, match="bool. Expected"):
+        read_image(file)
+
+
+def test_numbers_seen_are_those_of_the_data(tmp_path: Path) -> None:
+    values = np.full((1, 20, 20), -32768, np.int16)
+    values[:, 5:] = 300
+    values[:, 6:] = 412
+    for options, reading in (({"nodata": -32768}, Reading()), ({}, Reading(nodata=-32768))):
+        with pytest.raises(UserError, match="int16 numbers, 300 to 412"):
+            read_image(write_tiff(tmp_path / "dem.tif", values, **options), 1, reading)
+
+
 def test_other_colours_are_converted(tmp_path: Path) -> None:
     rgb = Image.fromarray(np.kron(random_pixels(2, 3, 3), np.ones((16, 16, 1), np.uint8)))
     rgb.convert("CMYK").save(tmp_path / "a.jpg", quality=100)

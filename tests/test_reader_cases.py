@@ -402,6 +402,22 @@ def test_masks_that_no_one_can_read_right_are_refused(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / "hole.png", table), np.where(alpha, ids, 255))
 
 
+@pytest.mark.parametrize("nodata", [-3.4028234663852886e38, -9999.9, float("nan"), 1e-3])
+def test_nodata_of_float_masks_need_not_be_whole(tmp_path: Path, nodata: float) -> None:
+    ids = np.random.default_rng(0).integers(0, 3, (20, 30)).astype(np.float32)
+    ids[:4] = nodata
+    for count in (1, 2):  # the second time with a fraction that is not nodata
+        with rasterio.open(tmp_path / "m.tif", "w", driver="GTiff", count=1, height=20, width=30, dtype="float32",
+                           nodata=nodata) as out:
+            out.write(ids, 1)
+        if count == 1:
+            expected = np.where(np.arange(20)[:, None] < 4, 255, ids)
+            np.testing.assert_array_equal(read_mask(tmp_path / "m.tif", ClassTable.load(THREE)), expected)
+            ids[9, 9] = 0.5
+    with pytest.raises(UserError, match="no whole numbers .0.5 and 0 more"):
+        read_mask(tmp_path / "m.tif", ClassTable.load(THREE))
+
+
 def test_masks_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -279,3 +279,7 @@ def test_what_is_cut_is_said():
     assert "road, river, building" in text.partition("loses")[2] and "a satellite" not in text.partition("loses")[2]
     assert tokenizer.describe_cut([LONG], 10) == ""
     assert "1 of 1" in tokenizer.describe_cut(["农地和河流" * 9])
+    for length in range(4, 14):  # limits amid the bytes of a character, too
+        text = load_tokenizer(MINI_TOKENIZER, max_length=length).describe_cut(["农地和河流" * 9])
+        lost = text.partition("loses ")[2].split("'")[1]
+        assert lost and set(lost) <= set("农地和河流"), text

@@ -2,7 +2,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ldm.util import UserError
 
 SCALE_HINT = ("Scale it to 8 bit: scripts/prepare_dataset.py with --scale_range MIN MAX or --scale_percentiles 2 98 "
               "writes tiles and references that every command reads.")
+PREPARE_FLAGS = "--scale_range MIN MAX or --scale_percentiles 2 98"
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,23 @@ class Reading:
         bands: 0-based numbers or names of the bands to read, in order; None = the RGB or grey of the image.
         scale: (low, high) of every band, or one for all: low becomes 0, high 255. Images of 8 bits are never scaled.
         nodata: a pixel with this number in every band that is read has no data; None = only what the file says.
+        scale_flags: flags of the command at hand that set the scale, named in errors; None = it takes no such flags,
+            and errors name prepare_dataset.py. Not part of what was chosen.
     """
 
     bands: tuple[int | str, ...] | None = None
     scale: tuple[tuple[float, float], ...] | None = None
     nodata: float | None = None
+    scale_flags: str | None = field(default=None, compare=False)
+
+    @property
+    def scale_hint(self) -> str:
+        """What to do about an image that has not 8 bits."""
+        return SCALE_HINT if self.scale_flags is None else f"Scale it to 8 bit with {self.scale_flags}."
+
+    def flag(self, text: str) -> str:
+        """A flag of add_reading_flags with the script that takes it, unless that is the command at hand."""
+        return text if self.scale_flags is not None else f"{text} of scripts/prepare_dataset.py"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict that from_dict takes back."""
@@ -89,15 +102,20 @@ def add_reading_flags(add: Callable[..., Any]) -> None:
         "what the file says by tag, mask or alpha)")
 
 
-def make_reading(args: Any) -> Reading:
-    """Reading of the flags of add_reading_flags, --scale_percentiles aside; UserError for flags that clash."""
+def make_reading(args: Any, scale_flags: str = PREPARE_FLAGS) -> Reading:
+    """Reading of the flags of add_reading_flags, --scale_percentiles aside; UserError for flags that clash.
+
+    Args:
+        args: the parsed command line.
+        scale_flags: the flags that errors name for the scale.
+    """
     flags = [name for name in ("scale_range", "scale_percentiles", "scale_from") if getattr(args, name) is not None]
     if len(flags) > 1:
         raise UserError(f"--{', --'.join(flags)}: expected one of them.")
     if args.scale_from is not None:
         if args.bands is not None:
             raise UserError("--scale_from, --bands: the bands are those of the folder. Expected one of them.")
-        reading = read_reading(args.scale_from)
+        reading = replace(read_reading(args.scale_from), scale_flags=scale_flags)
         return reading if args.nodata is None else replace(reading, nodata=args.nodata)
     low, high = args.scale_percentiles or (0, 100)
     if not 0 <= low < high <= 100:
@@ -110,7 +128,7 @@ def make_reading(args: Any) -> Reading:
             raise UserError(f"--scale_range {' '.join(f'{n:g}' for n in numbers)}: expected MIN MAX with MIN < MAX, or "
                             "such a pair for every band.")
     bands = None if args.bands is None else tuple(int(b) if b.isdecimal() else b for b in map(str, args.bands))
-    return Reading(bands, scale, args.nodata)
+    return Reading(bands, scale, args.nodata, scale_flags)
 
 
 def read_reading(folder: str | Path) -> Reading:
@@ -140,7 +158,7 @@ def choose_bands(path: Path, info: ImageInfo, channels: int | None, reading: Rea
     if channels not in (1, 3):
         if len(colours) != channels:
             raise UserError(f"{path}: {has}. Expected {channels}, alpha not counted. Choose them with "
-                            "scripts/prepare_dataset.py --bands.")
+                            f"{reading.flag('--bands')}.")
         return colours, channels
     if len(colours) == 1:
         return colours, channels
@@ -149,8 +167,8 @@ def choose_bands(path: Path, info: ImageInfo, channels: int | None, reading: Rea
         return [found[0] for found in rgb], channels
     if len(colours) == 3 and not any(rgb):
         return colours, channels
-    raise UserError(f"{path}: {has}, and nothing says which are red, green and blue. Choose three with --bands 0 1 2 "
-                    "of scripts/prepare_dataset.py (numbers from 0, or names).")
+    raise UserError(f"{path}: {has}, and nothing says which are red, green and blue. Choose three with "
+                    f"{reading.flag('--bands 0 1 2')} (numbers from 0, or names).")
 
 
 def find_band(path: Path, info: ImageInfo, band: int | str, has: str) -> int:
@@ -166,7 +184,8 @@ def find_band(path: Path, info: ImageInfo, band: int | str, has: str) -> int:
                     "that one band has.")
 
 
-def to_8_bits(values: np.ndarray, info: ImageInfo, reading: Reading, path: Path) -> np.ndarray:
+def to_8_bits(values: np.ndarray, info: ImageInfo, reading: Reading, path: Path,
+              valid: np.ndarray | None = None) -> np.ndarray:
     """Bring stored numbers (h, w, B) to uint8.
 
     Args:
@@ -174,20 +193,22 @@ def to_8_bits(values: np.ndarray, info: ImageInfo, reading: Reading, path: Path)
         info: 8-bit images pass as they are.
         reading: its scale is used for all others; values outside it become 0 and 255.
         path: named in errors.
+        valid: (h, w) bool, False where there is no data; None = data everywhere.
     Returns:
         (h, w, B) uint8.
     Raises:
-        UserError: if the image has not 8 bits and there is no scale; it names the numbers seen.
+        UserError: if the image has not 8 bits and there is no scale; it names the numbers of the data seen.
     """
     if info.dtype == "uint8" and info.bits == 8:
         return values
     if values.dtype.kind not in "iuf":
         raise UserError(f"{path}: numbers of type {info.dtype}. Expected integers or floats.")
     if reading.scale is None:
-        finite = values[np.isfinite(values)]
-        seen = f"{finite.min():g} to {finite.max():g}" if finite.size else "without a finite number"
+        seen = values if valid is None else values[valid]
+        finite = seen[np.isfinite(seen)]
+        span = f"{finite.min():g} to {finite.max():g}" if finite.size else "without a finite number of data"
         name = info.dtype if info.bits in (16, 32, 64) else f"{info.bits}-bit"
-        raise UserError(f"{path}: {name} numbers, {seen}. Expected 8-bit RGB or grey. {SCALE_HINT}")
+        raise UserError(f"{path}: {name} numbers, {span}. Expected 8-bit RGB or grey. {reading.scale_hint}")
     if len(reading.scale) not in (1, values.shape[2]):
         raise UserError(f"{path}: {len(reading.scale)} scales for {values.shape[2]} bands. Expected one for all or one "
                         "for each.")

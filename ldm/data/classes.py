@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ldm.data.masks import OpenMask, Stored, colour_codes, colour_lookup, count_ids, say_once, short_list
+from ldm.data.masks import OpenMask, Stored, colour_codes, colour_lookup, count_ids, short_list
 from ldm.data.tables import (
     CLASS_KEYS,
     IGNORE_INDEX,
@@ -20,7 +20,7 @@ from ldm.data.tables import (
     find_table_problems,
     to_plain,
 )
-from ldm.util import UserError
+from ldm.util import UserError, say_once
 
 
 @dataclass(frozen=True)

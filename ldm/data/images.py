@@ -15,7 +15,7 @@ from PIL import Image
 
 from ldm.data import rasters
 from ldm.data.bands import SCALE_HINT, ImageInfo, Reading, choose_bands, to_8_bits
-from ldm.util import UserError
+from ldm.util import UserError, say_once
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".j2k", ".bmp", ".webp", ".npy")
 WHOLE_PIXELS = 64_000_000  # images with more are read by rows where the format allows it
@@ -84,6 +84,8 @@ class OpenImage:
         """Choose the bands (see open_image)."""
         self.path, self.info, self.reading, self.source = path, info, reading, source
         self.numbers, self.channels = choose_bands(path, info, channels, reading)
+        if info.alpha is not None and info.alpha not in self.numbers:
+            self._check_alpha()
         self._whole: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def __enter__(self) -> "OpenImage":
@@ -109,7 +111,7 @@ class OpenImage:
         if for_nodata is not None:
             is_data = (values != for_nodata).any(2)
             valid = is_data if valid is None else valid & is_data
-        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path)), valid
+        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path, valid)), valid
 
     def read_stored(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows of the chosen bands as they are stored, (h, W, B) of any dtype, and where there is data (see read)."""
@@ -122,6 +124,28 @@ class OpenImage:
             self._whole = turn(values), None if valid is None else turn(valid)
         values, valid = self._whole
         return values[top:bottom], None if valid is None else valid[top:bottom]
+
+    def _check_alpha(self) -> None:
+        """Take an alpha band of a raster that has other numbers than a mask's for an ordinary band.
+
+        GDAL calls the fourth of four 8-bit bands alpha unless told otherwise, near-infrared too; as a mask it would
+        take the pixels where it is 0 out of the data without a word.
+        """
+        level = self.source.soft_level()
+        if level is None:
+            return
+        number = self.info.alpha
+        what = f"{self.path}: band {number} is tagged as alpha and holds {level:g}, so it is no mask"
+        if self.reading.bands is None:
+            others = " ".join(str(band) for band in self.numbers)
+            copied = " ".join(f"-b {band + 1}" for band in self.numbers)
+            raise UserError(f"{what}. Expected 0 and the largest number, or another tag; near-infrared is often "
+                            f"written so. If it is a band, choose with {self.reading.flag(f'--bands {others}')}, which "
+                            f"reads those with all their pixels, or tag it: gdal_edit -colorinterp_{number + 1} "
+                            f"undefined FILE. If it is alpha: gdal_translate {copied} -mask {number + 1} FILE NEW.")
+        say_once(f"{self.path.parent}: band {number} is tagged as alpha and holds other numbers than a mask's, so it "
+                 "is taken for an ordinary band: all pixels of the bands that were chosen are data.")
+        self.source.alpha = None
 
     def _to_channels(self, values: np.ndarray) -> np.ndarray:
         if values.shape[2] == self.channels:
@@ -136,7 +160,7 @@ def open_image(path: str | Path, channels: int | None = 3, reading: Reading | No
 
     Args:
         path: PNG, JPEG, WebP and BMP are read by Pillow; TIFF, BigTIFF, COG and JPEG 2000, and what has more than 8
-            bits, by rasterio; .npy holds (H, W, bands) uint8.
+            bits, by rasterio; .npy holds (H, W, bands), integers or floats.
         channels: 3 = RGB, 1 = grey, others = as many bands; None = 3, or the bands that are chosen or a .npy has.
         reading: bands, scale and nodata; None = the image's own 8-bit RGB or grey.
     Returns:
@@ -251,12 +275,13 @@ def pair_images(images: Found, masks: Found) -> tuple[list[Pair], list[str], lis
 
 
 def open_array(path: Path) -> tuple["ArraySource", ImageInfo]:
-    """Open a .npy of (H, W, bands) uint8."""
+    """Open a .npy of (H, W, bands), integers or floats."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.ndim != 3 or array.dtype != np.uint8 or 0 in array.shape:
-        raise UserError(f"{path}: {array.shape} {array.dtype}. Expected (height, width, bands) uint8. "
-                        "scripts/prepare_dataset.py --bands writes such arrays.")
-    return ArraySource(array), ImageInfo(*array.shape[:2], bands=("",) * array.shape[2], by_rows=True)
+    if array.ndim != 3 or array.dtype.kind not in "iuf" or 0 in array.shape:
+        raise UserError(f"{path}: {array.shape} {array.dtype}. Expected (height, width, bands) of integers or floats. "
+                        "scripts/prepare_dataset.py --bands writes such arrays, uint8.")
+    return ArraySource(array), ImageInfo(*array.shape[:2], ("",) * array.shape[2], array.dtype.name,
+                                         array.dtype.itemsize * 8, by_rows=True)  # fmt: skip
 
 
 def open_with_pillow(path: Path) -> tuple[Any, ImageInfo]:
@@ -315,10 +340,11 @@ class ArraySource:
 
     array: np.ndarray
 
-    def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, None]:
-        """(h, W, B) uint8 of rows and bands."""
+    def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """(h, W, B) of rows and bands as stored, and (h, W) bool where not all are NaN (None for integers)."""
         rows = np.asarray(self.array[top:bottom])
-        return (rows if list(numbers) == list(range(rows.shape[2])) else rows[:, :, list(numbers)]), None
+        rows = rows if list(numbers) == list(range(rows.shape[2])) else rows[:, :, list(numbers)]
+        return rows, ~np.isnan(rows).all(2) if rows.dtype.kind == "f" else None
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -336,6 +362,24 @@ class PillowSource:
 
     def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, np.ndarray | None]:
         """(h, W, B) uint8 of rows and bands, and (h, W) bool where alpha is above 0."""
+        self._decode()
+        values = self.array[top:bottom]
+        valid = None
+        if self.alpha is not None and self.alpha not in numbers:
+            valid = values[:, :, self.alpha] > 0
+        wanted = list(numbers)
+        return (values if wanted == list(range(values.shape[2])) else values[:, :, wanted]), valid
+
+    def soft_level(self) -> int | None:
+        """A number of a TIFF's alpha band that is no mask's, or None; other formats say themselves that it is one."""
+        if self.alpha is None or self.picture.format != "TIFF":
+            return None
+        self._decode()
+        level = self.array[:, :, self.alpha]
+        soft = level[(level != 0) & (level != 255)]
+        return int(soft[0]) if soft.size else None
+
+    def _decode(self) -> None:
         if self.array is None:
             try:
                 before = read_orientation(self.picture)
@@ -348,12 +392,6 @@ class PillowSource:
                 raise
             except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error ...
                 raise UserError(f"{self.path}: not readable as an image ({error}). Write the file again.") from error
-        values = self.array[top:bottom]
-        valid = None
-        if self.alpha is not None and self.alpha not in numbers:
-            valid = values[:, :, self.alpha] > 0
-        wanted = list(numbers)
-        return (values if wanted == list(range(values.shape[2])) else values[:, :, wanted]), valid
 
     def close(self) -> None:
         """Close the file."""

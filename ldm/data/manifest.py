@@ -14,9 +14,8 @@ from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask, read_raw_mask
 from ldm.data.images import image_size, read_image
-from ldm.data.masks import say_once
 from ldm.files import atomic_write
-from ldm.util import UserError
+from ldm.util import UserError, say_once
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}

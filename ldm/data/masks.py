@@ -3,7 +3,6 @@
 What these mean by a class table is said by classes.py.
 """
 import functools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from PIL import Image
 from ldm.data import rasters
 from ldm.data.images import UPRIGHT, WHOLE_PIXELS, raw_mode, read_orientation
 from ldm.util import UserError
-
-logger = logging.getLogger(__name__)
 
 LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP")
 # Pillow stretches 2- and 4-bit grey PNGs to 0..255 when it unpacks them; ids need the stored number back.
@@ -173,7 +170,8 @@ class OpenMask:
             return Stored(np.ascontiguousarray(values), valid, None, dataset.nodata)
         values = values[:, :, 0]
         if values.dtype.kind == "f":
-            values, whole = whole_numbers(values, path)
+            # A number that the file calls no data need not be whole.
+            values, whole = whole_numbers(values if valid is None else np.where(valid, values, 0), path)
             valid = whole if valid is None else valid if whole is None else valid & whole
         elif values.dtype.kind not in "iu":
             raise UserError(f"{path}: numbers of type {values.dtype}. {EXPECTED}.")
@@ -262,12 +260,6 @@ def colour_lookup(colours: tuple[tuple[int, int, int], ...], ignore: tuple[int, 
     lookup[colour_codes(np.array(ignore, np.uint8))] = 255
     lookup[colour_codes(np.array(colours, np.uint8))] = np.arange(len(colours))
     return lookup
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """Log a warning, each text once."""
-    logger.warning(text)
 
 
 def short_list(values: list) -> str:

@@ -4,6 +4,7 @@ Only images.py and masks.py use this file.
 """
 import functools
 import importlib.util
+import logging
 import struct
 import warnings
 from collections.abc import Sequence
@@ -36,11 +37,12 @@ def is_installed() -> bool:
 
 @functools.cache
 def load_rasterio() -> Any:
-    """Import rasterio and silence its warning about images without a place on Earth."""
+    """Import rasterio; silent about images without a place on Earth, and about errors that are raised as well."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+    logging.getLogger("rasterio").setLevel(logging.WARNING)
     return rasterio
 
 
@@ -192,6 +194,12 @@ class RasterSource:
         """Keep the open dataset; palette: (65536, 4) uint8 colours of an image of indices, or None."""
         self.dataset, self.path, self.palette, self.alpha = dataset, path, palette, alpha
 
+    def soft_level(self) -> int | float | None:
+        """A number of the alpha band that is no mask's, or None; a PNG says itself that its alpha is one."""
+        if self.alpha is None or self.dataset.driver == "PNG":
+            return None
+        return find_soft_level(self.path, self.alpha, self.path.stat().st_mtime_ns)
+
     def read(self, numbers: Sequence[int], top: int, bottom: int | None) -> tuple[np.ndarray, np.ndarray | None]:
         """(h, W, B) of rows and bands as stored (a palette's colours), and (h, W) bool where there is data or None."""
         rasterio = load_rasterio()
@@ -227,6 +235,33 @@ class RasterSource:
     def close(self) -> None:
         """Close the file."""
         self.dataset.close()
+
+
+@functools.lru_cache(maxsize=4096)
+def find_soft_level(path: Path, alpha: int, stamp: int) -> int | float | None:
+    """First number of an alpha band that is neither 0 nor its largest, or None; as far as that is read by blocks.
+
+    Args:
+        path: the file.
+        alpha: number of the band, from 0.
+        stamp: time of its last change, so that a changed file is looked at again.
+    """
+    rasterio = load_rasterio()
+    try:
+        with rasterio.Env(**OPTIONS), open_dataset(path) as dataset:
+            dtype = np.dtype(dataset.dtypes[alpha])
+            bits = int(dataset.tags(alpha + 1, ns="IMAGE_STRUCTURE").get("NBITS", 0))
+            most = 2**bits - 1 if bits else np.iinfo(dtype).max if dtype.kind in "iu" else 1
+            rows = max(dataset.block_shapes[alpha][0], 256)
+            for top in range(0, dataset.height, rows):
+                height = min(rows, dataset.height - top)
+                level = dataset.read(alpha + 1, window=rasterio.windows.Window(0, top, dataset.width, height))
+                soft = level[(level != 0) & (level != most)]
+                if soft.size:
+                    return soft[0].item()
+    except rasterio.errors.RasterioError as error:
+        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
+    return None
 
 
 def both(valid: np.ndarray | None, more: np.ndarray) -> np.ndarray:

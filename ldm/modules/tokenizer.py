@@ -95,7 +95,10 @@ class PromptTokenizer:
                     ids, prompt = found, text
         if not count:
             return ""
-        lost = " ".join(self.backend.decode(ids[limit:], skip_special_tokens=False).split())
+        start = limit
+        while start and self.backend.decode(ids[start:], skip_special_tokens=False).startswith("\ufffd"):
+            start -= 1  # a token may hold a part of a character, which is then lost as a whole
+        lost = " ".join(self.backend.decode(ids[start:], skip_special_tokens=False).split())
         return (f"{count} of {len(prompts)} different prompts are longer than the {limit} tokens that the text "
                 f"encoder reads, and lose their end. The longest has {len(ids)} tokens ({prompt[:40]!r}...) and loses "
                 f"{lost[:120]!r}{'...' if len(lost) > 120 else ''}")
