@@ -41,6 +41,14 @@ def studio(workspace: Path) -> Studio:
     return Studio(str(workspace / "tiny.safetensors"), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def runs(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run."""
+    root = tmp_path_factory.mktemp("runs")
+    assert run_inference(workspace, root / "mine") == 0
+    return root
+
+
 def make_order(**changes: object) -> Order:
     random = np.random.default_rng(1)
     mask = np.kron(random.integers(0, 5, (4, 4)), np.ones((8, 8), int)).astype(np.uint8)
@@ -184,11 +192,11 @@ def test_what_the_filter_dropped_is_magenta(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def page(studio: Studio, workspace: Path, tmp_path_factory: pytest.TempPathFactory):
+def page(studio: Studio, workspace: Path, runs: Path):
     from demo.page.app import Page
 
     references = sorted((workspace / "refs").iterdir())
-    shown = Page(studio, [workspace / "masks/plain.png"], references, tmp_path_factory.mktemp("runs"), SIZE)
+    shown = Page(studio, [workspace / "masks/plain.png"], references, runs, SIZE)
     served = shown.start("127.0.0.1", None)
     yield served.local_url
     shown.close(served)
@@ -305,6 +313,12 @@ def test_cancel_ends_a_job_before_its_images(tab, studio: Studio, monkeypatch):
     said = "document.querySelector('#status').innerText.includes('Cancelled after 0 of 2')"
     tab.wait_for_function(said, timeout=20_000)
     assert time.monotonic() - begun < 10  # 20 steps would take it
+
+
+def test_a_finished_run_can_be_looked_into(tab):
+    tab.click("[role=tab]:visible >> text=Look into a run")
+    tab.wait_for_function("document.querySelector('#run_text')?.innerText.includes('3 images')", timeout=20_000)
+    assert tab.locator("#run_gallery img").count() >= 3
 
 
 def test_uploads_are_read_or_named(tab, tmp_path: Path):

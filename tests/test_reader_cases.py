@@ -341,6 +341,47 @@ def test_split_files_as_benchmarks_publish_them(case: Case, tmp_path: Path) -> N
         case.prepare(*flags, out="two")
 
 
+def names_of(out: Path, split: str) -> list[str]:
+    """Names of the images of a split, without the place of their only tile."""
+    return sorted(path.stem.removesuffix("_0000_0000") for path in (out / f"img_{split}").glob("*"))
+
+
+@pytest.mark.parametrize("form", ["{}/{}.png", "{}_{}", "img/{}/{}.png mask/{}/{}.png"])
+def test_split_files_with_folders_take_those_images_only(tmp_path: Path, form: str) -> None:
+    case = Case(tmp_path, count=2)
+    for town in ("lima", "oslo", "."):
+        for folder, arrays in (("img", case.images), ("mask", case.ids)):
+            (tmp_path / folder / town).mkdir(exist_ok=True)
+            for number, array in enumerate(arrays):
+                Image.fromarray(array).save(tmp_path / folder / town / f"{number}.png")
+    for split, lines in (("train", [("lima", 0)]), ("test", [("lima", 1), ("oslo", 0)])):
+        text = "\n".join(form.format(*line, *line) for line in lines)
+        (tmp_path / f"{split}.txt").write_text(f"# those of {split}\n\n{text}\n")
+    flags = ["--recursive", "--split_file", f"train={tmp_path}/train.txt", f"test={tmp_path}/test.txt"]
+    out = case.prepare(*flags)
+    assert (names_of(out, "train"), names_of(out, "test")) == (["lima_0"], ["lima_1", "oslo_0"])
+    assert summary_of(out)["left_out"] == {"images in no list of --split_file": 3}
+    (tmp_path / "train.txt").write_text("rome/0\n")
+    with pytest.raises(UserError, match=r"1 of 3 names have no labelled image \(rome/0\)"):
+        case.prepare(*flags, out="two")
+    for folder in ("img", "mask"):
+        (tmp_path / folder / "1.png").unlink()
+    (tmp_path / "train.txt").write_text("1\n")
+    with pytest.raises(UserError, match=r"--split_file: 1 may be 2 images \(.*lima/1.png, .*oslo/1.png\)"):
+        case.prepare(*flags, out="two")
+
+
+def test_split_files_name_images_with_blanks(case: Case, tmp_path: Path) -> None:
+    names = ["a b", "a", "x, y"]
+    for folder, arrays in (("img", case.images), ("mask", case.ids)):
+        for name, array in zip(names, arrays, strict=True):
+            Image.fromarray(array).save(tmp_path / folder / f"{name}.png")
+    (tmp_path / "train.txt").write_text("a b\n")
+    (tmp_path / "test.txt").write_text("# comment\nx, y.png a b.png\na.png,3\n")
+    out = case.prepare("--split_file", f"train={tmp_path}/train.txt", f"test={tmp_path}/test.txt")
+    assert (names_of(out, "train"), names_of(out, "test")) == (["a b"], ["a", "x, y"])
+
+
 def test_near_words_for_keys_of_a_class_table(case: Case) -> None:
     case.write_images().write_masks()
     table = {"name": "three", "classes": [{"id": 0, "name": "grass", "color": [1, 2, 3]}]}

@@ -189,7 +189,7 @@ class Page:
         flags = ["--mode", mode, "--scale", f"{guidance:g}"]
         if same_noise and samples == 1 and len(chosen) > 1:
             flags.append("--fixed_code")
-        if "reference" in self.studio.method.takes and reference_scale != 1:
+        if "reference" in self.studio.method.takes:
             flags += ["--reference_scale", f"{reference_scale:g}"]
         if rectify and self.studio.guide:
             flags += ["--rectify_scale", f"{rectify:g}", "--guide", *self.studio.guide_files]
@@ -258,8 +258,8 @@ class Page:
                                              visible=takes_reference)
                     with gr.Accordion("Guidance and strength", open=False):
                         guidance = gr.Slider(1, 12, own.guidance_scale, step=0.5, label="Guidance scale")
-                        reference_scale = gr.Slider(0.5, 4, 1, step=0.25, label="Reference scale",
-                                                    visible=takes_reference)
+                        reference_scale = gr.Slider(0.5, 6, own.method.get("reference_scale", 1.0), step=0.25,
+                                                    label="Reference scale", visible=takes_reference)
                         rectify = gr.Slider(0, 0.5, 0, step=0.05, label="Rectify by the guide (0: not)",
                                             visible=self.studio.guide is not None)
                         strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength (below 1: start from an image)")

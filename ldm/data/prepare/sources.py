@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.images import Found, Pair, find_images, pair_images
+from ldm.data.images import IMAGE_SUFFIXES, Found, Pair, find_images, pair_images
 from ldm.util import UserError
 
 OFFSET_PATTERN = r"_y(?P<y>\d+)_x(?P<x>\d+)$"
@@ -158,9 +158,9 @@ def read_split_files(items: Sequence[str]) -> dict[str, str]:
     Args:
         items: `train=FILE`, `val=FILE`, `test=FILE`.
     Returns:
-        {name: split}; of a line the part before the first blank or comma counts, without folder and file ending.
+        {line: split}, without blank lines and those that start with #.
     Raises:
-        UserError: for other splits, a file that is not there or empty, or a name in two lists.
+        UserError: for other splits, a file that is not there or empty, or a line in two lists.
     """
     result: dict[str, str] = {}
     for item in items:
@@ -171,8 +171,7 @@ def read_split_files(items: Sequence[str]) -> dict[str, str]:
             lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--split_file {item}: not readable ({error}). Expected a list of names.") from error
-        words = [re.split(r"[\s,]", line.strip(), maxsplit=1)[0].replace("\\", "/") for line in lines if line.strip()]
-        names = [re.sub(r"\.(png|jpe?g|tiff?|jp2|bmp|webp|npy)$", "", word, flags=re.IGNORECASE) for word in words]
+        names = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not names:
             raise UserError(f"--split_file {item}: no names. Expected one a line.")
         for name in names:
@@ -182,32 +181,69 @@ def read_split_files(items: Sequence[str]) -> dict[str, str]:
     return result
 
 
-def split_by_lists(found: Sources, lists: Mapping[str, str]) -> None:
-    """Give labelled training images the split of the list that their name is in; the others are left out, counted.
+def read_line(line: str) -> list[str]:
+    """What a line of a list may name, likeliest first: all of it, its part up to the first file ending, its first word.
 
-    A name of a list may be the name here, the name of the file without its ending, or either below folders.
+    Names are given without file ending, with forward slashes.
     """
-    by_end = {re.sub(r".*/", "", name): name for name in lists}
-    by_folder = {name.replace("/", "_"): name for name in lists}
-    used, kept = set(), []
-    for source in found.images:
+    ending = rf"\.(?:{'|'.join(suffix[1:] for suffix in IMAGE_SUFFIXES)})"
+    first_file = re.match(rf"(.+?){ending}[\s,]", line, flags=re.IGNORECASE)
+    parts = [line, first_file[1] if first_file else line, re.split(r"[\s,]", line, maxsplit=1)[0]]
+    names = [re.sub(rf"{ending}$", "", part.replace("\\", "/"), flags=re.IGNORECASE) for part in parts]
+    return list(dict.fromkeys(re.sub(r"^(\.?/)+", "", name) for name in names))
+
+
+def paths_of(pair: Pair) -> set[str]:
+    """Every end of the paths of a pair without file endings: `0`, `lima/0`, `img/lima/0` ..., and with short stems."""
+    stem = pair.image.stem
+    short = next((stem[:n] for n in range(len(stem), 0, -1) if pair.name.endswith(stem[:n])), stem)
+    result = set()
+    for folder, name in ((pair.image, stem), (pair.image, short), (pair.mask, pair.mask.stem)):
+        parts = (*folder.absolute().parts[1:-1], name)
+        result |= {"/".join(parts[start:]) for start in range(len(parts))}
+    return result
+
+
+def split_by_lists(found: Sources, lists: Mapping[str, str]) -> None:
+    """Give labelled training images the split of the list that they are in; the others are left out, counted.
+
+    A line of a list (see read_line) means the image whose path below the folder of images it is, with / or _ between
+    folder and name; else the one whose path (or whose mask's) ends with it. Two such images are a problem.
+    """
+    of_name, of_path = defaultdict(set), defaultdict(set)
+    for number, source in enumerate(found.images):
+        if source.split == "train" and source.pair.mask is not None:
+            of_name[source.pair.name].add(number)
+            for end in paths_of(source.pair):
+                of_path[end].add(number)
+    splits: dict[int, set[str]] = defaultdict(set)
+    lacking = []
+    for line, split in lists.items():
+        names = read_line(line)
+        numbers = next(filter(None, (of_name.get(name.replace("/", "_")) or of_path.get(name) for name in names)), ())
+        if len(numbers) > 1:
+            paths = ", ".join(str(found.images[number].pair.image) for number in sorted(numbers)[:5])
+            found.problems.append(f"--split_file: {line} may be {len(numbers)} images ({paths}). Expected one. Write "
+                                  "their folders into the list")
+        elif not numbers:
+            lacking.append(line)
+        for number in numbers:
+            splits[number].add(split)
+    kept = []
+    for number, source in enumerate(found.images):
         if source.split != "train" or source.pair.mask is None:
             kept.append(source)
-            continue
-        names = (source.pair.name, source.pair.image.stem, source.pair.mask.stem)
-        keys = {key for name in names for key in (name, by_end.get(name), by_folder.get(name)) if key in lists}
-        splits = sorted({lists[key] for key in keys})
-        if not keys:
+        elif not splits[number]:
             found.left_out["images in no list of --split_file"] += 1
-            continue
-        if len(splits) > 1:
-            found.problems.append(f"{source.pair.image}: in the lists of {' and '.join(splits)}, expected one")
-        used |= keys
-        kept.append(replace(source, split=splits[0]))
-    lacking = [name for name in lists if name not in used]
+        else:
+            if len(splits[number]) > 1:
+                found.problems.append(f"{source.pair.image}: in the lists of {' and '.join(sorted(splits[number]))}, "
+                                      "expected one")
+            kept.append(replace(source, split=min(splits[number])))
     if lacking:
+        hint = ". Folders in a list are those on disk: correct or remove them" if any("/" in n for n in lacking) else ""
         found.problems.append(f"--split_file: {len(lacking)} of {len(lists)} names have no labelled image "
-                              f"({', '.join(lacking[:5])})")
+                              f"({', '.join(lacking[:5])}){hint}")
     found.images = kept
 
 
