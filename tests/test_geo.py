@@ -123,8 +123,9 @@ def test_scenes_of_16_bits_need_the_scale_of_the_training(tmp_path: Path, segmen
     (tmp_path / "img").mkdir()
     image = smooth(96, 96)
     write_scene(tmp_path / "img/s.tif", image.astype(np.uint16) * 16 + 100)
-    with pytest.raises(UserError, match="1 of 1 images cannot be read:\n.*--scale_range"):
+    with pytest.raises(UserError, match="1 of 1 images cannot be read:\n.*--scale_from and .*--scale_range") as found:
         run(tmp_path, segmentor_files)
+    assert "scripts/prepare_dataset.py" not in str(found.value) and "percentiles" not in str(found.value)
     with pytest.raises(UserError, match="--scale_percentiles: the segmentor needs the scale of its training"):
         run(tmp_path, segmentor_files, "--scale_percentiles", 2, 98)
     out = run(tmp_path, segmentor_files, "--scale_range", 100, 100 + 255 * 16)
@@ -209,6 +210,25 @@ def test_polygons_cover_what_the_mask_shows(tmp_path: Path, segmentor_files):
         write_polygons(tmp_path / "no_crs.tif", tmp_path / "x.geojson", table_of(3))
 
 
+def test_geojson_needs_a_place_before_anything_is_predicted(tmp_path: Path, segmentor_files, capsys, caplog):
+    import logging
+    import warnings
+
+    (tmp_path / "img").mkdir()
+    write_scene(tmp_path / "img/a.tif", smooth(64, 64))
+    for name in ("b", "c"):
+        write_scene(tmp_path / f"img/{name}.tif", smooth(64, 64), crs=None)
+    with pytest.raises(UserError, match="(?s)2 of 3 images.*img/b.tif: no coordinate system.*img/c.tif.*gpkg"):
+        run(tmp_path, segmentor_files, "--polygons", "geojson")
+    assert not (tmp_path / "out/masks").exists()
+    pytest.importorskip("pyogrio")
+    caplog.set_level(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*crs.*")
+        out = run(tmp_path, segmentor_files, "--polygons", "gpkg")
+    assert len(list(out.glob("polygons/*.gpkg"))) == 3 and "Created" not in caplog.text
+
+
 def write_run(folder: Path, image: np.ndarray, corners: list[tuple[int, int]], scale: int = 1) -> None:
     """A run of inference.py on tiles of 32 x 32 pixels of a scene, whose images are those of the scene."""
     (folder / "run/images").mkdir(parents=True)
@@ -244,6 +264,12 @@ def test_tiles_of_a_scene_become_one_image_on_the_map(scale: int, tmp_path: Path
     covered = np.kron(covered[:92, :132], np.ones((scale, scale), bool))
     assert (seen == covered).all() and (found[covered] == expected[covered]).all()
 
+    before = (tmp_path / "geo/s.tif").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="1 of 1 files are there .s.tif.*--overwrite"):
+        write_geotiff.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "geo")])
+    assert (tmp_path / "geo/s.tif").stat().st_mtime_ns == before
+    write_geotiff.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "geo"), "--overwrite"])
+    assert (tmp_path / "geo/s.tif").stat().st_mtime_ns > before
     write_geotiff.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "single"), "--single"])
     with rasterio.open(tmp_path / "single/3.tif") as tile:
         assert tile.transform.c == 500_050 and tile.transform.f == 5_199_970

@@ -246,6 +246,15 @@ def test_a_file_that_leads_to_others_is_not_followed(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
+def test_an_error_is_said_once(tmp_path: Path, caplog) -> None:
+    file = write_tiff(tmp_path / "a.tif", random_pixels(3, 300, 300), compress="deflate")
+    file.write_bytes(file.read_bytes()[:200_000])
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match="not readable"):
+        read_image(file)
+    assert "GDAL" not in caplog.text
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "jp2", "npy", "webp"])
 def test_damaged_files_are_named(tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"a.{ending}"

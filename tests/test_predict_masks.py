@@ -80,7 +80,9 @@ def test_predicted_ids_threshold_and_manifest(source: Path, capsys: pytest.Captu
     assert all((mask == 255).sum() == 1 and mask[-1, -1] == 255 for mask in unsure)
     shares = [(mask == 0).mean() for mask in masks]
     run(source, "kept", "--max_background", str(shares[1]))  # the limit itself is not kept
-    root = capsys.readouterr().out.rpartition("--data_root ")[2].strip().rstrip(")")
+    said = capsys.readouterr().out
+    assert "1 of 3 pairs kept, 2 left out with too much background (--max_background)" in said
+    root = said.rpartition("--data_root ")[2].strip().rstrip(")")
     rows = read_manifest(source / "kept/items.json", root, need=("image", "prompt"), table=ClassTable.load(TABLE))
     assert Path(root) == source and [row.mask_name for row in rows] == ["kept/masks/2.png"]
     assert rows[0].prompt == "a satellite image of background, building, lake"
