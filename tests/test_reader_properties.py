@@ -79,8 +79,7 @@ def expected_of(file: Path, bands: tuple[int, ...] | None, scale: tuple[float, f
             valid &= (values != source.nodata).any(0)
         if "alpha" in names and names.index("alpha") not in chosen:
             alpha = source.read(names.index("alpha") + 1)
-            most = 1 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype).max
-            is_mask = np.isin(alpha, (0, most)).all()
+            is_mask = any(np.isin(alpha, (0, 2**bits - 1)).all() for bits in (1, *range(8, 33)))
             if not is_mask and bands is None:
                 return None
             valid &= (alpha > 0) | (not is_mask)

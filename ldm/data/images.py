@@ -139,7 +139,7 @@ class OpenImage:
         if self.reading.bands is None:
             others = " ".join(str(band) for band in self.numbers)
             copied = " ".join(f"-b {band + 1}" for band in self.numbers)
-            raise UserError(f"{what}. Expected 0 and the largest number, or another tag; near-infrared is often "
+            raise UserError(f"{what}. Expected 0 and 255 (or 1, 4095, 65535), or another tag; near-infrared is often "
                             f"written so. If it is a band, choose with {self.reading.flag(f'--bands {others}')}, which "
                             f"reads those with all their pixels, or tag it: gdal_edit -colorinterp_{number + 1} "
                             f"undefined FILE. If it is alpha: gdal_translate {copied} -mask {number + 1} FILE NEW.")
@@ -375,9 +375,7 @@ class PillowSource:
         if self.alpha is None or self.picture.format != "TIFF":
             return None
         self._decode()
-        level = self.array[:, :, self.alpha]
-        soft = level[(level != 0) & (level != 255)]
-        return int(soft[0]) if soft.size else None
+        return rasters.soft_level_of([self.array[:, :, self.alpha]])
 
     def _decode(self) -> None:
         if self.array is None:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -219,7 +219,7 @@ class RasterSource:
                 elif MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
                     valid = self.dataset.read_masks(stored[0], window=window) > 0
         except (rasterio.errors.RasterioError, ValueError) as error:  # ValueError: bands of several types
-            raise UserError(f"{self.path}: not readable as an image ({error}). Write the file again.") from error
+            raise damaged(self.path, error) from error
         nodata = self.dataset.nodata
         if nodata is not None and not np.isnan(nodata):
             valid = both(valid, (values != nodata).any(0))
@@ -237,30 +237,46 @@ class RasterSource:
         self.dataset.close()
 
 
+def damaged(path: Path, error: Exception) -> UserError:
+    """The error for a file that rasterio cannot read; the first of a chain of rasterio's errors says why."""
+    return UserError(f"{path}: not readable as an image ({error.__cause__ or error}). Write the file again.")
+
+
 @functools.lru_cache(maxsize=4096)
 def find_soft_level(path: Path, alpha: int, stamp: int) -> int | float | None:
-    """First number of an alpha band that is neither 0 nor its largest, or None; as far as that is read by blocks.
+    """A number of an alpha band that is no mask's, or None (see soft_level_of).
 
     Args:
-        path: the file.
+        path: the file; read by blocks, up to the first such number.
         alpha: number of the band, from 0.
         stamp: time of its last change, so that a changed file is looked at again.
     """
     rasterio = load_rasterio()
     try:
         with rasterio.Env(**OPTIONS), open_dataset(path) as dataset:
-            dtype = np.dtype(dataset.dtypes[alpha])
-            bits = int(dataset.tags(alpha + 1, ns="IMAGE_STRUCTURE").get("NBITS", 0))
-            most = 2**bits - 1 if bits else np.iinfo(dtype).max if dtype.kind in "iu" else 1
             rows = max(dataset.block_shapes[alpha][0], 256)
-            for top in range(0, dataset.height, rows):
-                height = min(rows, dataset.height - top)
-                level = dataset.read(alpha + 1, window=rasterio.windows.Window(0, top, dataset.width, height))
-                soft = level[(level != 0) & (level != most)]
-                if soft.size:
-                    return soft[0].item()
+            windows = (rasterio.windows.Window(0, top, dataset.width, min(rows, dataset.height - top))
+                       for top in range(0, dataset.height, rows))
+            return soft_level_of(dataset.read(alpha + 1, window=window) for window in windows)
     except rasterio.errors.RasterioError as error:
-        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
+        raise damaged(path, error) from error
+
+
+def soft_level_of(blocks: Iterable[np.ndarray]) -> int | float | None:
+    """First number of an alpha band, given by blocks, that is no mask's, or None.
+
+    A mask holds 0 and one other number: 1, or all bits of a depth from 8 on (255, 4095 of 12 bits, 65535).
+    """
+    top = None
+    for levels in blocks:
+        others = levels[levels != 0]
+        if top is None and others.size:
+            top = others[0].item()
+            if not np.isfinite(top) or top != int(top) or (top != 1 and (top < 255 or int(top) & (int(top) + 1))):
+                return top
+        others = others[others != top]
+        if others.size:
+            return others[0].item()
     return None
 
 
