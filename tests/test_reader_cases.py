@@ -264,6 +264,33 @@ def test_palettes_in_another_order_are_read_by_colour(case: Case) -> None:
     case.prepare("--overwrite", "--mask_kind", "ids")
 
 
+@pytest.mark.parametrize("off", [1, -2])
+def test_palettes_of_near_colours_in_another_order(case: Case, off: int) -> None:
+    masks = []
+    for ids in case.ids:
+        picture = Image.fromarray(np.argsort([0, 2, 1])[ids].astype(np.uint8), "P")
+        picture.putpalette((COLOURS[[0, 2, 1]].astype(int) + off).astype(np.uint8).tobytes())
+        masks.append(picture)
+    case.write_images().write_masks(masks)
+    with pytest.raises(UserError, match="palette has colours.*only near.*--nearest_colour 8.*--mask_kind ids"):
+        case.prepare()
+    out = case.prepare("--nearest_colour", "8")
+    for (_, mask), ids in zip(case.tiles(out), case.ids, strict=True):
+        np.testing.assert_array_equal(mask, ids)
+    out = case.prepare("--mask_kind", "ids", out="other")
+    np.testing.assert_array_equal(case.tiles(out)[0][1], np.array([0, 2, 1])[case.ids[0]])
+
+
+def test_grey_palettes_hold_ids_whatever_colours_are_near(case: Case) -> None:
+    table = {"name": "dark", "ignore_colour": [9, 9, 9], "classes": [
+        {"id": i, "name": f"c{i}", "colour": [v, v, v + 1]} for i, v in enumerate((2, 0, 1))]}  # fmt: skip
+    masks = [Image.fromarray(ids, "P") for ids in case.ids]
+    for mask in masks:
+        mask.putpalette(np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())
+    out = case.write_images().write_masks(masks).prepare("--nearest_colour", "8", table=table)
+    np.testing.assert_array_equal(case.tiles(out)[0][1], case.ids[0])
+
+
 def test_subfolders_are_counted_and_read_on_demand(tmp_path: Path) -> None:
     case = Case(tmp_path).write_images().write_masks()
     for folder in ("img", "mask"):
@@ -316,6 +343,82 @@ def test_pixels_without_data_become_255(case: Case, kind: str) -> None:
     out = case.prepare("--max_ignore", "1", "--overwrite", *(["--nodata", "0"] if kind == "flag" else []))
     for (_, mask), ids in zip(case.tiles(out), masks, strict=True):
         np.testing.assert_array_equal(mask, np.where(outside, 255, ids))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16"])
+def test_dark_pixels_that_a_scale_makes_0_are_not_without_data(case: Case, dtype: str) -> None:
+    dark = [np.where(ids == 0, 300, 4000).astype(dtype)[None].repeat(3, 0) for ids in case.ids]
+    case.write_tiffs(dark).write_masks()
+    flags = ["--scale_range", "1000", "5000"]
+    assert not any("black" in note for note in summary_of(case.prepare(*flags))["notes"])
+    case.write_tiffs([np.where(image == 300, 0, image) for image in dark])
+    assert any("--nodata 0" in note for note in summary_of(case.prepare(*flags, out="two"))["notes"])
+
+
+@pytest.mark.parametrize(("shift", "epsg", "is_said"), [(0.2, 32633, False), (0.6, 32633, True), (0, 32634, True)])
+def test_masks_that_lie_elsewhere_are_said(case: Case, shift: float, epsg: int, is_said: bool) -> None:
+    step = 10  # metres a pixel
+    profile = {"driver": "GTiff", "height": 64, "width": 64, "dtype": "uint8"}
+    case.write_tiffs([image.transpose(2, 0, 1) for image in case.images], crs="EPSG:32633",
+                     transform=rasterio.transform.from_origin(500_000, 5e6, step, step))
+    for number, ids in enumerate(case.ids):
+        moved = shift * step * (number > 0)
+        with rasterio.open(case.root / f"mask/s{number}.tif", "w", count=1, crs=f"EPSG:{epsg if number else 32633}",
+                           transform=rasterio.transform.from_origin(500_000 + moved, 5e6, step, step),
+                           **profile) as file:
+            file.write(ids, 1)
+    notes = " ".join(summary_of(case.prepare("--tile", "32"))["notes"])
+    assert ("2 masks lie elsewhere" in notes and "mask/s1.tif and" in notes) == is_said
+
+
+def test_255_of_masks_with_an_empty_class_is_named_with_its_share(case: Case) -> None:
+    case.write_images().write_masks([np.where(ids == 2, 255, ids) for ids in case.ids])
+    share = np.mean([ids == 2 for ids in case.ids])
+    notes = " ".join(summary_of(case.prepare())["notes"])
+    assert f"not one pixel of water in all masks; 255 ({share:.1%}" in notes
+    assert "source_ids: {0: 0, 1: 1, 255: 2}" in notes
+
+
+def test_sets_that_mix_1_and_255_for_one_class_are_named(case: Case) -> None:
+    masks = [(ids == 1).astype(np.uint8) * (255 if number else 1) for number, ids in enumerate(case.ids)]
+    case.write_images().write_masks(masks)
+    notes = " ".join(summary_of(case.prepare(table=TWO))["notes"])
+    assert "2 masks hold only 0 and 255, others 0 and 1" in notes and "source_ids: {0: 0, 1: 1, 255: 1}" in notes
+    case.prepare(table=TWO | {"source_ids": {0: 0, 1: 1, 255: 1}}, out="two")
+    assert "only 0 and 255" not in " ".join(summary_of(case.root / "two")["notes"])
+    masks[0][:, :3] = 255  # here 255 stands beside both classes, so it is none
+    case.write_masks(masks)
+    assert "only 0 and 255" not in " ".join(summary_of(case.prepare(table=TWO, out="three"))["notes"])
+
+
+def test_side_files_and_links_are_told_apart(case: Case) -> None:
+    case.write_tiffs([image.transpose(2, 0, 1) for image in case.images]).write_masks()
+    for name in ("s0.tfw", "s0.tif.msk", "s1.tif.aux.xml", "s9.tfw", "s0.pgw", "s0.xml"):
+        (case.root / "img" / name).write_text("")
+    for name, text in (("s0.tfw", "1\n0\n0\n-1\n0.5\n0.5\n"), ("s1.tif.aux.xml", "<PAMDataset></PAMDataset>")):
+        (case.root / "img" / name).write_text(text)
+    with rasterio.open(case.root / "img/s0.tif.msk", "w", driver="GTiff", count=1, height=64, width=64, dtype="uint8",
+                       ) as file:
+        file.update_tags(INTERNAL_MASK_FLAGS_1="2")
+        file.write(np.full((64, 64), 255, np.uint8), 1)
+    (case.root / "away").mkdir()
+    Image.fromarray(case.images[0]).save(case.root / "away/s7.png")
+    (case.root / "img/linked").symlink_to(case.root / "away", target_is_directory=True)
+    summary = summary_of(case.prepare("--recursive"))
+    assert summary["left_out"] == {"linked folders": 1, ".tfw files": 1, ".pgw files": 1, ".xml files": 1}
+    notes = " ".join(summary["notes"])
+    assert "1 linked folders are not followed" in notes and "place on Earth in .tfw, .pgw files is not read" in notes
+
+
+def test_masks_of_an_ending_that_is_not_read_are_named(case: Case) -> None:
+    case.write_images()
+    for number, ids in enumerate(case.ids):
+        Image.fromarray(ids).save(case.root / f"mask/s{number}.gif")
+    with pytest.raises(UserError, match=r"1 problem.*\n.*no mask in this folder; files of the ending .gif are"):
+        case.prepare()
+    Image.fromarray(case.ids[0]).save(case.root / "mask/s0.png")
+    with pytest.raises(UserError, match="no mask s1.png(.|\n)*3 .gif files left out"):
+        case.prepare()
 
 
 def test_tiles_over_max_ignore_are_counted(case: Case) -> None:
@@ -482,8 +585,8 @@ def test_large_scenes_are_read_by_rows_and_keep_their_place(tmp_path: Path, monk
                            width=400, dtype="uint8", **place) as file:
             file.write(bands)
     seen = []
-    read = tiling.OpenImage.read
-    monkeypatch.setattr(tiling.OpenImage, "read", lambda self, *rows: seen.append(rows) or read(self, *rows))
+    read = tiling.OpenImage.read_stored
+    monkeypatch.setattr(tiling.OpenImage, "read_stored", lambda self, *rows: seen.append(rows) or read(self, *rows))
     (tmp_path / "t.yaml").write_text(json.dumps(THREE))
     main(["--images", str(tmp_path / "img"), "--masks", str(tmp_path / "mask"), "--classes", str(tmp_path / "t.yaml"),
           "--tile", "128", "--out", str(tmp_path / "out")])

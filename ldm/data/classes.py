@@ -233,6 +233,9 @@ def table_from_mapping(content: dict[str, Any], where: str) -> ClassTable:
         raise UserError(f"{where}: {error}. Expected integers for ids and colours.") from error
 
 
+NEAR_PALETTE = 8  # colours of a palette that are so near to the table's (Euclidean, 0..441) look like them
+
+
 @dataclass(frozen=True)
 class MaskRules:
     """How masks are decoded where their files leave a choice.
@@ -309,7 +312,8 @@ def settle(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules
     """Numbers (h, w) or colours (h, w, 3) to decode; pixels without data get the table's number for ignored ones."""
     raw, palette = stored.values, stored.palette
     if palette is not None and rules.kind != "ids":
-        by_colour = rules.kind == "colours" or is_palette_of(table, palette, np.flatnonzero(count_ids(raw)), path)
+        by_colour = rules.kind == "colours" or is_palette_of(table, palette, np.flatnonzero(count_ids(raw)), path,
+                                                                   rules.nearest_colour)
         notes["palette_by_colour" if by_colour else "palette_by_id"] += 1
         if by_colour:
             raw = np.concatenate([palette, np.zeros((256, 3), np.uint8)])[raw]
@@ -345,16 +349,49 @@ def has_likely_ids(raw: np.ndarray, table: ClassTable) -> bool:
     return set(np.flatnonzero(count_ids(raw)).tolist()) <= allowed
 
 
-def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path: str | Path) -> bool:
+def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path: str | Path,
+                  nearest_colour: float = 0) -> bool:
     """Whether the indices of a palette mask mean the table's colours, not its ids.
 
-    The palette is compared with the table: where every colour in use is one of the table's, the colours decide;
-    where none of a class is, or each stands at its own id, the indices are the ids.
+    The palette is compared with the table: where every colour in use is one of the table's (or at most nearest_colour
+    from it), the colours decide; where none of a class is, or each stands at its own id, the indices are the ids.
 
     Raises:
-        UserError: if only some colours are the table's, and those stand at other ids.
+        UserError: if only some colours are the table's, and those stand at other ids; or if without nearest_colour all
+            are within NEAR_PALETTE of the table's, at other ids.
     """
-    classes = colour_lookup(table.colours, table.ignore_colour)[colour_codes(palette)]  # of every index; -1 = none
+    exact, named = find_classes(table, palette), used[used < len(palette)]
+    if (exact[named] >= 0).all() or (palette[named] == named[:, None]).all():  # a grey ramp is no choice of colours
+        return has_colours(table, palette, exact, used, path)
+    if nearest_colour:
+        return has_colours(table, palette, find_classes(table, palette, nearest_colour), used, path)
+    near = find_classes(table, palette, NEAR_PALETTE)
+    is_alike = len(named) == len(used) and (near[named] >= 0).all() and len(set(near[named])) == len(named)
+    if is_alike and has_colours(table, palette, near, used, path):
+        unknown = [tuple(map(int, palette[i])) for i in named if exact[i] < 0]
+        raise UserError(f"{path}: its palette has colours of class table {table.name} at other numbers, but "
+                        f"{short_list(unknown)} are only near to the table's. It is not clear whether numbers or "
+                        f"colours count. Correct the table's colours, or choose --nearest_colour {NEAR_PALETTE} "
+                        "(colours) or --mask_kind ids (numbers) in scripts/prepare_dataset.py.")
+    return has_colours(table, palette, exact, used, path)
+
+
+def find_classes(table: ClassTable, colours: np.ndarray, nearest_colour: float = 0) -> np.ndarray:
+    """Class of colours (N, 3) uint8 that are the table's or near to one, (N,); 255 = ignored, -1 = none.
+
+    Half way between two of the table's is near neither.
+    """
+    classes = colour_lookup(table.colours, table.ignore_colour)[colour_codes(colours)]
+    known = np.array([*table.colours, table.ignore_colour])
+    distance = np.sqrt(((colours[:, None].astype(int) - known[None]) ** 2).sum(-1))
+    least, second = np.sort(distance, 1)[:, :2].T
+    nearest = np.append(np.arange(table.num_classes), IGNORE_INDEX)[distance.argmin(1)]
+    return np.where((classes < 0) & (least <= nearest_colour) & (least < second), nearest, classes)
+
+
+def has_colours(table: ClassTable, palette: np.ndarray, classes: np.ndarray, used: np.ndarray,
+                path: str | Path) -> bool:
+    """Whether the colours decide (see is_palette_of), from the class of every index (-1 = none)."""
     named = used[used < len(palette)]
     ids = table.source_ids or {index: index for index in table.ids}
     is_class = (classes[named] >= 0) & (classes[named] != IGNORE_INDEX)
@@ -429,11 +466,8 @@ def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: 
     if is_unknown.any():
         values, inverse, counts = np.unique(codes[is_unknown], return_inverse=True, return_counts=True)
         colours = np.stack([values >> 16, values >> 8 & 255, values & 255], 1)
-        known = np.array([*table.colours, table.ignore_colour])
-        distance = np.sqrt(((colours[:, None] - known[None]) ** 2).sum(-1))  # (N, K + 1)
-        nearest = distance.argmin(1)
-        least, second = np.sort(distance, 1)[:, :2].T
-        is_near = (least <= rules.nearest_colour) & (least < second)  # half way between two is near neither
+        taken = find_classes(table, colours.astype(np.uint8), rules.nearest_colour)
+        is_near = taken >= 0
         if not is_near.all() and not rules.ignore_strays:
             outside = [tuple(map(int, colour)) for colour in colours[~is_near]]
             raise UserError(
@@ -444,7 +478,6 @@ def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: 
             )
         notes["nearest_colour"] += int(counts[is_near].sum())
         notes["stray_colours"] += int(counts[~is_near].sum())
-        taken = np.where(nearest == table.num_classes, IGNORE_INDEX, nearest)
         ids[is_unknown] = np.where(is_near, taken, IGNORE_INDEX)[inverse.reshape(-1)]
     ids = ids.astype(np.uint8)
     counts = np.bincount(ids.reshape(-1), minlength=256)

@@ -18,6 +18,9 @@ from ldm.data.bands import SCALE_HINT, ImageInfo, Reading, choose_bands, to_8_bi
 from ldm.util import UserError, say_once
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".j2k", ".bmp", ".webp", ".npy")
+RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
+RASTER_PLACES = (".tfw", ".tifw", ".tiffw", ".j2w", ".jp2w", ".wld")  # world files of them
+PLACE_FILES = (*RASTER_PLACES, ".pgw", ".pngw", ".jgw", ".jpgw", ".jpegw", ".bpw", ".bmpw")
 WHOLE_PIXELS = 64_000_000  # images with more are read by rows where the format allows it
 ORIENTATION = 0x0112
 EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps what may hold the tag
@@ -54,7 +57,8 @@ class Found:
             below subfolders `folder_stem`.
         problems: two files of one name, one sentence each.
         left_out: what lies there and is not in `files`: `subfolders` (number of images in them), `folders` (of how
-            many), `hidden`, `suffix` (stems without the ending), and a number for every other file ending.
+            many), `hidden`, `suffix` (stems without the ending), `links` (linked folders), and a number for every
+            other file ending; side files of a raster do not count.
     """
 
     files: dict[str, Path]
@@ -66,8 +70,13 @@ class Found:
         rest = dict(self.left_out)
         images, folders = rest.pop("subfolders", 0), rest.pop("folders", 0)
         parts = [f"{images} images in {folders} subfolders are not read (--recursive reads them)"] if images else []
+        links = rest.pop("links", 0)
+        parts += [f"{links} linked folders are not followed (copy them, or give their own path)"] if links else []
         words = {"hidden": "hidden files", "suffix": "images without the ending of the name"}
         parts += [f"{number} {words.get(kind, kind + ' files')} left out" for kind, number in sorted(rest.items())]
+        places = [kind for kind in PLACE_FILES if kind in rest]
+        parts += [f"the place on Earth in {', '.join(places)} files is not read (of PNG, JPEG and BMP): convert images "
+                  "to GeoTIFF where it matters"] if places else []
         return f"{folder}: {', '.join(parts)}" if parts else ""
 
 
@@ -107,11 +116,18 @@ class OpenImage:
             UserError: naming the file, if it is damaged or its numbers do not fit in 8 bits and no scale is given.
         """
         values, valid = self.read_stored(top, bottom)
-        for_nodata = self.reading.nodata
-        if for_nodata is not None:
-            is_data = (values != for_nodata).any(2)
-            valid = is_data if valid is None else valid & is_data
-        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path, valid)), valid
+        valid = self.find_data(values, valid)
+        return self.convert(values, valid), valid
+
+    def find_data(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray | None:
+        """Where stored rows have data: as read_stored says and not the nodata number of the user."""
+        if self.reading.nodata is None:
+            return valid
+        return rasters.both(valid, (values != self.reading.nodata).any(2))
+
+    def convert(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+        """Stored rows (h, w, B) as (h, w, C) uint8, of which `valid` tells where there is data; UserError as read."""
+        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path, valid))
 
     def read_stored(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows of the chosen bands as they are stored, (h, W, B) of any dtype, and where there is data (see read)."""
@@ -241,6 +257,7 @@ def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Foun
     folders = set()
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        left_out["links"] += sum(Path(place, name).is_symlink() for name in below)
         parts = Path(place).relative_to(folder).parts
         for path in (Path(place, name) for name in sorted(names)):
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
@@ -249,6 +266,8 @@ def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Foun
                 folders |= {place} if is_image else set()
             elif path.name.startswith("."):
                 left_out["hidden"] += 1
+            elif not is_image and is_side_file(path):
+                continue
             elif not is_image:
                 left_out[path.suffix.lower() or "no ending"] += 1
             elif not path.stem.endswith(suffix):
@@ -261,6 +280,18 @@ def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Foun
     if left_out["subfolders"]:
         left_out["folders"] = len(folders)
     return Found(files, problems, {kind: number for kind, number in left_out.items() if number})
+
+
+def is_side_file(path: Path) -> bool:
+    """Whether a file belongs to a TIFF or JPEG 2000 beside it and is no file of its own: mask, overviews, place."""
+    name, ending = path.name, path.suffix.lower()
+    if ending in (".msk", ".ovr") or name.lower().endswith(".aux.xml"):
+        owners = [path.with_name(name[: -len(".aux.xml" if ending == ".xml" else ending)])]
+    elif ending in RASTER_PLACES:
+        owners = [path.with_suffix(suffix) for suffix in RASTER_SUFFIXES]
+    else:
+        return False
+    return any(owner.suffix.lower() in RASTER_SUFFIXES and owner.is_file() for owner in owners)
 
 
 def pair_images(images: Found, masks: Found) -> tuple[list[Pair], list[str], list[str]]:

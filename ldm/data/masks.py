@@ -44,6 +44,7 @@ class OpenMask:
         path: the file.
         height, width: of the upright mask, pixels.
         by_rows: rows can be read without decoding the ones before them.
+        crs, transform: its place, as in ImageInfo.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -79,6 +80,7 @@ class OpenMask:
         width, height = self._picture.size if self._picture else (self._raster.width, self._raster.height)
         self.height, self.width = (width, height) if self.turn >= 5 else (height, width)
         self.by_rows = self._raster is not None and self.turn == 1 and self._raster.driver == "GTiff"
+        self.crs, self.transform = (None, None) if self._raster is None else rasters.place_of(self._raster)
 
     def __enter__(self) -> "OpenMask":
         return self

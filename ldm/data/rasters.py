@@ -176,15 +176,36 @@ def open_raster(path: Path, orientation: int = 1) -> tuple["RasterSource", Image
     bits = [int(dataset.tags(number, ns="IMAGE_STRUCTURE").get("NBITS", 0)) for number in dataset.indexes]
     dtype = np.result_type(*dataset.dtypes).name
     height, width = (dataset.width, dataset.height) if orientation >= 5 else (dataset.height, dataset.width)
-    is_placed = not dataset.transform.is_identity
+    crs, transform = place_of(dataset)
     info = ImageInfo(
         height, width, bands, "uint8" if palette is not None else dtype,
         8 if palette is not None else max(bits) or np.dtype(dtype).itemsize * 8, orientation, alpha, dataset.nodata,
-        dataset.crs.to_string() if dataset.crs and is_placed else None,
-        tuple(dataset.transform)[:6] if is_placed else None,
-        by_rows=dataset.driver in ("GTiff", "JP2OpenJPEG"),
+        crs, transform, by_rows=dataset.driver in ("GTiff", "JP2OpenJPEG"),
     )  # fmt: skip
     return RasterSource(dataset, path, palette, alpha), info
+
+
+def place_of(dataset: Any) -> tuple[str | None, tuple[float, ...] | None]:
+    """Coordinate reference system and transform of an opened dataset (see ImageInfo)."""
+    if dataset.transform.is_identity:
+        return None, None
+    return dataset.crs.to_string() if dataset.crs else None, tuple(dataset.transform)[:6]
+
+
+def same_place(info: ImageInfo, crs: str | None, transform: tuple[float, ...] | None) -> bool:
+    """Whether an image of the same size lies where `info` says, to half a pixel; True where one does not tell."""
+    if info.transform is None or transform is None:
+        return True
+    if info.crs and crs and info.crs != crs:
+        systems = load_rasterio().crs.CRS
+        if systems.from_string(info.crs) != systems.from_string(crs):
+            return False
+    (a, b, c, d, e, f), other = info.transform, np.array(transform).reshape(2, 3)
+    if a * e == b * d:  # no map at all
+        return tuple(transform) == info.transform
+    corners = np.array([(0, 0, 1), (info.width, 0, 1), (0, info.height, 1), (info.width, info.height, 1)], float).T
+    shift = other @ corners - np.array([[a, b, c], [d, e, f]]) @ corners
+    return bool((np.abs(np.linalg.solve([[a, b], [d, e]], shift)) <= 0.5).all())
 
 
 class RasterSource:

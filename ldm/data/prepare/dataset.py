@@ -77,7 +77,8 @@ def write_dataset(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     settings = TileSettings(root, source_table, table, args.tile, strides, args.max_ignore, reading, rules, args.pad,
                             args.ext)
     cut = cut_images(found.images, settings, args.workers)
-    notes = found.notes + describe_masks(cut.notes) + check_classes(cut.notes, source_table, args.allow_empty_classes)
+    notes = found.notes + describe_places(cut.misplaced) + describe_masks(cut.notes, source_table)
+    notes += check_classes(cut.notes, source_table, args.allow_empty_classes)
     if not any(tile.source.split != "ref" for tile in cut.tiles):
         raise UserError(f"no tile left of {len(found.images)} images: in all more than {args.max_ignore:.0%} of the "
                         "pixels are ignored. Raise --max_ignore or check --classes.")
@@ -156,11 +157,25 @@ def check_classes(notes: Mapping[Any, int], table: ClassTable, may_be_empty: boo
                 f"the table: source_ids: {guess}"]
     if not numbers:
         return [f"warning: {text}"]
+    if numbers.get(IGNORE_INDEX) and IGNORE_INDEX not in ids:
+        guess = {number: ids[number] for number in others if number in ids}
+        guess[IGNORE_INDEX] = next(index for index in table.ids if not pixels[index])
+        return [f"warning: {text}; 255 ({numbers[IGNORE_INDEX] / total:.1%} of the pixels) is read as no class. If it "
+                f"is a class, add source_ids to the table, such as source_ids: {guess}"]
     return [f"warning: {text}; if that is not so, compare the numbers on disk ({', '.join(map(str, others[:12]))}) "
             "with its ids, or add source_ids to it"]
 
 
-def describe_masks(notes: Mapping[Any, int]) -> list[str]:
+def describe_places(misplaced: Sequence[str]) -> list[str]:
+    """Warning of masks that do not lie where their images do."""
+    if not misplaced:
+        return []
+    return [f"warning: {len(misplaced)} masks lie elsewhere on Earth than their images, by coordinate system or more "
+            f"than half a pixel ({misplaced[0]}). Pixels were paired by their row and column. If they do not fit, "
+            "write the masks again on the grid of the images"]
+
+
+def describe_masks(notes: Mapping[Any, int], table: ClassTable) -> list[str]:
     """Lines on what was decided in reading masks; UserError if files of one set were read in two ways."""
     if notes.get("ids_in_three_channels") and notes.get("grey_by_colour"):
         raise UserError(f"masks of three equal channels: {notes['ids_in_three_channels']} hold ids, "
@@ -175,6 +190,10 @@ def describe_masks(notes: Mapping[Any, int]) -> list[str]:
         "image_nodata": "pixels without data in the image became 255",
     }
     lines = [f"{notes[key]:,} {text}" for key, text in texts.items() if notes.get(key)]
+    if notes.get("only_0_and_255") and table.num_classes == 2 and IGNORE_INDEX not in (table.source_ids or {}):
+        lines.append(f"warning: {notes['only_0_and_255']} masks hold only 0 and 255, others 0 and 1; 255 is read as no "
+                     "class. If it is the class that the others call 1, add this to the table: "
+                     "source_ids: {0: 0, 1: 1, 255: 1}")
     labelled = sum(count for key, count in notes.items() if isinstance(key, int) or str(key).startswith("class "))
     if notes.get("black", 0) > MUCH_BLACK * labelled:
         lines.append(f"warning: {notes['black'] / labelled:.1%} of the labelled pixels are black (0 in every band). If "

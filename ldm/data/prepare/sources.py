@@ -76,7 +76,8 @@ class Sources:
     def count(self, folder: Path, found: Found, is_mask: bool = False) -> None:
         """Add what a folder holds beside the images that were taken; counts are of folders of images."""
         self.problems += found.problems
-        words = {"subfolders": "images in subfolders", "hidden": "hidden files", "suffix": "images of other names"}
+        words = {"subfolders": "images in subfolders", "hidden": "hidden files", "suffix": "images of other names",
+                 "links": "linked folders"}
         if not is_mask:
             self.left_out.update({words.get(kind, f"{kind} files"): number for kind, number in found.left_out.items()
                                   if kind != "folders"})
@@ -129,14 +130,15 @@ def add_folder(result: Sources, folder: SourceFolder, recursive: bool, group_pat
         if folder.may_lack_masks:
             result.left_out["images without a mask"] += len(without_mask)
             without_mask = []
-        result.problems += [f"{found.files[name]}: no mask {name}{folder.mask_suffix}.png in {folder.masks}"
-                            for name in without_mask]
+        if not masks.files:
+            result.problems.append(describe_empty(folder.masks, masks, folder.mask_suffix, "mask"))
+        else:
+            result.problems += [f"{found.files[name]}: no mask {name}{folder.mask_suffix}.png in {folder.masks}"
+                                for name in without_mask]
+            result.problems += [line for line in [masks.describe(folder.masks)] if line and without_mask]
         result.problems += [f"{masks.files[name]}: no image of this name in {folder.images}" for name in without_image]
     if not found.files:
-        what = f"with the suffix {folder.image_suffix}" if folder.image_suffix else "in this folder"
-        below = found.left_out.get("subfolders", 0)
-        hint = f"; {below} lie in {found.left_out['folders']} subfolders: add --recursive" if below else ""
-        result.problems.append(f"{folder.images}: no image {what}{hint}")
+        result.problems.append(describe_empty(folder.images, found, folder.image_suffix, "image"))
     for pair in pairs:
         window = re.search(offset_pattern, pair.name)
         scene = pair.name[: window.start()] if window else pair.name
@@ -150,6 +152,20 @@ def add_folder(result: Sources, folder: SourceFolder, recursive: bool, group_pat
                 group = match.group(1) if match.re.groups else match.group()
         ground = scene if window else str(pair.image.resolve())
         result.images.append(Source(folder.split, pair, group, scene, ground, offset))
+
+
+def describe_empty(folder: Path, found: Found, suffix: str, kind: str) -> str:
+    """What is wrong with a folder without an image (or mask, as `kind` says) that counts."""
+    text = f"{folder}: no {kind} " + (f"with the suffix {suffix}" if suffix else "in this folder")
+    if found.left_out.get("subfolders"):
+        text += f"; {found.left_out['subfolders']} lie in {found.left_out['folders']} subfolders: add --recursive"
+    if found.left_out.get("links"):
+        text += f"; {found.left_out['links']} linked folders are not followed: give their own path"
+    endings = [ending for ending in found.left_out if ending.startswith(".")]
+    if endings:
+        readable = IMAGE_SUFFIXES if kind == "image" else (".png", ".tif", ".tiff", ".bmp")
+        text += f"; files of the ending {', '.join(sorted(endings))} are not read, {', '.join(readable)} are"
+    return text
 
 
 def read_split_files(items: Sequence[str]) -> dict[str, str]:

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from ldm.data.bands import ImageInfo, Reading
 from ldm.data.classes import IGNORE_INDEX, ClassTable, MaskRules, decode
-from ldm.data.images import OpenImage, open_image
+from ldm.data.images import RASTER_SUFFIXES, OpenImage, open_image
 from ldm.data.masks import OpenMask
 from ldm.data.prepare.sources import Source, raise_problems
+from ldm.data.rasters import same_place
 from ldm.util import UserError
 
 JPEG_QUALITY = 95
-RASTER_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k")
 SHOWN = 10  # problems of one kind that are shown in full
 MEMORY = 400_000_000  # bytes that rows of large scenes may take in all threads together
 
@@ -96,11 +96,16 @@ class TileSettings:
 
 @dataclass
 class Cut:
-    """What cutting gave: tiles, counts of the masks (see classes.decode) and of tiles that were left out."""
+    """What cutting gave: tiles, counts of the masks (see classes.decode) and of tiles that were left out.
+
+    `misplaced` names masks that do not lie where their image does. The whole has the note `only_0_and_255`: masks of no
+    other ids, see count_binary.
+    """
 
     tiles: list[Tile] = field(default_factory=list)
     notes: Counter = field(default_factory=Counter)
     left_out: Counter = field(default_factory=Counter)
+    misplaced: list[str] = field(default_factory=list)
 
 
 def window_starts(length: int, tile: int, stride: int) -> list[int]:
@@ -159,8 +164,12 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
     tile_h, tile_w = check_sizes(source, info, mask, settings)
     stride = settings.strides[source.split]
     lookup = settings.table.map_from(settings.source_table)
+    if mask is not None and 0 in (job.tops or (0,)) and not same_place(info, mask.crs, mask.transform):
+        cut.misplaced.append(f"{mask.path} and {source.pair.image}")
     for top in job.tops or window_starts(height, tile_h, stride or tile_h):
-        rows, valid = image.read(top, top + tile_h)
+        stored, valid = image.read_stored(top, top + tile_h)
+        valid = image.find_data(stored, valid)
+        rows = image.convert(stored, valid)
         ids = np.full(rows.shape[:2], IGNORE_INDEX, np.uint8)
         if mask is not None:
             ids = lookup[decode(mask.read(top, top + tile_h), settings.source_table, mask.path, settings.rules,
@@ -169,7 +178,7 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
             cut.notes["image_nodata"] += int((~valid).sum())
             ids = np.where(valid, ids, np.uint8(IGNORE_INDEX))
         elif mask is not None:
-            cut.notes["black"] += count_black(rows, ids)
+            cut.notes["black"] += count_black(stored, ids)
         for left in window_starts(width, tile_w, stride or tile_w):
             columns = slice(left, left + tile_w)
             if valid is not None and not valid[:, columns].any() and (mask is None or settings.max_ignore < 1):
@@ -184,8 +193,8 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
 
 
 def count_black(rows: np.ndarray, ids: np.ndarray) -> int:
-    """Number of labelled pixels that are 0 in every channel, of (h, w, C) and (h, w) uint8."""
-    if rows.min():
+    """Number of labelled pixels that are 0 in every band, of (h, w, B) as stored and (h, w) uint8."""
+    if rows.dtype == np.uint8 and rows.min():
         return 0
     is_black = rows[:, :, 0] == 0
     for channel in range(1, rows.shape[2]):
@@ -283,7 +292,24 @@ def cut_images(sources: Sequence[Source], settings: TileSettings, workers: int) 
         whole.tiles += result.tiles
         whole.notes.update(result.notes)
         whole.left_out.update(result.left_out)
+        whole.misplaced += result.misplaced
+    whole.notes["only_0_and_255"] = count_binary(jobs, results)
     return whole
+
+
+def count_binary(jobs: Sequence[Job], cuts: Sequence[Cut]) -> int:
+    """Number of masks that hold 0 and 255 alone, in a set where others hold 0 and 1 and none 1 and 255; else 0.
+
+    In such a set 255 may stand for the class that the other masks call 1.
+    """
+    numbers: dict[Path, set[int]] = {}
+    for job, cut in zip(jobs, cuts, strict=True):
+        numbers.setdefault(job.source.pair.image, set()).update(
+            key for key, count in cut.notes.items() if isinstance(key, int) and count)
+    kinds = Counter(map(frozenset, numbers.values()))
+    if set().union(*kinds) != {0, 1, IGNORE_INDEX} or any({1, IGNORE_INDEX} <= kind for kind in kinds):
+        return 0
+    return kinds[frozenset({0, IGNORE_INDEX})]
 
 
 def list_problems(errors: Sequence[UserError], tile: int) -> list[str]:
