@@ -308,7 +308,7 @@ def write_report(
         share = None if row["share"] is None else f"{row['share']:.1%}"
         rows.append([name, f"{row['real_pixels']:,}", *loss, row["pictures"], f"{row['pixels']:,}", share])
     rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
-    table = markdown_table(["class", "real pixels", "mean loss", "limit", "pictures", "pixels", "dropped"], rows)
+    table = markdown_table(["class", "real pixels", "mean loss", "limit", "images", "pixels", "dropped"], rows)
     where = " (failures.jsonl)" if failed else ""
     text = f"{table}\n{len(records)} images filtered, {len(failed)} failed{where}.\n"
     with lock(folder / ".lock"):

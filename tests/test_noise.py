@@ -230,7 +230,7 @@ def test_an_audit_is_painted_over_and_read_back(toy_data: Path, tmp_path: Path, 
     names = sorted(path.name for path in (tmp_path / "audit/corrected").iterdir())
     assert len(names) == 3 and names == sorted(path.name for path in (tmp_path / "again/corrected").iterdir())
     assert str(table.colours[1]) in capsys.readouterr().out
-    with pytest.raises(UserError, match="nothing is generated"):
+    with pytest.raises(UserError, match="nothing is drawn"):
         main(["--outdir", str(tmp_path / "audit"), "--read"])
     with pytest.raises(UserError, match="is not empty"):
         main(["--outdir", str(tmp_path / "audit"), *flags])

@@ -52,7 +52,7 @@ def write_report(plan: Plan) -> str:
     if "synthesis" in stages:
         kept = f"{count_lines(resampled)} kept" if "resample" in stages else "not filtered"
         painted = count_lines(plan.outdir / "synthesis/index.jsonl")
-        what = "images of mixed masks" if args.mix_masks else "pictures"
+        what = "images of mixed masks" if args.mix_masks else "images"
         facts.append(f"Generator {Path(args.ckpt).name}: {painted} {what} generated, {kept}. The labels that it was "
                      "trained with are labels too; --real_fraction does not take those away.")
     folders = {arm: [plan.outdir / f"{arm}/seed_{seed}" for seed in args.seeds] for arm in args.arms}

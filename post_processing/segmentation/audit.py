@@ -84,7 +84,7 @@ def read_audit(folder: str | Path, table: ClassTable) -> np.ndarray:
             continue
         counts += count_corrections(corrected, given, table.num_classes)
     if problems:
-        raise UserError(f"--audit {folder}: {'; '.join(problems)}. Generate with the exact colours and save as PNG.")
+        raise UserError(f"--audit {folder}: {'; '.join(problems)}. Paint with the exact colours and save as PNG.")
     if not counts.sum():
         raise UserError(f"--audit {folder}: nothing is drawn in corrected/. Paint what the images show, in the "
                         "colours of the classes; leave empty what is not clear.")

@@ -46,7 +46,7 @@ def describe_balance(summary: Mapping[str, Any]) -> str:
     rows = [[name, *(cell for stage in STAGES for cell in (f"{row[stage]['share']:.2%}", row[stage]["pictures"]))]
             for name, row in summary["classes"].items()]  # fmt: skip
     rows.append(["all", *(cell for stage in STAGES for cell in ("", summary["pictures"][stage]))])
-    return markdown_table(["class", *(head for stage in STAGES for head in (f"{stage}: share", "pictures"))], rows)
+    return markdown_table(["class", *(head for stage in STAGES for head in (f"{stage}: share", "images"))], rows)
 
 
 def draw_balance(summary: Mapping[str, Any], table: ClassTable) -> Image.Image:
