@@ -86,11 +86,10 @@ def write_polygons(mask_file: Path, path: Path, table: ClassTable) -> int:
         The number of polygons; 255 has none.
 
     Raises:
-        UserError: for GeoJSON of a mask without a coordinate system.
+        UserError: for GeoJSON of a mask without a coordinate system (see to_geographic).
     """
     rasterio = load_rasterio()
     from rasterio.features import shapes
-    from rasterio.warp import transform_geom
 
     with rasterio.open(mask_file) as dataset:
         mask, transform, crs = dataset.read(1), dataset.transform, dataset.crs
@@ -98,15 +97,27 @@ def write_polygons(mask_file: Path, path: Path, table: ClassTable) -> int:
     if path.suffix == ".gpkg":
         write_geopackage(path, found, table, crs)
         return len(found)
-    if crs is None:
-        raise UserError(f"{mask_file}: no coordinate system, which GeoJSON needs. Expected one in the image. Choose "
-                        ".gpkg, or give the image one with gdal_edit -a_srs.")
-    outlines = transform_geom(crs, GEOGRAPHIC, [geometry for geometry, _ in found], precision=9) if found else []
+    outlines = to_geographic([geometry for geometry, _ in found], crs, mask_file)
     features = [{"type": "Feature", "geometry": {"type": one["type"], "coordinates": one["coordinates"]},
                  "properties": {"class": value, "name": table.names[value]}}
                 for one, (_, value) in zip(outlines, found, strict=True)]  # fmt: skip
     atomic_write(path, json.dumps({"type": "FeatureCollection", "features": features}), is_synced=False)
     return len(found)
+
+
+def to_geographic(geometries: list[Mapping[str, Any]], crs: Any, where: str | Path) -> list[Mapping[str, Any]]:
+    """GeoJSON geometries in longitude and latitude; UserError naming `where` if crs has no such."""
+    load_rasterio()
+    from rasterio.warp import transform_geom
+
+    reason = "no coordinate system"
+    if crs is not None:
+        try:
+            return transform_geom(crs, GEOGRAPHIC, geometries, precision=9) if geometries else []
+        except Exception as error:  # GDAL's errors, of classes that rasterio does not export
+            reason = f"a coordinate system without longitudes and latitudes ({str(error)[:60]}...)"
+    raise UserError(f"{where}: {reason}, which GeoJSON needs. Expected one in the image. Choose gpkg, or give the "
+                    "image one with gdal_edit -a_srs.")
 
 
 def write_geopackage(path: Path, found: Sequence[tuple[Mapping[str, Any], int]], table: ClassTable, crs: Any) -> None:

@@ -104,6 +104,8 @@ def read_known(args: argparse.Namespace, paths: Sequence[Path]) -> dict[Path, Pa
 
 def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path, ImageInfo]]:
     """The mask of every image, and what the images' headers say; georeferenced images have georeferenced masks."""
+    from post_processing.geo import to_geographic
+
     paths = list_inputs(args)
 
     def look(path: Path) -> ImageInfo | str:
@@ -113,9 +115,9 @@ def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path,
                 if info.dtype != "uint8" or info.bits != 8:
                     middle = info.height // 2
                     image.read(max(0, middle - 64), middle + 64)  # says what it needs to become 8 bits
-            if args.polygons == "geojson" and info.transform and not info.crs:
-                return (f"{path}: no coordinate system, which --polygons geojson needs. Expected one. Choose "
-                        "--polygons gpkg, or give the image one with gdal_edit -a_srs.")
+            if args.polygons == "geojson" and info.transform:
+                corner = {"type": "Point", "coordinates": [info.transform[2], info.transform[5]]}
+                to_geographic([corner], info.crs, path)  # says what it needs before anything is predicted
             return info
         except (UserError, FileNotFoundError) as error:
             return str(error)
@@ -125,7 +127,7 @@ def list_targets(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path,
     problems = [info for info in infos.values() if isinstance(info, str)]
     if problems:
         more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{len(problems)} of {len(paths)} images cannot be read:\n" + "\n".join(problems[:10]) + more)
+        raise UserError(f"{len(problems)} of {len(paths)} images cannot be taken:\n" + "\n".join(problems[:10]) + more)
     return {path: args.outdir / "masks" / f"{path.stem}.{'tif' if info.transform else 'png'}"
             for path, info in infos.items()}, infos  # fmt: skip
 
@@ -266,10 +268,10 @@ def main(argv: list[str] | None = None) -> None:
     table = (ClassTable.load(args.map_to) if args.map_to else segmentor.class_table).without_source_ids()
     open_folder(args, table)
     predict_missing(args, segmentor, table, targets, infos)
-    if args.polygons:
-        write_outlines(args.outdir / "polygons", targets.values(), args.polygons, table)
     rows, root, left_out = choose_pairs(args, table, targets)
     write_manifest(args.outdir / "items.json", rows)
+    if args.polygons:
+        write_outlines(args.outdir / "polygons", targets.values(), args.polygons, table)
     reasons = "".join(f", {count} left out {reason}" for reason, count in left_out.items())
     print(f"{len(rows)} of {len(targets)} pairs kept{reasons}; {args.outdir / 'items.json'} (--data_root {root})")
 

@@ -123,7 +123,7 @@ def test_scenes_of_16_bits_need_the_scale_of_the_training(tmp_path: Path, segmen
     (tmp_path / "img").mkdir()
     image = smooth(96, 96)
     write_scene(tmp_path / "img/s.tif", image.astype(np.uint16) * 16 + 100)
-    with pytest.raises(UserError, match="1 of 1 images cannot be read:\n.*--scale_from and .*--scale_range") as found:
+    with pytest.raises(UserError, match="1 of 1 images cannot be taken:\n.*--scale_from and .*--scale_range") as found:
         run(tmp_path, segmentor_files)
     assert "scripts/prepare_dataset.py" not in str(found.value) and "percentiles" not in str(found.value)
     with pytest.raises(UserError, match="--scale_percentiles: the segmentor needs the scale of its training"):
@@ -206,7 +206,7 @@ def test_polygons_cover_what_the_mask_shows(tmp_path: Path, segmentor_files):
     corners = [*points.min(0), *points.max(0)]
     assert corners == pytest.approx([west, south, east, north], abs=1e-5)
     write_scene(tmp_path / "no_crs.tif", mask[:, :, None], crs=None)
-    with pytest.raises(UserError, match="no coordinate system, which GeoJSON needs.*Choose .gpkg"):
+    with pytest.raises(UserError, match="no coordinate system, which GeoJSON needs.*Choose gpkg"):
         write_polygons(tmp_path / "no_crs.tif", tmp_path / "x.geojson", table_of(3))
 
 
@@ -218,15 +218,17 @@ def test_geojson_needs_a_place_before_anything_is_predicted(tmp_path: Path, segm
     write_scene(tmp_path / "img/a.tif", smooth(64, 64))
     for name in ("b", "c"):
         write_scene(tmp_path / f"img/{name}.tif", smooth(64, 64), crs=None)
-    with pytest.raises(UserError, match="(?s)2 of 3 images.*img/b.tif: no coordinate system.*img/c.tif.*gpkg"):
+    write_scene(tmp_path / "img/d.tif", smooth(64, 64), crs='LOCAL_CS["site",UNIT["metre",1]]')
+    with pytest.raises(UserError, match="(?s)3 of 4 images.*img/b.tif: no coordinate system.*img/c.tif.*gpkg") as found:
         run(tmp_path, segmentor_files, "--polygons", "geojson")
+    assert "d.tif: a coordinate system without longitudes" in str(found.value)
     assert not (tmp_path / "out/masks").exists()
     pytest.importorskip("pyogrio")
     caplog.set_level(logging.INFO)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*crs.*")
         out = run(tmp_path, segmentor_files, "--polygons", "gpkg")
-    assert len(list(out.glob("polygons/*.gpkg"))) == 3 and "Created" not in caplog.text
+    assert len(list(out.glob("polygons/*.gpkg"))) == 4 and "Created" not in caplog.text
 
 
 def write_run(folder: Path, image: np.ndarray, corners: list[tuple[int, int]], scale: int = 1) -> None:
