@@ -321,6 +321,18 @@ def test_a_finished_run_can_be_looked_into(tab):
     assert tab.locator("#run_gallery img").count() >= 3
 
 
+def test_an_emptied_prompt_is_worded_from_the_mask(tab, tmp_path: Path):
+    tab.locator("#prompt textarea").fill("")
+    tab.click("#generate")
+    tab.wait_for_function("document.querySelector('#status').innerText.includes('2 images in')", timeout=120_000)
+    with tab.expect_download() as waiting:
+        tab.click("#download a")
+    waiting.value.save_as(tmp_path / "job.zip")
+    with zipfile.ZipFile(tmp_path / "job.zip") as archive:
+        name, = [name for name in archive.namelist() if name.endswith("rows.json")]
+        assert archive.read(name).decode().count('"a satellite image of land"') == 2
+
+
 def test_uploads_are_read_or_named(tab, tmp_path: Path):
     Image.fromarray(np.full((SIZE, SIZE), 2, np.uint8)).save(tmp_path / "roads.png")
     tab.set_input_files("#mask_file input[type=file]", tmp_path / "roads.png")

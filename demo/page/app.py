@@ -199,7 +199,7 @@ class Page:
             if start is not None:
                 whole = Image.fromarray(read_image(Path(start)))
                 image = np.asarray(whole.resize(mask.shape[::-1], Image.Resampling.LANCZOS))
-        return Order(mask, chosen, prompt, int(seed), int(samples), flags, image)
+        return Order(mask, chosen, prompt.strip() or self.table.prompt(mask), int(seed), int(samples), flags, image)
 
     def cancel(self, request: gr.Request) -> None:
         """Stop this browser's job before its next step."""
