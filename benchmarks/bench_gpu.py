@@ -8,12 +8,10 @@ line with `error`, and the exit code is then 1; what would begin after --seconds
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +168,7 @@ def end_to_end(machine: Machine) -> Iterator[Line]:
     count, batch = (2, 1) if machine.tiny else (128, 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench_training.write_tiles(folder, machine.size.pixels, count)
+        measure.write_tiles(folder, machine.size.pixels, count)
         method = make_ours(machine.size, "cpu")
         save_safetensors(folder / "model.safetensors", method.state_dict(), OmegaConf.create(config_of(machine.size)))
         del method
@@ -197,7 +195,7 @@ def training(machine: Machine) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as name:
         args = argparse.Namespace(size="tiny" if machine.tiny else "full", device=str(machine.device), batch=0,
                                   num_workers=0 if machine.tiny else 4)
-        bench_training.write_tiles(Path(name), machine.size.pixels, 16)
+        measure.write_tiles(Path(name), machine.size.pixels, 16)
         for arm in ("ours", "ours_checkpointing"):
             for args.batch in machine.pick((4, 8, 16), (1,)):
                 line = {"row": "training", "arm": arm, "batch": args.batch}
@@ -225,12 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="file for the lines")
     args = parser.parse_args(argv)
     machine, start, failed = Machine(args), time.monotonic(), False
-    with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:
+    with measure.lines_to(args.out) as put:
 
         def emit(line: Line) -> None:
-            line = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()}
-            for target in [sys.stdout, *([file] if file else [])]:
-                print(json.dumps(line), file=target, flush=True)
+            put({key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()})
 
         emit({"row": "machine", **measure.machine(machine.device)})
         for part in PARTS:

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.measure import process_size  # noqa: E402
 from ldm.diffusion.path import DiscretePath  # noqa: E402
 from ldm.files import atomic_write  # noqa: E402
-from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
+from ldm.util import check_targets, load_config, run_entry_point  # noqa: E402
 from ldm.weights.load import build_skeleton, load_method, read_model_config  # noqa: E402
 from ldm.weights.report import SCHEDULE  # noqa: E402
 
@@ -76,20 +77,11 @@ def write(path: Path, config_file: str, kind: str) -> int:
     return len(header) + size
 
 
-def peak_memory() -> int:
-    """Largest resident set of this process so far in bytes (Linux)."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        raise UserError("--measure: needs /proc/self/status. Expected Linux. Leave it out.")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(path: Path) -> str:
     """Load the checkpoint in its own precision; returns time and memory in words."""
-    before, start = peak_memory(), time.perf_counter()
+    before, start = int(process_size("VmHWM") * 2**20), time.perf_counter()
     method = load_method(path, read_model_config(path), "cpu", dtype=None)
-    seconds, peak, size = time.perf_counter() - start, peak_memory(), path.stat().st_size
+    seconds, peak, size = time.perf_counter() - start, int(process_size("VmHWM") * 2**20), path.stat().st_size
     count = sum(p.numel() for p in method.parameters())
     return (f"{count:,} parameters, file {size / 1e9:.2f} GB: loaded in {seconds:.1f} s of wall time "
             f"({time.process_time():.1f} s of the processor since the start), peak memory {peak / 1e9:.2f} GB = "

@@ -149,15 +149,7 @@ def run_filter(args: argparse.Namespace) -> int:
 
 def filter_on_ray(args: argparse.Namespace, pixel_filter: PixelFilter, load: Callable[[], Segmentor], work: Path,
                   pairs: Sequence[Pair]) -> list[Record]:  # fmt: skip
-    """Let actors filter images; returns the failures.
-
-    Args:
-        args: of the command line.
-        pixel_filter: what they do.
-        load: gives an actor its segmentor.
-        work: where each actor makes a folder of its own for unfinished files; absolute.
-        pairs: to filter.
-    """
+    """Let actors filter images, each with a segmentor from `load` and a folder of its own in `work`; the failures."""
     if not pairs:
         return []
     ray = ray_pool.connect()
@@ -199,11 +191,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, Any], Path]:
-    """Images with their masks in the order of their names, what run.json says, and the folder of the images.
-
-    Raises:
-        ValueError: if two images would share an output file.
-    """
+    """Images with their masks in the order of their names, what run.json says, and the folder of the images."""
     run: dict[str, Any] = {}
     if args.run:
         samples, run = read_run(args.run, args.run_root, check_files=False)
@@ -217,13 +205,6 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, An
     else:
         images = Path(args.syn_img_path)
         items = find_generated(images, Path(args.syn_mask_path))
-    stems = [item.image.stem for item in items]
-    if len(set(stems)) < len(stems):
-        doubled = sorted({stem for stem in stems if stems.count(stem) > 1})
-        raise ValueError(
-            f"{images}: {len(doubled)} names are used by two images ({', '.join(doubled[:3])}). Expected one image "
-            "a name, since its mask is called {name}.png. Rename or remove one."
-        )
     return items, run, images
 
 

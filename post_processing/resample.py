@@ -93,7 +93,8 @@ def choose(
     choice: dict[str, Any] = {
         "policy": args.policy, "seed": args.seed, "max_per_mask": args.max_per_mask,
         "max_per_class": args.max_per_class, "class_table": table.to_dict(),
-        "pictures": len(candidates), "pictures_sha256": digest_of([describe(one) for one in candidates]),
+        "pictures": len(candidates), "pictures_sha256": digest_of([
+            [one.image.name, one.mask, one.before.tolist(), one.after.tolist()] for one in candidates]),
     }  # fmt: skip
     usable = [candidate for candidate in candidates if candidate.after.any()]
     if len(usable) < len(candidates):
@@ -118,11 +119,6 @@ def choose(
         )
     logger.info("%d of %d images chosen, %d after the caps", chosen, len(candidates), len(kept))
     return kept, choice
-
-
-def describe(candidate: Candidate) -> list[Any]:
-    """What of an image the choice depends on."""
-    return [candidate.image.name, candidate.mask, candidate.before.tolist(), candidate.after.tolist()]
 
 
 def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table: ClassTable) -> list[Candidate]:

@@ -1,16 +1,12 @@
 """What inference.py wrote (index.jsonl, run.json) read back, with all paths made absolute and checked."""
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from ldm.data.classes import ClassTable, read_mask
+from ldm.data.classes import ClassTable
 from ldm.data.images import Pair
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
@@ -89,14 +85,6 @@ def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
     )
 
 
-def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask at the size that was generated, (H, W) uint8; nearest pixel, as inference.py brings it to size."""
-    mask = read_mask(path, table)
-    if mask.shape != tuple(size):
-        mask = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
-    return mask
-
-
 def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
     """Yield batches of samples with their masks (see load_batches); ValueError for an image of another size."""
     for batch in load_batches(samples, table, batch_size, workers, is_resized=True):
@@ -105,8 +93,3 @@ def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, w
                 raise ValueError(f"image {loaded.pair.image}: {loaded.mask.shape} pixels. Expected {loaded.pair.size} "
                                  "(height, width). Generate it again.")
         yield batch
-
-
-def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """A command line as JSON values."""
-    return {key: value for key, value in vars(args).items() if key != "measure"}

@@ -306,15 +306,15 @@ def join_rings(rings: Sequence[np.ndarray]) -> np.ndarray:
     return joined
 
 
-def yolo_lines(scene: Scene, class_index: int = 0) -> list[str]:
-    """Lines `class x y x y ...` of a YOLO-seg label file, coordinates as shares of width and height; no crowds."""
+def yolo_lines(scene: Scene) -> list[str]:
+    """Lines `0 x y x y ...` of a YOLO-seg label file, coordinates as shares of width and height; no crowds."""
     height, width = scene.size
     lines = []
     for instance in scene.instances:
         outer, holes = trace_rings(decode(instance.rle))
         if outer and not instance.is_crowd:
             points = join_rings([*outer, *holes]) / (width, height)
-            lines.append(" ".join([str(class_index), *(f"{value:.6f}" for value in points.ravel())]))
+            lines.append(" ".join(["0", *(f"{value:.6f}" for value in points.ravel())]))
     return lines
 
 

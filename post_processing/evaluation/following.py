@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device, markdown_table
-from ldm.data.classes import ClassTable, same_names
+from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.util import UserError
 from post_processing.evaluation.scores import (
     SegmentationScore,
@@ -24,9 +24,9 @@ from post_processing.evaluation.scores import (
     position,
     score_pairs,
 )
-from post_processing.run_index import Sample, plain_arguments, read_mask_at, read_run, run_batches
+from post_processing.run_index import Sample, read_run, run_batches
 from post_processing.segmentation.dataset import list_pairs
-from post_processing.segmentation.loading import image_batches, predict_batches
+from post_processing.segmentation.loading import map_images, predict_batches, resize_nearest
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
@@ -58,7 +58,6 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
         "position": position(synthesized_result["mIoU"], floor["mIoU"], real["mIoU"]),
         "images": {"real": len(pairs), "synthesized": len(samples), "masks": len({(s.mask, s.size) for s in samples})},
         "sizes": sorted({sample.size for sample in samples}),
-        "arguments": plain_arguments(args),
         "checkpoint": run.get("settings", {}),
     }
     return results, mask_table(results)
@@ -72,7 +71,7 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     score = {"OA": score["aAcc"], **score}
     rows = [(key, score[key]) for key in ("OA", "mIoU", "mAcc")] + [(f"IoU {k}", v) for k, v in score["IoU"].items()]
     results = {"measure": "segmentor", "metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
-    return results | {"arguments": plain_arguments(args)}, markdown_table(["", "%"], rows)
+    return results, markdown_table(["", "%"], rows)
 
 
 def score_run(
@@ -91,7 +90,7 @@ def score_run(
     @lru_cache(maxsize=2048)
     def mask_of(number: int) -> torch.Tensor:
         path, size = keys[number]
-        return torch.from_numpy(read_mask_at(path, table, size).copy())
+        return torch.from_numpy(resize_nearest(read_mask(path, table), size))
 
     batches = run_batches(samples, table, args.batch_size, args.num_threads)
     for batch, prediction, masks in predict_batches(segmentor, batches):
@@ -140,14 +139,12 @@ def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any
     """Compare colour statistics of images of the same masks generated with two sets of references."""
     set_a, set_b = select_sets(args)
     pairs = pair_by_mask(set_a, set_b)
-    statistics = make_statistics({path for pair in pairs for s in pair for path in (s.image, s.reference)}, args)
-
-    def stack(paths: list[Path]) -> torch.Tensor:
-
-        return torch.stack([statistics[path] for path in paths])
-
-    image_a, image_b = stack([a.image for a, _ in pairs]), stack([b.image for _, b in pairs])
-    reference_a, reference_b = stack([a.reference for a, _ in pairs]), stack([b.reference for _, b in pairs])
+    device = choose_device(args.device)
+    statistics = map_images(sorted({path for pair in pairs for s in pair for path in (s.image, s.reference)}),
+                            lambda images: colour_statistics(images.to(device)), args.batch_size, args.num_threads)
+    image_a, image_b, reference_a, reference_b = (
+        torch.stack([statistics[path] for path in paths])
+        for paths in zip(*((a.image, b.image, a.reference, b.reference) for a, b in pairs), strict=True))
     result_a = compare_references(image_a, reference_a, reference_b)
     result_b = compare_references(image_b, reference_b, reference_a)
     count = result_a["pairs"] + result_b["pairs"]
@@ -162,7 +159,6 @@ def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any
         "masks": len({(a.mask, a.size) for a, _ in pairs}),
         "images": {"A": len({a.image for a, _ in pairs}), "B": len({b.image for _, b in pairs})},
         "references": {"A": len({a.reference for a, _ in pairs}), "B": len({b.reference for _, b in pairs})},
-        "arguments": plain_arguments(args),
     }
     return results, reference_table(results)
 
@@ -204,15 +200,6 @@ def pair_by_mask(set_a: Sequence[Sample], set_b: Sequence[Sample]) -> list[tuple
     if not pairs:
         raise UserError("--run: no mask has images with references of both sets. Expected the same masks in both.")
     return pairs
-
-
-def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, torch.Tensor]:
-    """Colour statistics of every file, batched over files of one size."""
-    device = choose_device(args.device)
-    result: dict[Path, torch.Tensor] = {}
-    for batch, images in image_batches(sorted(paths), args.batch_size, args.num_threads):
-        result.update(zip(batch, colour_statistics(images.to(device)).cpu(), strict=True))
-    return result
 
 
 def reference_table(results: dict[str, Any]) -> str:

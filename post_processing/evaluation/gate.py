@@ -10,7 +10,7 @@ import numpy as np
 from ldm.cli import markdown_table
 from ldm.util import UserError
 from post_processing.evaluation.scores import class_areas, iou_of, mean_iou
-from post_processing.run_index import Sample, plain_arguments, read_run, run_batches
+from post_processing.run_index import Sample, read_run, run_batches
 from post_processing.segmentation.loading import predict_batches
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
@@ -26,8 +26,7 @@ def paired_drops(
     Args:
         exact, other: class_areas of the pairs, (N, 3, K).
         groups: group of each pair; those of a group are not independent.
-        draws: number of bootstrap draws.
-        seed: seed of the draws.
+        draws, seed: of the bootstrap.
 
     Returns:
         `mIoU` (3,) and `IoU` (K, 3): drop in points, lower and upper end of its 95 % interval; NaN for classes that no
@@ -125,8 +124,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         line = judge(exact_areas, areas, groups, segmentor.class_table.names, args.max_drop, args.rare,
                      args.max_rare_drop, args.draws, args.seed)  # fmt: skip
         results["runs"][folder] = line | {"fingerprint": run.get("settings", {})}
-    results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()}),
-                "arguments": plain_arguments(args)}  # fmt: skip
+    results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()})}
     return results, consistency_table(results, args)
 
 
@@ -149,14 +147,12 @@ def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any
 
 def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argparse.Namespace) -> np.ndarray:
     """Areas of right, predicted and true pixels a class of every sample, (N, 3, K); see class_areas."""
-    samples, table = list(samples), segmentor.class_table
-    areas = np.zeros((len(samples), 3, table.num_classes))
-    number_of = {sample.image: number for number, sample in enumerate(samples)}
+    samples, table, areas = list(samples), segmentor.class_table, {}
     batches = run_batches(samples, table, args.batch_size, args.num_threads)
     for batch, prediction, masks in predict_batches(segmentor, batches):
-        numbers = [number_of[loaded.pair.image] for loaded in batch]
-        areas[numbers] = class_areas(prediction, masks, table.num_classes, table.ignore_index)
-    return areas
+        found = class_areas(prediction, masks, table.num_classes, table.ignore_index)
+        areas.update(zip((loaded.pair.image for loaded in batch), found, strict=True))
+    return np.stack([areas[sample.image] for sample in samples])
 
 
 def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ Inception network on the same real images may be held against published ones: se
 """
 
 import argparse
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from ldm.cli import choose_device, markdown_table
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
-from post_processing.run_index import plain_arguments, read_run
+from post_processing.run_index import read_run
 from post_processing.segmentation.backbone import find_imagenet_weights, load_imagenet_backbone
-from post_processing.segmentation.loading import image_batches
+from post_processing.segmentation.loading import map_images
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg, segmentor_of
 
 Extract = Callable[[torch.Tensor], torch.Tensor]
@@ -120,15 +120,7 @@ def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **dra
 
 
 def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
-    """What the last layer of a segmentor decides from, averaged over the image.
-
-    Args:
-        segmentor: the segmentor; its (last) head ends in mmseg's `conv_seg`.
-        images: (B, 3, H, W) uint8 RGB.
-
-    Returns:
-        (B, C) float32.
-    """
+    """What the last layer, `conv_seg`, decides from, averaged: (B, 3, H, W) uint8 RGB -> (B, C) float32."""
     kept: list[torch.Tensor] = []
     last = segmentor.head.conv_seg
     hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().mean(dim=(2, 3))))
@@ -157,46 +149,9 @@ def load_mobilenet() -> torch.nn.Module:
 
 @torch.no_grad()
 def mobilenet_features(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Last stage of MobileNetV2, averaged over the image.
-
-    Args:
-        network: from load_mobilenet.
-        images: (B, 3, H, W) uint8 RGB on its device.
-
-    Returns:
-        (B, 320) float32.
-    """
+    """Last stage of MobileNetV2, averaged: (B, 3, H, W) uint8 RGB on its device -> (B, 320) float32."""
     mean, deviation = images.new_tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], dtype=torch.float32)[..., None, None]
     return network((images - mean) / deviation).mean(dim=(2, 3))
-
-
-def mean_pair_distances(
-    groups: Mapping[Hashable, Sequence[int]],
-    load: Callable[[Sequence[int]], torch.Tensor],
-    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> dict[Hashable, float]:
-    """Mean distance over all pairs of samples in each group of two or more; the others are left out.
-
-    Args:
-        groups: group -> numbers of its samples.
-        load: numbers of samples -> images (B, 3, H, W) in [-1, 1].
-        distance: two batches of images -> (B,).
-    """
-    means = {}
-    for group, members in groups.items():
-        if len(members) > 1:
-            images = load(members)
-            pairs = combinations(range(len(members)), 2)
-            values = [distance(images[a : a + 1], images[b : b + 1]).item() for a, b in pairs]
-            means[group] = float(np.mean(values))
-    return means
-
-
-def read_images(paths: Sequence[Path]) -> torch.Tensor:
-    """Images of one size, (B, 3, H, W) uint8 RGB, in the order of the files."""
-    found = {path: image for batch, images in image_batches(paths, len(paths), 4)
-             for path, image in zip(batch, images, strict=True)}  # fmt: skip
-    return torch.stack([found[path] for path in paths])
 
 
 def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
@@ -219,11 +174,14 @@ def read_features(
     paths: Sequence[Path], extract: Extract, args: argparse.Namespace
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Features of image files, (N, D) float32, in the order of the files, and the (height, width) that occur."""
-    found, sizes = {}, set()
-    for batch, images in image_batches(paths, args.batch_size, args.num_threads):
-        found.update(zip(batch, extract(images).float().cpu().numpy(), strict=True))
+    sizes = set()
+
+    def look(images: torch.Tensor) -> torch.Tensor:
         sizes.add(tuple(images.shape[-2:]))
-    return np.stack([found[path] for path in paths]), sorted(sizes)
+        return extract(images).float()
+
+    found = map_images(paths, look, args.batch_size, args.num_threads)
+    return np.stack([found[path].numpy() for path in paths]), sorted(sizes)
 
 
 def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -236,9 +194,7 @@ def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]
     results = compare_sets(real, synthesized, args.seed, subsets=args.subsets, subset_size=args.subset_size)
     note = "These are not the published FID and KID: another network. Compare them with each other only."
     results = {"measure": "distribution", "features": name, "columns": real.shape[1], "note": note, **results,
-               "sizes": {"real": real_sizes, "synthesized": sizes},
-               "arguments": plain_arguments(args),
-               "checkpoint": run.get("settings", {})}  # fmt: skip
+               "sizes": {"real": real_sizes, "synthesized": sizes}, "checkpoint": run.get("settings", {})}
     return results, distribution_table(results)
 
 
@@ -266,23 +222,22 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     samples, run = read_run(args.run, args.data_root)
     device = choose_device(args.device)
     lpips = PerceptualLoss(args.vgg).to(device)
-    groups: dict[Any, list[int]] = {}
-    for number, sample in enumerate(samples):
-        groups.setdefault((sample.mask, sample.reference, sample.size), []).append(number)
-    with torch.no_grad():
-        means = list(mean_pair_distances(
-            groups, lambda numbers: read_images([samples[number].image for number in numbers]).to(device) / 127.5 - 1,
-            lpips,
-        ).values())  # fmt: skip
+    groups: dict[Any, list[Path]] = {}
+    for sample in samples:
+        groups.setdefault((sample.mask, sample.reference, sample.size), []).append(sample.image)
+    means = []
+    for paths in (paths for paths in groups.values() if len(paths) > 1):
+        found = map_images(paths, lambda images: images, len(paths), 4)
+        images = [found[path][None].to(device) / 127.5 - 1 for path in paths]
+        with torch.no_grad():
+            means.append(float(np.mean([lpips(one, two).item() for one, two in combinations(images, 2)])))
     if not means:
         raise UserError(f"--run {args.run}: one sample a mask and reference. Expected two or more. Generate with "
                         "--num_per_mask 4.")  # fmt: skip
     pairs = sum(len(one) * (len(one) - 1) // 2 for one in groups.values())
     error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
     results = {"measure": "diversity", "metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
-               "standard_error": error, "groups": len(means), "pairs": pairs,
-               "arguments": plain_arguments(args),
-               "checkpoint": run.get("settings", {})}  # fmt: skip
+               "standard_error": error, "groups": len(means), "pairs": pairs, "checkpoint": run.get("settings", {})}
     plus = "" if error is None else f" ± {error:.4f} (standard error over masks)"
     return results, (f"LPIPS diversity {results['lpips']:.4f}{plus}: {pairs} pairs of samples of {len(means)} masks "
                      "with one reference each. 0 = all samples are the same; VGG16, not AlexNet.\n")  # fmt: skip

@@ -18,7 +18,7 @@ from ldm.data.prepare.sources import choose_groups
 from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
-from post_processing.segmentation.dataset import class_weights
+from post_processing.segmentation.dataset import class_weights, count_pixels
 from post_processing.segmentation.loading import load_pair
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to the name of an image
 SPLIT_SEED = 23
+CANDIDATES = 64  # masks that one is chosen of, to come near to given shares
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth generating
 
 
@@ -117,10 +118,7 @@ def link_references(plan: "Plan") -> None:
 
 def read_shares(folder: Path) -> np.ndarray:
     """Share of every class in what predict_masks.py wrote, (K,) float64, sum 1; UserError if no pixel has a class."""
-    table, pixels = ClassTable.load(str(folder / "classes.yaml")), np.zeros(256)
-    for path in (folder / "masks").glob("*.png"):
-        pixels += np.bincount(read_mask(path, table).ravel(), minlength=256)
-    pixels = pixels[: table.num_classes]
+    pixels = count_pixels((folder / "masks").glob("*.png"), ClassTable.load(str(folder / "classes.yaml")))
     if not pixels.any():
         raise UserError(f"--match_shares: no pixel in {folder} has a class. Expected predicted masks of references.")
     return pixels / pixels.sum()
@@ -141,26 +139,16 @@ def write_masks(plan: "Plan") -> None:
     logger.info("%d rows to generate, %d references", len(items), len(pool))
 
 
-def write_unfiltered(plan: "Plan") -> None:
-    """Write all synthesized images with their whole masks as a training set; images are linked, not copied."""
-    write_synthesized(plan, "unfiltered", lambda sample, mask: np.zeros(mask.shape, bool))
-
-
-def write_rectified(plan: "Plan") -> None:
-    """The same of the images that were sampled with a guide."""
-    write_synthesized(plan, "rectified", lambda sample, mask: np.zeros(mask.shape, bool), "rectified_synthesis")
-
-
 def write_synthesized(
-    plan: "Plan", name: str, choose_dropped: Callable[["Sample", np.ndarray], np.ndarray], run: str = "synthesis"
+    plan: "Plan", name: str, run: str = "synthesis", choose_dropped: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> None:
-    """Write all synthesized images as a training set.
+    """Write all synthesized images as a training set; they are linked, not copied.
 
     Args:
         plan: the measurement.
         name: folder of the set, and its key in the plan's manifests.
-        choose_dropped: called with each sample and its mask (H, W) uint8; gives the pixels (H, W) bool to ignore.
         run: folder of the images.
+        choose_dropped: called with each mask (H, W) uint8, gives the pixels (H, W) bool to ignore; None = none are.
     """
     folder, (samples, table) = plan.outdir / name, read_samples(plan, run)
     for part in ("images", "masks"):
@@ -169,7 +157,8 @@ def write_synthesized(
     for sample in samples:
         loaded = load_pair(sample, table, is_resized=True)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
-        atomic_write(folder / mask, encode_mask(loaded.raw, choose_dropped(sample, loaded.mask), table))
+        dropped = choose_dropped(loaded.mask) if choose_dropped else np.zeros(loaded.mask.shape, bool)
+        atomic_write(folder / mask, encode_mask(loaded.raw, dropped, table))
         (folder / image).unlink(missing_ok=True)
         link_or_copy(sample.image, folder / image)
         rows.append({"source": mask, "target": image})
@@ -197,7 +186,7 @@ def write_random_drop(plan: "Plan") -> None:
         kept += np.bincount(mask.ravel(), minlength=256)
     random, left = np.random.default_rng([SPLIT_SEED, 3]), np.stack([pixels - kept, kept])  # to drop and to keep
 
-    def choose(_: "Sample", mask: np.ndarray) -> np.ndarray:
+    def choose(mask: np.ndarray) -> np.ndarray:
         is_dropped = np.zeros(mask.size, bool)
         for number in range(table.num_classes):
             places = np.flatnonzero(mask == number)
@@ -206,7 +195,7 @@ def write_random_drop(plan: "Plan") -> None:
             left[:, number] -= count, len(places) - count
         return is_dropped.reshape(mask.shape)
 
-    write_synthesized(plan, "random_drop", choose)
+    write_synthesized(plan, "random_drop", choose_dropped=choose)
     logger.info("dropped %d of %d pixels at random, as many of each class as the filter",
                 (pixels - kept)[: table.num_classes].sum(), pixels[: table.num_classes].sum())  # fmt: skip
 
@@ -323,7 +312,7 @@ def choose_masks(
     return prompts, sorted(map(int, drawn))
 
 
-def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: int = 64) -> list[int]:
+def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int) -> list[int]:
     """Draw masks whose class shares together come near to given ones.
 
     One mask after the other: of some random candidates the one that brings the sum nearest (L1), so that masks of all
@@ -333,7 +322,6 @@ def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: 
         pixels: (N, K) pixels of each class; masks without any are never drawn.
         shares: (K,) wanted, sum 1.
         count: masks, at most as many as have a class.
-        candidates: looked at for each.
     Returns:
         Places of the drawn masks.
     """
@@ -342,7 +330,7 @@ def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: 
     mixes = pixels / pixels.sum(1, keepdims=True).clip(1)
     total = np.zeros(len(shares))
     for number in range(1, count + 1):
-        some = random.choice(left, min(candidates, len(left)), replace=False)
+        some = random.choice(left, min(CANDIDATES, len(left)), replace=False)
         best = some[np.abs((total + mixes[some]) / number - shares).sum(1).argmin()]
         total += mixes[best]
         left = left[left != best]

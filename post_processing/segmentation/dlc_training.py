@@ -22,6 +22,7 @@ from ldm.data.classes import ClassTable, same_names
 from ldm.data.images import Pair
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
+from post_processing.segmentation.config import find_heads
 from post_processing.segmentation.dataset import list_pairs
 from post_processing.segmentation.dlc import (
     BORDER,
@@ -44,7 +45,7 @@ from post_processing.segmentation.noise import (
     read_noise,
     write_noise,
 )
-from post_processing.segmentation.segmentor import load_segmentor
+from post_processing.segmentation.segmentor import load_segmentor, unwrap
 from post_processing.segmentation.self_training import add_self_training
 
 LOG = logging.getLogger(__name__)
@@ -132,18 +133,16 @@ def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespac
 
 def correct_losses(config: Any, num_classes: int, label_smoothing: float, is_learned: bool) -> None:
     """Replace the cross entropy of every head of a config by the corrected one; UserError for other losses."""
-    for key in ("decode_head", "auxiliary_head"):
-        heads = config.model.get(key)
-        for head in heads if isinstance(heads, list | tuple) else [heads] if heads else []:
-            loss = head.get("loss_decode") or dict(type="CrossEntropyLoss")
-            is_plain = isinstance(loss, Mapping) and loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)
-            if not is_plain or loss.get("use_sigmoid") or loss.get("use_mask"):
-                raise UserError(f"--noise_correction: {key} {head.get('type')} has the loss {loss}. Expected "
-                                "CrossEntropyLoss with softmax alone: no other loss reads labels of several domains.")
-            head["loss_decode"] = dict(
-                type=CORRECTED_LOSS, num_classes=num_classes, label_smoothing=label_smoothing, is_learned=is_learned,
-                class_weight=loss.get("class_weight"), loss_weight=loss.get("loss_weight", 1.0),
-            )  # fmt: skip
+    for key, head in find_heads(config.model):
+        loss = head.get("loss_decode") or dict(type="CrossEntropyLoss")
+        is_plain = isinstance(loss, Mapping) and loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)
+        if not is_plain or loss.get("use_sigmoid") or loss.get("use_mask"):
+            raise UserError(f"--noise_correction: {key} {head.get('type')} has the loss {loss}. Expected "
+                            "CrossEntropyLoss with softmax alone: no other loss reads labels of several domains.")
+        head["loss_decode"] = dict(
+            type=CORRECTED_LOSS, num_classes=num_classes, label_smoothing=label_smoothing, is_learned=is_learned,
+            class_weight=loss.get("class_weight"), loss_weight=loss.get("loss_weight", 1.0),
+        )  # fmt: skip
 
 
 def check_heads(model: torch.nn.Module) -> None:
@@ -289,11 +288,6 @@ def make_noise_hook(
                         write_noise(Path(runner.work_dir) / "noise.json", {SYNTHETIC: learned}, names, "learned")
 
     return NoiseHook()
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside a distributed wrapper."""
-    return getattr(model, "module", model)
 
 
 def synthetic_part(dataset: Any) -> Any:

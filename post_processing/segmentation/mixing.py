@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.data.classes import IGNORE_INDEX
 from post_processing.segmentation.dataset import note_origin
 
 # mmengine imports these classes by their dotted paths.
@@ -15,20 +16,13 @@ JOINT_DATASET = "post_processing.segmentation.mixing.JointSegDataset"
 RATIO_SAMPLER = "post_processing.segmentation.mixing.RatioSampler"
 MIX_DATASET = "post_processing.segmentation.mixing.MixSegDataset"
 MIXES = ("copy_paste", "cutmix")
-IGNORED = 255
 
 
 class JointSegDataset(torch.utils.data.ConcatDataset):
     """Two datasets, real pairs and synthesized pairs, one behind the other; RatioSampler draws from it."""
 
     def __init__(self, datasets: Sequence[Mapping[str, Any]]) -> None:
-        """Build both.
-
-        Args:
-            datasets: config nodes, real first (see mmseg_dataset.dataset_config).
-        Raises:
-            ValueError: if they are not two with the same classes.
-        """
+        """Build both from their config nodes, real first; ValueError if they are not two with the same classes."""
         from mmengine.registry import DATASETS
 
         super().__init__([DATASETS.build(dict(node)) for node in datasets])
@@ -154,7 +148,7 @@ def paste(pair: dict[str, Any], other: Mapping[str, Any], kind: str) -> None:
 
 def choose_classes(mask: np.ndarray) -> np.ndarray:
     """Pixels of a random half (rounded up) of the classes in a mask, (h, w) bool; ignored pixels never."""
-    present = np.unique(mask[mask != IGNORED])
+    present = np.unique(mask[mask != IGNORE_INDEX])
     return np.isin(mask, np.random.choice(present, (len(present) + 1) // 2, replace=False) if len(present) else [])
 
 

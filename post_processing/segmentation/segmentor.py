@@ -93,19 +93,17 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
 
 
 def save_checkpoint(path: str | Path, model: torch.nn.Module, class_table: ClassTable, **meta: Any) -> None:
-    """Write weights and class table as one file of tensors and plain values, atomically.
-
-    Args:
-        path: file to write, usually run_dir/segmentor.pth.
-        model: the mmseg model.
-        class_table: what its classes mean.
-        meta: further plain values (steps, seed).
-    """
+    """Write weights, class table and further plain values as one file, atomically."""
     path = Path(path)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = class_table.to_dict()
     meta = {"class_table": table, "dataset_meta": dataset_meta(class_table), **meta}
     atomic_write(path, lambda file: torch.save({"state_dict": state_dict, "meta": meta}, file))
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a distributed wrapper."""
+    return getattr(model, "module", model)
 
 
 def dataset_meta(class_table: ClassTable) -> dict[str, Any]:
@@ -117,15 +115,7 @@ class Segmentor:
     """An mmseg model in evaluation mode that takes batches of images as they are on disk."""
 
     def __init__(self, model: torch.nn.Module, class_table: ClassTable, device: str | torch.device = "cpu") -> None:
-        """Wrap a model.
-
-        Args:
-            model: an mmseg segmentor whose head has as many classes as the table.
-            class_table: what its class ids mean.
-            device: where it runs.
-        Raises:
-            ValueError: if the model has another number of classes than the table.
-        """
+        """Wrap an mmseg segmentor; ValueError if its head has another number of classes than the table."""
         is_cascade = isinstance(model.decode_head, torch.nn.ModuleList)
         self.head = model.decode_head[-1] if is_cascade else model.decode_head
         count = self.head.num_classes

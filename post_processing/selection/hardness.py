@@ -40,12 +40,9 @@ class Hardness:
     fingerprint: dict[str, Any]
 
     def limits(self, margin: float) -> torch.Tensor:
-        """Loss above which a pixel is dropped, by mask value.
+        """Loss above which a pixel is dropped, `margin` times its class mean, by mask value: (256,) float32.
 
-        Args:
-            margin: factor on the class means.
-        Returns:
-            (256,) float32; infinite for ignored pixels and for classes without statistics, which are left alone.
+        Infinite for ignored pixels and for classes without statistics, which are left alone.
         """
         limits = np.full(256, np.inf)
         limits[: len(self.mean)] = np.where(np.isnan(self.mean), np.inf, margin * self.mean)
@@ -125,16 +122,8 @@ def get_hardness(
 ) -> Hardness:
     """Take the hardness from a file if it was measured from the same, else measure and write it.
 
-    Processes that ask at the same time wait for the one that measures.
-
-    Args:
-        path: the file.
-        fingerprint: what the hardness depends on.
-        parts: segmentors of one class table, each with the pairs that it judges; loaded only where they are needed.
-        batch_size: tiles at once.
-        workers: threads that read.
-    Returns:
-        Means over the pixels of all parts.
+    Processes that ask at the same time wait for the one that measures. The means are over the pixels of all `parts`:
+    segmentors of one class table, each with the pairs that it judges, loaded only where they are needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f".{path.name}.lock")):  # of its own: measuring takes long
