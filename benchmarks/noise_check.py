@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.noise_toy import flip_labels
 from ldm.cli import add_classes, markdown_table
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
 from ldm.data.manifest import read_manifest, write_manifest
@@ -33,32 +34,16 @@ ARMS = {"clean": [], "noisy": [], "smooth": ["--label_smoothing", "0.1"], "dlc":
         "true_t": ["--noise_matrix"]}  # fmt: skip
 
 
-def flip_mask(mask: np.ndarray, levels: np.ndarray, block: int, random: np.random.Generator) -> np.ndarray:
-    """Draw the label of each pixel from the row of its class; blocks of pixels share the random number.
-
-    Args:
-        mask: (H, W) uint8, 255 = ignored.
-        levels: (K, K) cumulated rows of T.
-        block: side of the blocks.
-        random: generator.
-    """
-    height, width = mask.shape
-    draws = random.random((-(-height // block), -(-width // block))).repeat(block, 0).repeat(block, 1)
-    known = np.where(mask == IGNORE_INDEX, 0, mask)
-    flipped = (draws[:height, :width, None] > levels[known]).sum(-1).clip(max=len(levels) - 1)
-    return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, flipped).astype(np.uint8)
-
-
 def write_sets(args: argparse.Namespace, table: ClassTable, folder: Path) -> float:
     """Write the true and the flipped pairs as training sets; returns the share of labels that were flipped."""
-    levels = np.cumsum(DUBAI, 1)
     counts = np.zeros(2, np.int64)
     rows: dict[str, list] = {"clean": [], "noisy": []}
     for name in ("images", "clean", "noisy"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(read_manifest(args.train_txt_file, args.data_root, table=table)):
         mask = read_mask(row.mask, table)
-        flipped = flip_mask(mask, levels, args.block, np.random.default_rng([args.noise_seed, number]))
+        random = np.random.default_rng([args.noise_seed, number])
+        flipped = flip_labels(mask[None], DUBAI, args.block, random)[0].astype(np.uint8)
         counts += (flipped != mask).sum(), (mask != IGNORE_INDEX).sum()
         name = f"{number:06d}"
         image = folder / "images" / (name + row.image.suffix)

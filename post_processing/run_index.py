@@ -52,7 +52,10 @@ def read_run(
     for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             try:
-                samples.append(parse_record(json.loads(line), folder, root))
+                record = json.loads(line)
+                image, reference = folder / record["image"], record.get("reference")
+                samples.append(Sample(image, root / record["mask"], image.stem, root / reference if reference else None,
+                                      (int(record["height"]), int(record["width"]))))
             except (KeyError, TypeError, ValueError) as error:
                 wrong.append(f"line {number}: {type(error).__name__} {error}")
     if wrong:
@@ -71,18 +74,6 @@ def read_run(
             f"Expected masks and references below {root}. Check --data_root."
         )
     return samples, run
-
-
-def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
-    """Turn one object of the index into a sample; KeyError, TypeError or ValueError if it is not one."""
-    reference = record.get("reference")
-    return Sample(
-        image=folder / record["image"],
-        mask=root / record["mask"],
-        name=Path(record["image"]).stem,
-        reference=root / reference if reference else None,
-        size=(int(record["height"]), int(record["width"])),
-    )
 
 
 def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:

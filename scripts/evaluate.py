@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         "distribution": images.measure_distribution, "diversity": images.measure_diversity,
     }[args.command]  # fmt: skip
     results, table = measure(args)
-    results["arguments"] = vars(args)
+    results = {"measure": args.command, **results, "arguments": vars(args)}
     place = Path(args.segmentor[1]).parent if args.command == "segmentor" else args.run
     outdir = Path(args.outdir or Path(place[0] if isinstance(place, list) else place) / args.command)
     outdir.mkdir(parents=True, exist_ok=True)

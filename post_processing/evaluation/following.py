@@ -48,7 +48,6 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     floor = mean_of(floors)
     synthesized_result = synthesized.result()
     results = {
-        "measure": "mask_following",
         "metric": "mmseg IoUMetric, percent, 255 ignored",
         "class_table": table.name,
         "real": real,
@@ -70,7 +69,7 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     score = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     score = {"OA": score["aAcc"], **score}
     rows = [(key, score[key]) for key in ("OA", "mIoU", "mAcc")] + [(f"IoU {k}", v) for k, v in score["IoU"].items()]
-    results = {"measure": "segmentor", "metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
+    results = {"metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
     return results, markdown_table(["", "%"], rows)
 
 
@@ -149,7 +148,6 @@ def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any
     result_b = compare_references(image_b, reference_b, reference_a)
     count = result_a["pairs"] + result_b["pairs"]
     results = {
-        "measure": "reference_following",
         "metric": "Euclidean distance of (mean, standard deviation) of CIE L*, a*, b* (D65), 6 numbers an image",
         "A": result_a,
         "B": result_b,

@@ -109,7 +109,7 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     exact_areas = measure_areas(exact.values(), segmentor, args)
     metric = "paired drop of IoU in points, 95 % bootstrap interval"
     fingerprint = exact_run.get("settings", {})
-    results: dict[str, Any] = {"measure": "consistency", "metric": metric, "exact": fingerprint, "runs": {}}
+    results: dict[str, Any] = {"metric": metric, "exact": fingerprint, "runs": {}}
     for folder in args.run:
         others, run = read_run(folder, args.data_root)
         check_same_conditions(folder, run, exact_run)

@@ -18,7 +18,7 @@ from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
 from post_processing.run_index import read_run
-from post_processing.segmentation.backbone import find_imagenet_weights, load_imagenet_backbone
+from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone
 from post_processing.segmentation.loading import map_images
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg, segmentor_of
 
@@ -64,10 +64,9 @@ def kernel_distance(
 
     Args:
         features, other: (N, D) and (M, D).
-        subsets: number of draws.
+        subsets, seed: number and seed of the draws.
         subset_size: rows drawn from each set without replacement; at most half of the smaller set, for draws of all
             of its rows would have no spread.
-        seed: seed of the draws.
     Raises:
         ValueError: for sets of fewer than two rows.
     Source: Binkowski et al. 2018, as torchmetrics computes it.
@@ -95,8 +94,7 @@ def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **dra
 
     Args:
         real, synthesized: features, (N, D) and (M, D).
-        seed: seed of the parts and the draws.
-        draws: subsets and subset_size, see kernel_distance.
+        seed, draws: of the parts and the subsets (see kernel_distance).
 
     Returns:
         `all`, `same_size`, `floor`, each with fid, kid (mean), kid_sd, and the numbers of images.
@@ -131,29 +129,6 @@ def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tens
     return kept[0]
 
 
-def load_mobilenet() -> torch.nn.Module:
-    """MobileNetV2 with ImageNet's weights from the installed package, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: if the package of the weights is not installed.
-        UserError: if MMSegmentation is not.
-    """
-    require_mmseg()
-    from mmseg.models.backbones import MobileNetV2
-
-    network = MobileNetV2(out_indices=(6,))
-    load_imagenet_backbone(network, find_imagenet_weights())
-    network.eval()  # mmseg's returns nothing
-    return network
-
-
-@torch.no_grad()
-def mobilenet_features(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Last stage of MobileNetV2, averaged: (B, 3, H, W) uint8 RGB on its device -> (B, 320) float32."""
-    mean, deviation = images.new_tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], dtype=torch.float32)[..., None, None]
-    return network((images - mean) / deviation).mean(dim=(2, 3))
-
-
 def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     device = choose_device(args.device)
@@ -161,13 +136,18 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
         segmentor = segmentor_of(args)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
     if not args.vgg:
-        mobilenet = load_mobilenet().to(device)
-        return "MobileNetV2 (320)", lambda images: mobilenet_features(mobilenet, images.to(device))
+        require_mmseg()
+        from mmseg.models.backbones import MobileNetV2
 
+        network = MobileNetV2(out_indices=(6,)).to(device)
+        load_backbone(network, find_imagenet_weights())
+        network.eval()  # mmseg's returns nothing
+        mean, deviation = torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device)[..., None, None]
+        return "MobileNetV2 (320)", torch.no_grad()(
+            lambda images: network((images.to(device) - mean) / deviation).mean(dim=(2, 3)))
     vgg = PerceptualLoss(args.vgg).to(device)
     return "VGG16 relu5_3 (512)", torch.no_grad()(
-        lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3))
-    )
+        lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3)))
 
 
 def read_features(
@@ -193,7 +173,7 @@ def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]
     synthesized, sizes = read_features([sample.image for sample in samples], extract, args)
     results = compare_sets(real, synthesized, args.seed, subsets=args.subsets, subset_size=args.subset_size)
     note = "These are not the published FID and KID: another network. Compare them with each other only."
-    results = {"measure": "distribution", "features": name, "columns": real.shape[1], "note": note, **results,
+    results = {"features": name, "columns": real.shape[1], "note": note, **results,
                "sizes": {"real": real_sizes, "synthesized": sizes}, "checkpoint": run.get("settings", {})}
     return results, distribution_table(results)
 
@@ -236,7 +216,7 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
                         "--num_per_mask 4.")  # fmt: skip
     pairs = sum(len(one) * (len(one) - 1) // 2 for one in groups.values())
     error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
-    results = {"measure": "diversity", "metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
+    results = {"metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
                "standard_error": error, "groups": len(means), "pairs": pairs, "checkpoint": run.get("settings", {})}
     plus = "" if error is None else f" ± {error:.4f} (standard error over masks)"
     return results, (f"LPIPS diversity {results['lpips']:.4f}{plus}: {pairs} pairs of samples of {len(means)} masks "

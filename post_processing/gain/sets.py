@@ -96,12 +96,12 @@ def write_pairs(plan: "Plan", path: str, rows: Sequence[Row]) -> None:
     write_manifest(path, [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in rows])
 
 
-def list_references(plan: "Plan") -> list[str]:
+def list_references(plan: "Plan", split: tuple[list[Row], ...] | None = None) -> list[str]:
     """All references, paths below the data root: those of --references, and images that lost their labels.
 
     Images that are held out are among them only where there are no others of --references.
     """
-    _, others, held_out = split_real(plan)
+    _, others, held_out = split or split_real(plan)
     rows = [*others, *([] if plan.args.references else held_out)]
     return [*find_references(plan.args.references, Path(plan.root)),
             *(str(relative(row.image, plan.root)) for row in rows)]  # fmt: skip
@@ -127,12 +127,19 @@ def read_shares(folder: Path) -> np.ndarray:
 def write_masks(plan: "Plan") -> None:
     """Write the manifest of the masks to generate with their references; with --mix_masks also the masks themselves."""
     args, table = plan.args, ClassTable.load(plan.table)
-    real = split_real(plan)[0]
-    pool = list_references(plan)
+    split = split_real(plan)
+    real, pool = split[0], list_references(plan, split)
     shares = read_shares(plan.outdir / "shares") if args.match_shares else None
     if plan.has_references and len(pool) < args.num_per_mask:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
-    items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask, shares)
+    prompts, chosen = choose_masks(real, table, args.num_masks, args.balance, shares)
+    random, items, pairs = np.random.default_rng([SPLIT_SEED, 2]), [], []
+    for place in chosen:
+        item = {"source": real[place].mask_name, "target": str(relative(real[place].image, plan.root)),
+                "prompt": prompts[place]}  # fmt: skip
+        numbers = random.choice(len(pool), args.num_per_mask, replace=False) if pool else []
+        items += [{**item, "ref_image": pool[number]} for number in numbers] if pool else [item]
+        pairs += [real[place]] * (len(numbers) or 1)
     if args.mix_masks:
         items = write_mixtures(Path(plan.mask_root), items, pairs, plan.root, table)
     write_manifest(plan.manifests["painted"], items)
@@ -208,35 +215,6 @@ def write_targets(plan: "Plan") -> None:
     write_manifest(plan.manifests["targets"], [{"target": image} for image in dict.fromkeys(images)])
 
 
-def list_items(
-    real: Sequence[Row], root: str, pool: Sequence[str], table: ClassTable, count: int | None, balance: float,
-    copies: int, shares: np.ndarray | None = None,
-) -> tuple[list[dict[str, str]], list[Row]]:
-    """Draw the masks to generate and give each its references.
-
-    Args:
-        real: labelled pairs.
-        root: data root that paths are relative to.
-        pool: reference images; empty = the generator takes none.
-        count: masks; None = all.
-        balance: see choose_masks.
-        copies: references a mask, each with a row of its own.
-        shares: see choose_masks.
-    Returns:
-        Entries of a manifest (source, target, prompt, and ref_image if there is a pool), and the pair of each.
-    """
-    prompts, chosen = choose_masks(real, table, count, balance, shares)
-    rng = np.random.default_rng([SPLIT_SEED, 2])
-    items, pairs = [], []
-    for place in chosen:
-        item = {"source": real[place].mask_name, "target": str(relative(real[place].image, root)),
-                "prompt": prompts[place]}  # fmt: skip
-        numbers = rng.choice(len(pool), copies, replace=False) if pool else []
-        items += [{**item, "ref_image": pool[number]} for number in numbers] if pool else [item]
-        pairs += [real[place]] * (len(numbers) or 1)
-    return items, pairs
-
-
 def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequence[Row], root: str,
                    table: ClassTable) -> list[dict[str, str]]:
     """Write new layouts: into each mask, and alike into its image, a box of another pair of the draw is pasted.
@@ -245,7 +223,8 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
 
     Args:
         folder: gets masks/, images/ and references/, so that all paths of the result start there.
-        items, pairs: from list_items.
+        items: entries of a manifest, one for each image to generate.
+        pairs: the real pair of each.
         root: where the references of the items start.
         table: class table of the masks.
     Returns:

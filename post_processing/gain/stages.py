@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +132,10 @@ class StageRunner:
             UserError: if there are such and overwrite is false, another process works in the folder, or a stage fails.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.alone():
+        held = take_lock(self.folder / ".lock")  # the kernel frees it when a process dies
+        if held is None:
+            raise UserError(f"{self.folder}: another measurement works here. Wait for it to end.")
+        with held:
             changed = [name for name in self.stages if self.state(name) == "changed"]
             if changed and not overwrite:
                 first = self.place(changed[0])
@@ -145,15 +148,6 @@ class StageRunner:
                 if (self.folder / name).exists():  # not any more if it lay in another one's folder
                     shutil.rmtree(self.folder / name)
             self.run_open()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the folder's lock; UserError if another process has it. The kernel frees it when a process dies."""
-        held = take_lock(self.folder / ".lock")
-        if held is None:
-            raise UserError(f"{self.folder}: another measurement works here. Wait for it to end.")
-        with held:
-            yield
 
     def run_open(self) -> None:
         """Start every stage as soon as what it needs is finished, and wait for all."""

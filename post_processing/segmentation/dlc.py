@@ -115,7 +115,7 @@ class CorrectedCrossEntropy(nn.Module):
         Args:
             num_classes: K, at most 64.
             label_smoothing: share of the loss that asks for equal probabilities, at pixels that are not trusted.
-            is_learned: T of synthetic pixels is a parameter, trained once `start_learning` was called.
+            is_learned: T of synthetic pixels is a parameter, trained once `set_transition({})` was called.
             class_weight: K weights of the classes (see without_weights).
             loss_weight: of the whole.
         Raises:
@@ -143,10 +143,6 @@ class CorrectedCrossEntropy(nn.Module):
             raise ValueError("noise correction: a matrix for trusted labels. Expected domains 1 to 3.")
         for domain, matrix in transitions.items():
             self.transition[domain] = matrix.to(self.transition)
-        self.is_estimated.fill_(True)
-
-    def start_learning(self) -> None:
-        """Let a learned matrix take effect."""
         self.is_estimated.fill_(True)
 
     def current_transition(self) -> torch.Tensor:

@@ -45,7 +45,7 @@ from post_processing.segmentation.noise import (
     read_noise,
     write_noise,
 )
-from post_processing.segmentation.segmentor import load_segmentor, unwrap
+from post_processing.segmentation.segmentor import list_heads, load_segmentor, unwrap
 from post_processing.segmentation.self_training import add_self_training
 
 LOG = logging.getLogger(__name__)
@@ -97,11 +97,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespace, nodes: Sequence[dict]) -> None:
     """Change a config in place: coded labels, the corrected loss in all heads, the hook that finds T, target images.
 
-    Args:
-        config: with classes and class weights filled in.
-        table: the classes.
-        args: the command line, checked.
-        nodes: config nodes of the training sets; those of synthesized pairs get their domain coded.
+    Classes and class weights are filled in; `nodes` are those of the training sets.
     """
     check_capacity(table.num_classes, BORDER if args.noise_border else SYNTHETIC)
     for node in nodes:
@@ -154,15 +150,6 @@ def check_heads(model: torch.nn.Module) -> None:
         if not is_usual or head.sampler is not None or head.out_channels != head.num_classes:
             raise UserError(f"--noise_correction: {type(head).__name__} does not compute its loss for every pixel and "
                             "class by BaseDecodeHead.loss_by_feat. Expected a head such as SegformerHead or PSPHead.")
-
-
-def list_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Decode heads of an mmseg model, the one that predicts last, auxiliary ones before."""
-    heads = []
-    for name in ("auxiliary_head", "decode_head"):
-        head = getattr(model, name, None)
-        heads += [] if head is None else list(head) if isinstance(head, torch.nn.ModuleList) else [head]
-    return heads
 
 
 def find_matrices(table: ClassTable, args: argparse.Namespace) -> dict[int, torch.Tensor]:
@@ -251,14 +238,15 @@ def make_noise_hook(
                 return
             if kind == "learned":
                 for loss in losses:
-                    loss.start_learning()
+                    loss.set_transition({})
             else:
                 self.estimate(runner, losses)
 
         def estimate(self, runner: Any, losses: Sequence[Any]) -> None:
             found = {domain: torch.eye(len(names), dtype=torch.float64) for domain in domains}
             if is_rank_zero():
-                dataset = synthetic_part(runner.train_dataloader.dataset)
+                dataset = runner.train_dataloader.dataset
+                dataset = getattr(dataset, "datasets", [dataset])[-1]  # the synthesized part of a joint set comes last
                 counts = collect_consensus(unwrap(runner.model), dataset, seed, domains, len(names))
                 found, notes, labels = {}, {}, {}
                 for domain in domains:
@@ -290,11 +278,6 @@ def make_noise_hook(
     return NoiseHook()
 
 
-def synthetic_part(dataset: Any) -> Any:
-    """The part of a training set that was synthesized: the second of a joint one, else all."""
-    return dataset.datasets[1] if len(getattr(dataset, "datasets", ())) == 2 else dataset
-
-
 @contextlib.contextmanager
 def private_randomness(seed: int) -> Iterator[None]:
     """Seed the global generators for the block, and put them back: the training's draws go on as without it."""
@@ -322,9 +305,7 @@ def collect_consensus(
     Args:
         model: mmseg model, not wrapped.
         dataset: gives packed samples with coded labels.
-        seed: of the draws.
-        domains: whose points are counted.
-        num_classes: K.
+        seed, domains, num_classes: of the draws; whose points are counted; K.
     Returns:
         domain -> (K, K, K) float64 counts on the CPU (see count_consensus).
     """

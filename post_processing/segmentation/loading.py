@@ -185,11 +185,8 @@ def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Te
 
 
 def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[Result]:
-    """Call a function on a batch, or on halves, quarters, ... of it where memory ends.
+    """Call a function on a batch of tensors (B, ...), or on halves, quarters, ... of it where memory ends.
 
-    Args:
-        function: takes as many tensors as there are in `batch`, each with the same part of it.
-        batch: tensors (B, ...).
     Returns:
         What the function gave for each part, in order.
     Raises:

@@ -15,6 +15,7 @@ from post_processing.segmentation.dataset import note_origin
 JOINT_DATASET = "post_processing.segmentation.mixing.JointSegDataset"
 RATIO_SAMPLER = "post_processing.segmentation.mixing.RatioSampler"
 MIX_DATASET = "post_processing.segmentation.mixing.MixSegDataset"
+MIXED_SHARE = 0.5  # of the pairs
 MIXES = ("copy_paste", "cutmix")
 
 
@@ -95,16 +96,13 @@ class MixSegDataset(torch.utils.data.Dataset):
     classes of the second tile are pasted; Yun et al. 2019 (CutMix): a box is pasted, its area share uniform in [0, 1].
     """
 
-    def __init__(
-        self, dataset: Mapping[str, Any], kind: str, pipeline: Sequence[Mapping[str, Any]], probability: float = 0.5
-    ) -> None:
+    def __init__(self, dataset: Mapping[str, Any], kind: str, pipeline: Sequence[Mapping[str, Any]]) -> None:
         """Build the dataset to mix.
 
         Args:
             dataset: config node whose pipeline ends before PackSegInputs.
             kind: `copy_paste` or `cutmix`.
             pipeline: transforms after mixing, usually PackSegInputs alone.
-            probability: share of the pairs that are mixed.
         Raises:
             ValueError: for another kind.
         """
@@ -114,7 +112,7 @@ class MixSegDataset(torch.utils.data.Dataset):
         if kind not in MIXES:
             raise ValueError(f"mixing: {kind!r} is unknown. Expected one of {', '.join(MIXES)}.")
         self.dataset = DATASETS.build(dict(dataset))
-        self.kind, self.probability, self.pipeline = kind, probability, Compose(list(pipeline))
+        self.kind, self.pipeline = kind, Compose(list(pipeline))
 
     @property
     def metainfo(self) -> dict[str, Any]:
@@ -128,7 +126,7 @@ class MixSegDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Load one pair, mix another one into it, and run the rest of the pipeline."""
         pair = self.dataset[index]
-        if np.random.rand() < self.probability:
+        if np.random.rand() < MIXED_SHARE:
             paste(pair, self.dataset[np.random.randint(len(self.dataset))], self.kind)
         return note_origin(self.pipeline(pair), pair.get("is_synthetic", False))
 

@@ -27,15 +27,7 @@ def class_probabilities(segmentor: Segmentor, images: torch.Tensor) -> torch.Ten
 
 
 def pick_classes(probabilities: torch.Tensor, threshold: float = 0.0) -> np.ndarray:
-    """Most likely class of every pixel, where it is likely enough.
-
-    Args:
-        probabilities: (B, K, H, W).
-        threshold: probability in [0, 1] below which a pixel gets no class.
-
-    Returns:
-        (B, H, W) uint8, class ids of the segmentor, 255 = ignored.
-    """
+    """Most likely class of every pixel, 255 below the threshold: (B, K, H, W) in [0, 1] -> (B, H, W) uint8."""
     confidence, ids = probabilities.max(dim=1)
     return ids.to(torch.uint8).masked_fill(confidence < threshold, IGNORE_INDEX).cpu().numpy()
 
@@ -88,7 +80,7 @@ def predict_scene(
     """Predict an image by windows; what is in memory are the rows of one window.
 
     Args:
-        segmentor: the segmentor.
+        segmentor: whose classes are wanted.
         image: opened, RGB.
         window: side of the windows, pixels.
         overlap: pixels that neighbours share, at most half of window and at most window - STRIDE.

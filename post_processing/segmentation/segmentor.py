@@ -14,23 +14,8 @@ from ldm.cli import choose_device
 from ldm.data.classes import ClassTable, same_names
 from ldm.files import atomic_write
 from ldm.util import UserError
-from ldm.weights.files import refusal
+from ldm.weights.files import StandIn, refusal
 from post_processing.segmentation.config import fill_preprocessor, read_config
-
-
-class Discarded:
-    """Takes the place of training-only objects in a checkpoint while it is read; keeps nothing and runs nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Discarded":
-        """Swallow any arguments: a pickle may rebuild the object in several ways."""
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Swallow any arguments."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
-
 
 # mmengine writes loss histories beside the weights; their pickles ask for these two names.
 HISTORY_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
@@ -70,7 +55,7 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
     if not path.is_file():
         raise FileNotFoundError(f"segmentor checkpoint not found: {path}. Give the segmentor.pth of a training.")
     try:
-        replaced = replaced or {HISTORY_BUFFER: Discarded, HISTORY_METHOD: Discarded}
+        replaced = replaced or {HISTORY_BUFFER: StandIn, HISTORY_METHOD: StandIn}
         with torch.serialization.safe_globals(allowed_globals(replaced)), path.open("rb") as file, \
                 warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
@@ -106,6 +91,15 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "module", model)
 
 
+def list_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Decode heads of an mmseg model, the one that predicts last, auxiliary ones before."""
+    heads = []
+    for name in ("auxiliary_head", "decode_head"):
+        head = getattr(model, name, None)
+        heads += [] if head is None else list(head) if isinstance(head, torch.nn.ModuleList) else [head]
+    return heads
+
+
 def dataset_meta(class_table: ClassTable) -> dict[str, Any]:
     """Class names and colours in the form that MMSegmentation keeps them."""
     return {"classes": list(class_table.names), "palette": [list(map(int, colour)) for colour in class_table.colours]}
@@ -116,8 +110,7 @@ class Segmentor:
 
     def __init__(self, model: torch.nn.Module, class_table: ClassTable, device: str | torch.device = "cpu") -> None:
         """Wrap an mmseg segmentor; ValueError if its head has another number of classes than the table."""
-        is_cascade = isinstance(model.decode_head, torch.nn.ModuleList)
-        self.head = model.decode_head[-1] if is_cascade else model.decode_head
+        self.head = list_heads(model)[-1]
         count = self.head.num_classes
         if count != class_table.num_classes:
             raise ValueError(

@@ -127,12 +127,9 @@ def make_pseudo_labels(logits: torch.Tensor, is_image: torch.Tensor) -> torch.Te
 
 
 def choose_half(labels: torch.Tensor, num_classes: int, generator: torch.Generator) -> torch.Tensor:
-    """Pixels of a random half (rounded up) of the classes of each mask, (B, H, W) bool; ignored pixels never.
+    """Pixels of a random half (rounded up) of the classes of each mask, ignored ones never.
 
-    Args:
-        labels: (B, H, W) int64, coded.
-        num_classes: K.
-        generator: on the CPU; the draw waits for nothing on the device.
+    (B, H, W) int64, coded -> bool. The generator is the CPU's, so that the draw waits for nothing on the device.
     """
     code = labels & (WEIGHT_CODE - 1)
     classes = torch.where(code == IGNORE_INDEX, num_classes, code & (CODE - 1))
@@ -153,14 +150,7 @@ def hide_blocks(images: torch.Tensor, fill: torch.Tensor, generator: torch.Gener
 
 
 def change_colours(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Change brightness, contrast and saturation, and blur, each image by draws of its own.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        generator: on the CPU.
-    Returns:
-        The same form.
-    """
+    """Change brightness, contrast and saturation, and blur, each image (B, 3, H, W) uint8 by draws of its own."""
     count = len(images)
     draws = torch.rand(6, count, generator=generator).to(images.device)
     factors = (1 + JITTER * (2 * draws[:3] - 1))[..., None, None, None]
@@ -219,13 +209,7 @@ def stack_padded(
 
 
 def make_self_training_hook(loader: dict[str, Any], num_classes: int, seed: int) -> Any:
-    """Make the mmengine hook that holds the teacher and adds target images to each batch.
-
-    Args:
-        loader: node of the loader of target images.
-        num_classes: K, at most 63.
-        seed: of mixtures, masks and colours.
-    """
+    """Make the mmengine hook that holds the teacher and adds target images, from a loader's node, to each batch."""
     from mmengine.dist import get_rank
     from mmengine.hooks import Hook
     from mmengine.structures import PixelData

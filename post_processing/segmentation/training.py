@@ -118,8 +118,6 @@ def list_sources(args: argparse.Namespace) -> list[dict[str, Any]]:
 def fill_data(config: Any, table: ClassTable, args: argparse.Namespace) -> None:
     """Set classes, class weights and the training loader of a config in place."""
     sources = list_sources(args)
-    if not 0 < args.synthetic_ratio < float("inf"):
-        raise UserError(f"--synthetic_ratio: {args.synthetic_ratio}. Expected images for each real one, above 0.")
     share = args.synthetic_ratio / (1 + args.synthetic_ratio) if len(sources) == 2 else 0.0
     drawn = np.zeros(table.num_classes)
     for source, weight in zip(sources, (1 - share, share), strict=False):

@@ -58,12 +58,7 @@ class Hardness:
 
 
 def read_hardness(path: Path) -> Hardness:
-    """Read hardness.json.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        UserError: if it is something else.
-    """
+    """Read hardness.json; FileNotFoundError or UserError if it is missing or something else."""
     if not path.is_file():
         raise FileNotFoundError(f"hardness not found: {path}. Expected what filter.py writes. Check the path.")
     try:
@@ -79,14 +74,7 @@ def read_hardness(path: Path) -> Hardness:
 
 
 def pixel_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every pixel.
-
-    Args:
-        logits: (B, K, H, W) float32.
-        mask: (B, H, W) int64, 0..K-1, 255 = ignored.
-    Returns:
-        (B, H, W) float32 >= 0, 0 where the mask is ignored.
-    """
+    """Cross entropy of every pixel: (B, K, H, W) float32, (B, H, W) int64 -> (B, H, W) float32, 0 where it is 255."""
     if logits.is_cuda:
         return F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
     # On a CPU strips of rows that stay in the cache are up to four times as fast, and equal to the last bit.
