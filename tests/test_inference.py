@@ -214,7 +214,7 @@ def test_samples_that_are_not_finite_are_listed_not_written(workspace, tmp_path,
 
     def broken(batch_generator, batch, seeds, chosen, use_autocast):
         images = whole(batch_generator, batch, seeds, chosen, use_autocast)
-        images[[batch["slot"][i] == 2 for i in chosen], 0, 0, 0] = torch.nan
+        images[[batch["job"][i].row.index == 2 for i in chosen], 0, 0, 0] = torch.nan
         return images
 
     monkeypatch.setattr(synthesis, "sample_images", broken)

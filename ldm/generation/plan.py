@@ -7,6 +7,7 @@ from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,18 @@ class Job:
 
     Args:
         row: row of the manifest.
-        position: of the row in the list of rows.
         noise_seed: seed of the sample's own random stream.
         record: its line of the index; has `row, copy, seed, image, height, width` among others.
     """
 
     row: Row
-    position: int
     noise_seed: int
     record: Record
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.record["height"], self.record["width"]
 
 
 @dataclass(frozen=True)
@@ -103,41 +107,27 @@ class Plan:
             for every copy of the other rows, among them those whose mask was lost since the run began.
         """
         first, end = self.bounds(number)
-        sizes: dict[Path, tuple[int, int] | str] = {}
+        read_size = cache(image_size)
         jobs, bad = [], [record for record in self.bad_rows if first <= record["row"] < end]
-        for position in range(*find_positions(self.rows, first, end)):
-            row = self.rows[position]
-            if row.mask not in sizes:
-                sizes[row.mask] = read_size(row.mask)
-            size = sizes[row.mask]
-            if isinstance(size, str):
-                bad.append({"row": row.index, "copy": 0, "line": row.line, "reason": size})
-                logger.warning("row %d: no image: %s", row.index, size)
+        begin, stop = (bisect_left(self.rows, bound, key=lambda row: row.index) for bound in (first, end))
+        for row in self.rows[begin:stop]:
+            try:
+                size = read_size(row.mask)
+            except (UserError, FileNotFoundError) as error:
+                reason = f"{row.mask}: cannot be read any more ({error}). Bring it back and start this again."
+                bad.append({"row": row.index, "copy": 0, "line": row.line, "reason": reason})
+                logger.warning("row %d: no image: %s", row.index, reason)
                 continue
             for copy in range(copies):
                 record = make_record(self.settings, row, copy, size)
                 record["checkpoint_sha256"] = self.fingerprint["checkpoint_sha256"]
-                jobs.append(Job(row, position, self.settings.seed if self.settings.fixed_code else record["seed"],
-                                record))  # fmt: skip
+                jobs.append(Job(row, self.settings.seed if self.settings.fixed_code else record["seed"], record))
         return jobs, [record | {"copy": copy} for record in bad for copy in range(copies)]
 
     def details(self) -> dict[str, Any]:
         """What run.json keeps beside the settings."""
         return {"arguments": vars(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
                 "data_root": os.path.abspath(self.settings.data_root), "class_table": self.table.to_dict()}  # fmt: skip
-
-
-def find_positions(rows: Sequence[Row], first: int, end: int) -> tuple[int, int]:
-    """Where rows with first <= index < end stand in a list that is sorted by index."""
-    return bisect_left(rows, first, key=lambda row: row.index), bisect_left(rows, end, key=lambda row: row.index)
-
-
-def read_size(mask: Path) -> tuple[int, int] | str:
-    """(height, width) in the header of a mask, or what is wrong with the file."""
-    try:
-        return image_size(mask)
-    except (UserError, FileNotFoundError) as error:
-        return f"{mask}: cannot be read any more ({error}). Bring it back and start this again."
 
 
 def make_record(settings: Namespace, row: Row, copy: int, own_size: tuple[int, int]) -> Record:
