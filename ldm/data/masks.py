@@ -264,6 +264,16 @@ def colour_lookup(colours: tuple[tuple[int, int, int], ...], ignore: tuple[int, 
     return lookup
 
 
+@functools.lru_cache(maxsize=8)
+def id_lookup(source_ids: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Id of every number on disk, (65536,) int32; -1 = not of the table."""
+    lookup = np.full(65536, -1, np.int32)
+    lookup[255] = 255
+    for number, target in source_ids:
+        lookup[number] = target
+    return lookup
+
+
 def short_list(values: list) -> str:
     """First eight values as text, with the number of the others."""
     text = ", ".join(str(value) for value in values[:8])

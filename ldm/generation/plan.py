@@ -14,7 +14,7 @@ from typing import Any
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.images import image_size
-from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.data.manifest import Row, read_manifest
 from ldm.files import Record, file_sha256
 from ldm.generation.guide import guide_fingerprint, load_guide
 from ldm.generation.machine import find_share
@@ -294,10 +294,7 @@ def read_rows(settings: Namespace, table: ClassTable, method: Method, need: Sequ
     if not problems:
         return rows, []
     lines = Path(settings.txt_file).read_bytes().splitlines()
-    index_of, index = {}, 0
-    for line, content in enumerate(lines, start=1):
-        index_of[line] = index
-        index += bool(content.strip())
+    index_of = {line: i for i, line in enumerate(n for n, content in enumerate(lines, start=1) if content.strip())}
     found: dict[int, Record] = {}
     for line, text in problems:
         record = found.setdefault(line, {"row": index_of[line], "copy": 0, "line": line, "reason": text})
@@ -328,7 +325,7 @@ def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTa
     """
     inputs = hashlib.sha256(Path(settings.txt_file).read_bytes())
     if settings.bad_rows == "stop":  # with "skip", a file that is mended later must not make it another run
-        for path in sorted({path for row in rows for path in files_of(row)}):
+        for path in sorted({path for row in rows for _, path in row.files.values()}):
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),
