@@ -168,23 +168,16 @@ def read_instance_layers(folder: Path, stem: str) -> list[np.ndarray]:
     return layers
 
 
-def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bring an integer array (h, w) to a size (height, width) as inference.py does with masks."""
-    if values.shape == tuple(size):
-        return values
-    image = Image.fromarray(values.astype(np.int32))
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
-
-
 def read_scene(image: Path | None, mask: Path, table: ClassTable, args: argparse.Namespace) -> Scene:
     """Buildings of a pair, at the size of its image."""
+    from ldm.data.transforms import resize_mask
+
     values = read_mask(mask, table)
-    size = values.shape
-    if image is not None:
-        size = image_size(image)
-    inside = resize_nearest(values, size) == find_class(table, args.building, "--building")
+    size = values.shape if image is None else image_size(image)
+    inside = resize_mask(values, size) == find_class(table, args.building, "--building")
     if args.instances:
-        layers = [resize_nearest(layer, size) for layer in read_instance_layers(args.instances, mask.stem)]
+        layers = [resize_mask(layer.astype(np.int32), size) for layer in
+                  read_instance_layers(args.instances, mask.stem)]
         found = from_layers(layers, inside)
     else:
         found = find_components(inside, args.min_area)

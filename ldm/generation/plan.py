@@ -193,7 +193,10 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
         logger.info("%s does not look at the manifest's %s", type(method).__name__, " and ".join(ignored))
     table = choose_table(settings.dataset, method.class_table)
     layout = plan_layout(settings, processes)
-    numbers = find_unfinished(settings, layout)
+    store = ShardStore(Path(settings.outdir))
+    numbers = [number for number in range(settings.shard[0], -(-layout["rows"] // layout["shard_size"]),
+                                          settings.shard[1])
+               if settings.overwrite or store.is_unfinished(number, layout["copies"])]  # fmt: skip
     need = (*method.takes, *(["image"] if sampling.strength < 1 else []))
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
     if "prompt" in method.takes:
@@ -261,20 +264,6 @@ def plan_layout(settings: Namespace, processes: int = 1) -> dict[str, int]:
                               f"Expected {old['shard_size']}. Leave the flag out.")
     return {"rows": rows, "shard_size": old.get("shard_size", size),
             "copies": max(settings.num_per_mask, old.get("copies", 0))}  # fmt: skip
-
-
-def find_unfinished(settings: Namespace, layout: dict[str, int]) -> list[int]:
-    """Shards of this process that lack an image."""
-    first, step = settings.shard
-    store = ShardStore(Path(settings.outdir))
-    count = -(-layout["rows"] // layout["shard_size"])
-    return [number for number in range(first, count, step)
-            if settings.overwrite or is_unfinished(store.statistics(number), layout["copies"])]
-
-
-def is_unfinished(statistics: Record | None, copies: int) -> bool:
-    """Whether a shard with these statistics lacks images: never generated, failed samples, or fewer copies."""
-    return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
 
 
 def read_rows(settings: Namespace, table: ClassTable, method: Method, need: Sequence[str],
