@@ -23,22 +23,18 @@ logger = logging.getLogger(__name__)
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of preview.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("folder", help="output folder of inference.py (with index.jsonl and run.json)")
-    parser.add_argument("--out", default=None, help="PNG to write; default: contact_sheet.png in the folder")
-    parser.add_argument("--rows", type=positive_int, default=8, help="most rows of the sheet")
-    parser.add_argument(
-        "--columns", type=positive_int, default=8, help="most references (grid) or results (list) side by side"
-    )
-    parser.add_argument("--tile", type=positive_int, default=160, help="width of a tile in pixels")
-    parser.add_argument("--data_root", default=None, help="folder of masks and references; default: that of the run")
-    parser.add_argument(
-        "--layout", choices=["auto", "grid", "list"], default="auto",
-        help="grid: a row per mask, a column per reference; list: a row per pair; auto: grid if most pairs exist",
-    )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", help="output folder of inference.py (with index.jsonl and run.json)")
+    add("--out", help="PNG to write; default: contact_sheet.png in the folder")
+    add("--rows", type=positive_int, default=8, help="most rows of the sheet")
+    add("--columns", type=positive_int, default=8, help="most references (grid) or results (list) side by side")
+    add("--tile", type=positive_int, default=160, help="width of a tile in pixels")
+    add("--data_root", help="folder of masks and references; default: that of the run")
+    add("--layout", choices=["auto", "grid", "list"], default="auto", help="grid: a row per mask, a column per "
+        "reference; list: a row per pair; auto: grid if most pairs exist")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
