@@ -17,6 +17,7 @@ from ldm.data.classes import ClassTable, decode_values, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, Pair, read_image
 from ldm.files import file_identity
 from ldm.generation.machine import in_parts
+from post_processing.segmentation.segmentor import Segmentor
 
 logger = logging.getLogger(__name__)
 Source = TypeVar("Source")
@@ -203,3 +204,12 @@ def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[
         return function(*(tensor[part[0] : part[-1] + 1] for tensor in batch))
 
     return in_parts(run, range(len(batch[0])), len(batch[0]))
+
+
+def predict_batches(
+    segmentor: Segmentor, batches: Iterable[list[Loaded]]
+) -> Iterator[tuple[list[Loaded], torch.Tensor, torch.Tensor]]:
+    """Yield each batch with the predicted classes and the masks, (B, H, W) uint8 on the segmentor's device."""
+    for batch in batches:
+        images, masks = stack_batch(batch, segmentor.device)
+        yield batch, torch.cat(run_in_parts(segmentor.predict, images)), masks
