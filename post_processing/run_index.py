@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.data.classes import ClassTable
+import numpy as np
+
+from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import Pair
+from ldm.files import Record
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
-from post_processing.segmentation.loading import Loaded, load_batches
+from post_processing.segmentation.loading import Loaded, load_batches, resize_nearest
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,11 @@ class Sample(Pair):
 
     Attributes:
         size: (height, width) of the image.
+        record: its line of the index.
     """
 
     size: tuple[int, int] = (0, 0)
+    record: Record = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_run(
@@ -55,7 +60,7 @@ def read_run(
                 record = json.loads(line)
                 image, reference = folder / record["image"], record.get("reference")
                 samples.append(Sample(image, root / record["mask"], image.stem, root / reference if reference else None,
-                                      (int(record["height"]), int(record["width"]))))
+                                      (int(record["height"]), int(record["width"])), record))
             except (KeyError, TypeError, ValueError) as error:
                 wrong.append(f"line {number}: {type(error).__name__} {error}")
     if wrong:
@@ -74,6 +79,11 @@ def read_run(
             f"Expected masks and references below {root}. Check --data_root."
         )
     return samples, run
+
+
+def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask at the size that was generated, (H, W) uint8; nearest pixel, as inference.py brings it to size."""
+    return resize_nearest(read_mask(path, table), size)
 
 
 def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device, markdown_table
-from ldm.data.classes import ClassTable, read_mask, same_names
+from ldm.data.classes import ClassTable, same_names
 from ldm.util import UserError
 from post_processing.evaluation.scores import (
     SegmentationScore,
@@ -24,9 +24,9 @@ from post_processing.evaluation.scores import (
     position,
     score_pairs,
 )
-from post_processing.run_index import Sample, read_run, run_batches
+from post_processing.run_index import Sample, read_mask_at, read_run, run_batches
 from post_processing.segmentation.dataset import list_pairs
-from post_processing.segmentation.loading import map_images, predict_batches, resize_nearest
+from post_processing.segmentation.loading import map_images, predict_batches
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
@@ -89,7 +89,7 @@ def score_run(
     @lru_cache(maxsize=2048)
     def mask_of(number: int) -> torch.Tensor:
         path, size = keys[number]
-        return torch.from_numpy(resize_nearest(read_mask(path, table), size))
+        return torch.from_numpy(read_mask_at(path, table, size))
 
     batches = run_batches(samples, table, args.batch_size, args.num_threads)
     for batch, prediction, masks in predict_batches(segmentor, batches):

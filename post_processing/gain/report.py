@@ -18,8 +18,7 @@ from ldm.data.images import read_image
 from ldm.files import atomic_write, write_json
 from ldm.sheet import Cell, draw_sheet
 from post_processing.gain.plan import LABELS, Plan
-from post_processing.run_index import read_run
-from post_processing.segmentation.loading import resize_nearest
+from post_processing.run_index import read_mask_at, read_run
 
 BASELINE = "real"
 MEASURES = ("OA", "mIoU", "mAcc")
@@ -166,7 +165,7 @@ def draw_examples(run_folder: Path, filtered: Path, count: int, class_table: Cla
     table = ClassTable.load(run["class_table"]) if run.get("class_table") else class_table
     rows = []
     for sample in (samples[int(place)] for place in np.linspace(0, len(samples) - 1, min(count, len(samples)))):
-        mask = table.colourise(resize_nearest(read_mask(sample.mask, table), sample.size))
+        mask = table.colourise(read_mask_at(sample.mask, table, sample.size))
         kept = table.colourise(read_mask(filtered / f"{sample.image.stem}.png", table))
         reference = read_image(sample.reference, None) if sample.reference else None
         rows.append([Cell(mask, sample.mask.stem, is_mask=True), Cell(reference, "reference"),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
+from ldm.data.classes import ClassTable, decode_values, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, Pair, find_images, read_image
 from ldm.files import file_identity
 from ldm.generation.machine import in_parts
@@ -88,8 +88,7 @@ def load_pair(pair: Pair, table: ClassTable, is_resized: bool = False) -> Loaded
                 f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them."
             )
         raw = resize_nearest(raw, size)
-    mask = decode_colours(raw, table, pair.mask) if raw.ndim == 3 else decode_ids(raw, table, pair.mask)
-    return Loaded(pair, image, mask, raw, identity_of(pair))
+    return Loaded(pair, image, decode_values(raw, table, pair.mask), raw, identity_of(pair))
 
 
 def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
