@@ -192,8 +192,7 @@ class MaskRules:
 AS_STORED = MaskRules()
 
 
-def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
-              notes: Counter | None = None) -> np.ndarray:
+def read_mask(path: str | Path, table: ClassTable, notes: Counter | None = None) -> np.ndarray:
     """Read a mask exactly, as ids of a class table.
 
     Args:
@@ -201,7 +200,6 @@ def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
             image (the indices are the ids, unless its colours are the table's in another order), or RGB in the table's
             colours, or with ids in three equal channels.
         table: the classes; its source_ids, if any, turn ids on disk into ids of the table.
-        rules: choices.
         notes: if given, gets counts (see decode_values).
     Returns:
         (H, W) uint8, 0..K-1, or 255 where there is no class: by number, nodata tag, alpha 0 or NaN.
@@ -210,7 +208,7 @@ def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
         UserError: for lossy or unreadable files, and for ids or colours outside the table (all are named).
     """
     with OpenMask(path) as mask:
-        return decode(mask.read(), table, path, rules, notes)
+        return decode(mask.read(), table, path, notes=notes)
 
 
 def read_raw_mask(path: str | Path, table: ClassTable | None = None) -> np.ndarray:

@@ -55,8 +55,10 @@ class Worker:
             found = len(claim.files)
             missing = [job for job in jobs if job.record["image"] not in claim.files]
             failures += self.generate_jobs(claim, missing, found)
+            device = self.generator.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
-                       "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.generator.device),
+                       "seconds": round(time.monotonic() - begun, 3), "device": name,
                        "batch_size": self.generator.batch_generator.batch_size, "torch": torch.__version__}  # fmt: skip
             rectifier = self.generator.batch_generator.rectifier
             details |= {"rectified": rectifier.report()} if rectifier else {}
@@ -83,11 +85,6 @@ class Worker:
         for failure in failures:
             logger.warning("row %d copy %d: no image: %s", failure["row"], failure["copy"], failure["reason"])
         return failures
-
-
-def device_name(device: torch.device) -> str:
-    """Name of a GPU, or `cpu`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def run(plan: Plan) -> int:
