@@ -56,25 +56,23 @@ class Found:
         files: name -> path, in sorted order of the paths; the name is the stem without the ending that was cut off,
             below subfolders `folder_stem`.
         problems: two files of one name, one sentence each.
-        left_out: what lies there and is not in `files`: `subfolders` (number of images in them), `folders` (of how
-            many), `hidden`, `suffix` (stems without the ending), `links` (linked folders), and a number for every
-            other file ending; side files of a raster do not count.
+        left_out: numbers of what lies there and is not in `files`: `images in subfolders`, `hidden files`, `images of
+            other names` (without the ending), `linked folders`, `.txt files` and so on; side files of a raster do not
+            count.
+        subfolders: number of subfolders with images that were not read.
     """
 
     files: dict[str, Path]
     problems: list[str]
-    left_out: dict[str, int]
+    left_out: Counter[str]
+    subfolders: int
 
     def describe(self, folder: Path) -> str:
         """One line on what was left out; empty when it was nothing."""
-        rest = dict(self.left_out)
-        images, folders = rest.pop("subfolders", 0), rest.pop("folders", 0)
-        parts = [f"{images} images in {folders} subfolders are not read (--recursive reads them)"] if images else []
-        links = rest.pop("links", 0)
-        parts += [f"{links} linked folders are not followed (copy them, or give their own path)"] if links else []
-        words = {"hidden": "hidden files", "suffix": "images without the ending of the name"}
-        parts += [f"{number} {words.get(kind, kind + ' files')} left out" for kind, number in sorted(rest.items())]
-        places = [kind for kind in PLACE_FILES if kind in rest]
+        advice = {"images in subfolders": f"images in {self.subfolders} subfolders are not read (--recursive reads "
+                  "them)", "linked folders": "linked folders are not followed (copy them, or give their own path)"}
+        parts = [f"{number} {advice.get(what, f'{what} left out')}" for what, number in sorted(self.left_out.items())]
+        places = [ending for ending in PLACE_FILES if f"{ending} files" in self.left_out]
         parts += [f"the place on Earth in {', '.join(places)} files is not read (of PNG, JPEG and BMP): convert images "
                   "to GeoTIFF where it matters"] if places else []
         return f"{folder}: {', '.join(parts)}" if parts else ""
@@ -253,29 +251,27 @@ def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Foun
     folders = set()
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        left_out["links"] += sum(Path(place, name).is_symlink() for name in below)
+        left_out["linked folders"] += sum(Path(place, name).is_symlink() for name in below)
         parts = Path(place).relative_to(folder).parts
         for path in (Path(place, name) for name in sorted(names)):
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
             if parts and not recursive:
-                left_out["subfolders"] += is_image and not path.name.startswith(".")
+                left_out["images in subfolders"] += is_image and not path.name.startswith(".")
                 folders |= {place} if is_image else set()
             elif path.name.startswith("."):
-                left_out["hidden"] += 1
+                left_out["hidden files"] += 1
             elif not is_image and is_side_file(path):
                 continue
             elif not is_image:
-                left_out[path.suffix.lower() or "no ending"] += 1
+                left_out[f"{path.suffix.lower() or 'no ending'} files"] += 1
             elif not path.stem.endswith(suffix):
-                left_out["suffix"] += 1
+                left_out["images of other names"] += 1
             else:
                 name = "_".join((*parts, path.stem[: len(path.stem) - len(suffix)]))
                 if name in files:
                     problems.append(f"{path}: the same name as {files[name]}; expected one file a name")
                 files[name] = path
-    if left_out["subfolders"]:
-        left_out["folders"] = len(folders)
-    return Found(files, problems, {kind: number for kind, number in left_out.items() if number})
+    return Found(files, problems, +left_out, len(folders))
 
 
 def is_side_file(path: Path) -> bool:

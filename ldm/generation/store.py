@@ -142,11 +142,12 @@ class ShardStore(RunFolder):
         """Make a shard count as finished: its lines of the lists, then its statistics.
 
         Args:
-            claim: with all images of the records in `files`.
-            records: of all images.
+            claim: with the images that are complete in `files`.
+            records: of all images; those of others are left out.
             failures: of all samples without an image, with a `reason`.
             details: further values for the statistics.
         """
+        records = [record for record in records if record["image"] in claim.files]
         failures = sorted(failures, key=itemgetter(*self.key))
         self.add(records, failures)
         hashed = [{**record, **dict(zip(("bytes", "sha256"), claim.files[record["image"]], strict=True))}

@@ -76,11 +76,8 @@ class Sources:
     def count(self, folder: Path, found: Found, is_mask: bool = False) -> None:
         """Add what a folder holds beside the images that were taken; counts are of folders of images."""
         self.problems += found.problems
-        words = {"subfolders": "images in subfolders", "hidden": "hidden files", "suffix": "images of other names",
-                 "links": "linked folders"}
         if not is_mask:
-            self.left_out.update({words.get(kind, f"{kind} files"): number for kind, number in found.left_out.items()
-                                  if kind != "folders"})
+            self.left_out.update(found.left_out)
         line = found.describe(folder)
         if line and line not in self.notes:
             self.notes.append(line)
@@ -157,11 +154,11 @@ def add_folder(result: Sources, folder: SourceFolder, recursive: bool, group_pat
 def describe_empty(folder: Path, found: Found, suffix: str, kind: str) -> str:
     """What is wrong with a folder without an image (or mask, as `kind` says) that counts."""
     text = f"{folder}: no {kind} " + (f"with the suffix {suffix}" if suffix else "in this folder")
-    if found.left_out.get("subfolders"):
-        text += f"; {found.left_out['subfolders']} lie in {found.left_out['folders']} subfolders: add --recursive"
-    if found.left_out.get("links"):
-        text += f"; {found.left_out['links']} linked folders are not followed: give their own path"
-    endings = [ending for ending in found.left_out if ending.startswith(".")]
+    if images := found.left_out["images in subfolders"]:
+        text += f"; {images} lie in {found.subfolders} subfolders: add --recursive"
+    if links := found.left_out["linked folders"]:
+        text += f"; {links} linked folders are not followed: give their own path"
+    endings = [what.removesuffix(" files") for what in found.left_out if what.startswith(".")]
     if endings:
         readable = IMAGE_SUFFIXES if kind == "image" else (".png", ".tif", ".tiff", ".bmp")
         text += f"; files of the ending {', '.join(sorted(endings))} are not read, {', '.join(readable)} are"
