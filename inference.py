@@ -81,9 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, then generate.
 
-    Args:
-        argv: arguments without the program name; None = sys.argv[1:].
-
     Returns:
         0 if this process is done with its shards; 3 if samples failed (see failures.jsonl; --status says 3 then, too)
         or --verify found damage; 4 if the output cannot be read or written; 130 or 143 after a signal. The same command

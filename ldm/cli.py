@@ -82,13 +82,9 @@ def _number(text: str, kind: type, is_valid: Any, expected: str) -> Any:
 
 
 def choose_device(name: str) -> "torch.device":
-    """Find the device of --device; every process of torchrun or srun on a machine takes a GPU of its own.
+    """Find the device of --device (`auto` = CUDA if there is one); UserError if there is no such device.
 
-    Args:
-        name: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...
-
-    Raises:
-        UserError: if there is no such device.
+    Every process of torchrun or srun on a machine takes a GPU of its own.
     """
     import torch
 

@@ -75,8 +75,6 @@ class ClassTable:
         Args:
             spec: a name in configs/classes/ (`dubai`), a path to a .yaml or .json file, a mapping as to_dict gives it,
                 or a class table (returned as it is).
-        Returns:
-            The checked table.
         Raises:
             FileNotFoundError: if there is no such table or file.
             UserError: for unreadable yaml/json, unknown keys, ids that are not 0..K-1, doubled names or colours.
@@ -113,13 +111,7 @@ class ClassTable:
         return min(free)
 
     def prompt(self, mask: np.ndarray) -> str:
-        """Word a prompt from the classes present.
-
-        Args:
-            mask: (H, W) integer, 0..K-1 or 255.
-        Returns:
-            The template filled with the names in ascending id, ignored pixels left out.
-        """
+        """Word a prompt for a mask (H, W), 0..K-1 or 255: the template with the names present in ascending id."""
         present = [self.prompt_names[i] for i in np.unique(mask) if i != self.ignore_index]
         if not present:
             return self.prompt_empty
@@ -212,15 +204,10 @@ def read_mask(path: str | Path, table: ClassTable, notes: Counter | None = None)
 
 
 def read_raw_mask(path: str | Path, table: ClassTable | None = None) -> np.ndarray:
-    """Read the numbers stored in a mask file, (H, W) ids, or (H, W, 3) uint8 colours.
+    """Read the numbers stored in a mask file (see read_mask), (H, W) ids, or (H, W, 3) uint8 colours.
 
-    Args:
-        path: see read_mask.
-        table: if given, the result is what decode_values takes: colours for a palette mask that is read
-            by colour, ids for three equal channels, and the table's number for ignored pixels where there is no data.
-    Raises:
-        FileNotFoundError: if there is no such file.
-        UserError: for JPEG and other lossy or unsuitable formats and for damaged files.
+    With a table the result is what decode_values takes: colours for a palette mask that is read by colour, ids for
+    three equal channels, and the table's number for ignored pixels where there is no data.
     """
     with OpenMask(path) as mask:
         stored = mask.read()

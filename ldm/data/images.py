@@ -79,13 +79,7 @@ class Found:
 
 
 class OpenImage:
-    """An opened image; use it in a `with` statement, in one thread.
-
-    Attributes:
-        path: the file.
-        info: what its header says.
-        channels: C of what `read` gives.
-    """
+    """An opened image with what its header says and C of what `read` gives; for a `with` statement, in one thread."""
 
     def __init__(self, path: Path, source: Any, info: ImageInfo, channels: int | None, reading: Reading) -> None:
         """Choose the bands (see open_image)."""

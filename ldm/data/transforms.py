@@ -68,10 +68,8 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
 
 
 def draw_edges(ids: Tensor) -> Tensor:
-    """Mark both sides of every border between two ids.
+    """Mark both sides of every border between two ids (B, H, W) int64, classes or objects.
 
-    Args:
-        ids: (B, H, W) int64, classes or objects.
     Returns:
         (B, 1, H, W) float32: 1 where one of the four neighbours has another id, else 0.
     """
@@ -117,10 +115,8 @@ def normalize_batch(batch: Mapping[str, Any], device: torch.device | str) -> dic
 
 
 def apply_draws(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Do to a batch what PairDataset drew for its samples, on the batch's device.
+    """Do to a batch what PairDataset.__getitems__ drew for its samples, on the batch's device.
 
-    Args:
-        batch: see PairDataset.__getitems__.
     Returns:
         New dict without the draws. Where colours change, images are float32 with whole values 0..255, else uint8.
     """
@@ -169,14 +165,9 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def cover_size(shape: tuple[int, int], size: tuple[int, int], shrink: bool) -> tuple[int, int]:
-    """Size that an image takes to cover a window, aspect kept.
+    """Size (height, width) that an image of `shape` takes to cover a window of `size`, aspect kept.
 
-    Args:
-        shape: (height, width) of the image.
-        size: (height, width) of the window.
-        shrink: also make images smaller that are larger than the window.
-    Returns:
-        (height, width), each at least the window's.
+    Images that are larger than the window become smaller only if `shrink` says so.
     """
     factor = max(size[0] / shape[0], size[1] / shape[1])
     if factor <= 1 and not shrink:
@@ -187,15 +178,7 @@ def cover_size(shape: tuple[int, int], size: tuple[int, int], shrink: bool) -> t
 def draw_window(
     shape: tuple[int, int], size: tuple[int, int], random: np.random.Generator | None
 ) -> tuple[slice, slice]:
-    """Choose where a window of `size` lies in an image of `shape` (both (height, width)).
-
-    Args:
-        shape: of the image, at least `size`.
-        size: of the window.
-        random: source of the position; None = the centre.
-    Returns:
-        Row and column slices.
-    """
+    """Row and column slices of a window of `size` in an image of `shape`, (height, width); None = in the centre."""
     free = shape[0] - size[0], shape[1] - size[1]
     top, left = (space // 2 if random is None else int(random.integers(space + 1)) for space in free)
     return slice(top, top + size[0]), slice(left, left + size[1])
@@ -221,11 +204,8 @@ def draw_colour_change(random: np.random.Generator, strength: float) -> np.ndarr
 
 
 def change_colours(image: Tensor, change: Tensor) -> Tensor:
-    """Apply draw_colour_change's results to a batch.
+    """Apply draw_colour_change's results (B, 3, 4) to a batch (B, 3, H, W), 0..255.
 
-    Args:
-        image: (B, 3, H, W), 0..255.
-        change: (B, 3, 4) float32.
     Returns:
         (B, 3, H, W) float32 in channels_last memory, clipped to 0..255 and rounded to whole values.
     """

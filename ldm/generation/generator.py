@@ -47,7 +47,7 @@ class ConditionDataset(Dataset):
     A job whose files cannot be read gives its Result instead: one bad file does not end a run.
 
     Args:
-        method: what it takes is read.
+        method: of which `takes` and `image_channels` count.
         table: class table that the masks are read with.
         size: (height, width) to resize to; None keeps each mask's own.
     """
@@ -112,14 +112,7 @@ def generate_batches(batch_generator: "BatchGenerator", loader: DataLoader, jobs
 
 
 def to_pixels(images: Tensor) -> tuple[list[bool], np.ndarray]:
-    """Images as they are written.
-
-    Args:
-        images: (B, C, H, W) float32 in [-1, 1].
-
-    Returns:
-        Whether each is finite, and (B, H, W, C) uint8, grey ones (B, H, W).
-    """
+    """Whether each image (B, C, H, W) in [-1, 1] is finite, and all as (B, H, W, C) uint8, grey ones (B, H, W)."""
     finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
     pixels = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
     return finite, pixels[..., 0] if pixels.shape[-1] == 1 else pixels

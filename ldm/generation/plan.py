@@ -33,12 +33,9 @@ LONGEST_NAME = 255  # bytes in a file name, on all common file systems
 
 @dataclass(frozen=True)
 class Job:
-    """One image to generate.
+    """One image to generate: its row, the seed of its own random stream, and its line of the index.
 
-    Args:
-        row: row of the manifest.
-        noise_seed: seed of the sample's own random stream.
-        record: its line of the index; has `row, copy, seed, image, height, width` among others.
+    The line has `row, copy, seed, image, height, width` among others.
     """
 
     row: Row

@@ -39,8 +39,6 @@ PAIRS = ("random", "nearest_mix", "folder")
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare --out from the source: written beside it, renamed at the end, nothing left behind on an error.
 
-    Args:
-        args: flags of scripts/prepare_dataset.py.
     Returns:
         The summary that summary.json holds.
     """
@@ -117,14 +115,12 @@ def collect_sources(args: argparse.Namespace) -> Sources:
 
 
 def check_classes(notes: Mapping[Any, int], table: ClassTable, may_be_empty: bool) -> list[str]:
-    """Look for classes of the masks on disk without one pixel.
+    """A line on classes without one pixel, with what may be wrong; none if all have some, or `may_be_empty`.
 
     Args:
         notes: counts of classes.decode over the whole set.
         table: class table of the masks on disk.
         may_be_empty: the user knows of it.
-    Returns:
-        A line that names them, with what may be wrong; none if all classes have pixels.
     Raises:
         UserError: if the masks hold one class and the number (or colour) of ignored pixels, and nothing says that it
             means ignored: in binary masks of 0 and 255 the second number is a class.

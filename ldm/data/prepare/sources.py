@@ -59,14 +59,7 @@ class Source:
 
 @dataclass
 class Sources:
-    """What was found.
-
-    Attributes:
-        images: the sources in a fixed order.
-        problems: what is wrong, one sentence each.
-        left_out: counts of what was not taken, by reason.
-        notes: lines to show.
-    """
+    """What was found: sources in a fixed order, problems (sentences), what was left out by reason, lines to show."""
 
     images: list[Source] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -307,12 +300,8 @@ def split_by_groups(sources: list[Source], val_fraction: float | None, test_frac
 
 
 def choose_groups(images: Sequence[Any], fraction: float, rng: np.random.Generator) -> set[str]:
-    """Draw whole groups that together hold about a fraction of the images.
+    """Draw whole groups that together hold about a fraction, 0..1 (exclusive), of the labelled images.
 
-    Args:
-        images: labelled images to draw from, each with a `group`.
-        fraction: share of the images wanted, 0..1 (exclusive).
-        rng: random generator.
     Returns:
         Names of the drawn groups: at least one, never all; empty for fraction 0. Groups larger than what is still
         wanted are passed over, so large groups seldom make the split much larger than asked.

@@ -255,14 +255,12 @@ def place_of(source: Source, box: tuple[int, int, int, int], info: ImageInfo,
 
 
 def cut_images(sources: Sequence[Source], settings: TileSettings, workers: int) -> Cut:
-    """Write the tiles of all sources, with a progress bar.
+    """Write the tiles of all sources, whose split folders exist below settings.root, with a progress bar.
 
     Args:
-        sources: images whose split folders exist below settings.root.
+        sources: in the order of the tiles.
         settings: see TileSettings.
         workers: threads; fewer work at once where rows of large scenes would not fit in MEMORY.
-    Returns:
-        Tiles in the order of the sources, and all counts.
     Raises:
         UserError: one error that lists every bad file.
     """
