@@ -85,14 +85,11 @@ class ClassTable:
         """Plain dict (yaml- and json-ready) that load takes back."""
         rows = zip(self.ids, self.names, self.colours, self.prompt_names, strict=True)
         result: dict[str, Any] = {
-            "name": self.name,
-            "classes": [{"id": i, "name": n, "colour": list(c), "prompt": p} for i, n, c, p in rows],
-            "ignore_index": self.ignore_index,
-            "ignore_colour": list(self.ignore_colour),
-            "prompt_template": self.prompt_template,
-            "prompt_joiner": self.prompt_joiner,
+            "name": self.name, "classes": [{"id": i, "name": n, "colour": list(c), "prompt": p} for i, n, c, p in rows],
+            "ignore_index": self.ignore_index, "ignore_colour": list(self.ignore_colour),
+            "prompt_template": self.prompt_template, "prompt_joiner": self.prompt_joiner,
             "prompt_empty": self.prompt_empty,
-        }
+        }  # fmt: skip
         if self.source_ids is not None:
             result["source_ids"] = dict(self.source_ids)
         if self.mappings is not None:

@@ -16,14 +16,9 @@ HINT_MODES = ("rgb_id", "palette", "one_hot", "single255", "levels", "grey_upstr
 
 def hint_channels(mode: str, table: ClassTable) -> int:
     """Number of channels of a hint in the given mode (see encode_mask); UserError for an unknown mode."""
-    check_hint_mode(mode)
-    return {"one_hot": table.num_classes, "single255": 1}.get(mode, 3)
-
-
-def check_hint_mode(mode: str) -> None:
-    """Raise UserError unless the hint mode is known."""
     if mode not in HINT_MODES:
         raise UserError(f"hint mode: {mode!r} is unknown. Expected one of {', '.join(HINT_MODES)}.")
+    return {"one_hot": table.num_classes, "single255": 1}.get(mode, 3)
 
 
 def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
@@ -45,7 +40,7 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         UserError: for an unknown mode.
         ValueError: if the mask is not (B, H, W) int64.
     """
-    check_hint_mode(mode)
+    hint_channels(mode, table)  # refuses unknown modes
     if mask.ndim != 3 or mask.dtype != torch.int64:
         raise ValueError(f"encode_mask: mask is {tuple(mask.shape)} {mask.dtype}. Expected (B, H, W) int64.")
     if mode == "single255":

@@ -12,7 +12,7 @@ import yaml
 from ldm.data.bands import make_reading
 from ldm.data.classes import IGNORE_INDEX, ClassTable, MaskRules
 from ldm.data.manifest import PLACE_KEYS, write_manifest
-from ldm.data.prepare.layouts import LAYOUTS, Places
+from ldm.data.prepare.layouts import LAYOUTS
 from ldm.data.prepare.pairing import pair_for_inference, pair_for_training
 from ldm.data.prepare.scale import measure_scale
 from ldm.data.prepare.sources import (
@@ -94,9 +94,8 @@ def write_dataset(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 def collect_sources(args: argparse.Namespace) -> Sources:
     """Find all source images and give each its split; UserError that lists missing partners and doubled names."""
     layout = LAYOUTS[args.preset]
-    places = Places(args.root, args.images, args.masks, args.image_suffix, args.mask_suffix, args.domains,
-                    args.product or next(iter(layout.products), None))
-    folders = layout.find(places)
+    product = args.product or next(iter(layout.products), None)
+    folders = layout.find(argparse.Namespace(**vars(args) | {"product": product}))
     folders += [SourceFolder("train", folder, None) for folder in args.unlabelled_train]
     folders += [SourceFolder("ref", folder, None) for folder in args.ref_dir]
     found = find_sources(folders, args.recursive, args.group_regex or layout.group, args.offset_regex)
