@@ -96,11 +96,8 @@ class OpenImage:
         self.source.close()
 
     def read(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Read rows.
+        """Read rows from `top` to before `bottom` (None = to the end).
 
-        Args:
-            top: first row.
-            bottom: row after the last one; None = to the end.
         Returns:
             (bottom - top, W, C) uint8, and (bottom - top, W) bool that is False where there is no data (None = data
             everywhere).
@@ -108,30 +105,31 @@ class OpenImage:
             UserError: naming the file, if it is damaged or its numbers do not fit in 8 bits and no scale is given.
         """
         values, valid = self.read_stored(top, bottom)
-        valid = self.find_data(values, valid)
         return self.convert(values, valid), valid
-
-    def find_data(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray | None:
-        """Where stored rows have data: as read_stored says and not the nodata number of the user."""
-        if self.reading.nodata is None:
-            return valid
-        return rasters.both(valid, (values != self.reading.nodata).any(2))
 
     def convert(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         """Stored rows (h, w, B) as (h, w, C) uint8, of which `valid` tells where there is data; UserError as read."""
-        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path, valid))
+        values = to_8_bits(values, self.info, self.reading, self.path, valid)
+        if values.shape[2] == self.channels:
+            return np.ascontiguousarray(values)
+        if values.shape[2] == 1:
+            return np.repeat(values, self.channels, axis=2)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(values)).convert("L"))[:, :, None]
 
     def read_stored(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows of the chosen bands as they are stored, (h, W, B) of any dtype, and where there is data (see read)."""
-        bottom = self.info.height if bottom is None else bottom
-        if self.info.orientation == 1 and self._whole is None:
-            return self.source.read(self.numbers, top, bottom)
-        if self._whole is None:  # turned: the rows of the upright image are not those of the file
-            turn = UPRIGHT[self.info.orientation]
-            values, valid = self.source.read(self.numbers, 0, None)
-            self._whole = turn(values), None if valid is None else turn(valid)
-        values, valid = self._whole
-        return values[top:bottom], None if valid is None else valid[top:bottom]
+        if self.info.orientation == 1:
+            values, valid = self.source.read(self.numbers, top, self.info.height if bottom is None else bottom)
+        else:  # turned: the rows of the upright image are not those of the file
+            if self._whole is None:
+                turn = UPRIGHT[self.info.orientation]
+                values, valid = self.source.read(self.numbers, 0, None)
+                self._whole = turn(values), None if valid is None else turn(valid)
+            values, valid = self._whole
+            values, valid = values[top:bottom], None if valid is None else valid[top:bottom]
+        if self.reading.nodata is not None:  # the user's number
+            valid = rasters.both(valid, (values != self.reading.nodata).any(2))
+        return values, valid
 
     def _check_alpha(self) -> None:
         """Take an alpha band of a raster that has other numbers than a mask's for an ordinary band.
@@ -155,13 +153,6 @@ class OpenImage:
                  "is taken for an ordinary band: all pixels of the bands that were chosen are data.")
         self.source.alpha = None
 
-    def _to_channels(self, values: np.ndarray) -> np.ndarray:
-        if values.shape[2] == self.channels:
-            return np.ascontiguousarray(values)
-        if values.shape[2] == 1:
-            return np.repeat(values, self.channels, axis=2)
-        return np.asarray(Image.fromarray(np.ascontiguousarray(values)).convert("L"))[:, :, None]
-
 
 def open_image(path: str | Path, channels: int | None = 3, reading: Reading | None = None) -> OpenImage:
     """Open an image of any format of IMAGE_SUFFIXES; pixels are read later.
@@ -171,8 +162,6 @@ def open_image(path: str | Path, channels: int | None = 3, reading: Reading | No
             bits, by rasterio; .npy holds (H, W, bands), integers or floats.
         channels: 3 = RGB, 1 = grey, others = as many bands; None = 3, or the bands that are chosen or a .npy has.
         reading: bands, scale and nodata; None = the image's own 8-bit RGB or grey.
-    Returns:
-        The opened image.
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: naming the file, if it is no image, has several pages, or lacks the bands.
@@ -226,16 +215,12 @@ def open_source(path: Path) -> tuple[Any, ImageInfo]:
 
 
 def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Found:
-    """Find the images of a folder and count what else is there.
+    """Find the images of a folder and count what else is there; FileNotFoundError if there is no folder.
 
     Args:
         folder: folder of images.
         suffix: ending of the stems that counts; other images are left out, and it is cut off the name.
         recursive: read subfolders as well.
-    Returns:
-        The images and what was left out.
-    Raises:
-        FileNotFoundError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images or masks. Check the path.")

@@ -63,7 +63,6 @@ def sample_image(source: Source, reading: Reading, channels: int, most: int) -> 
             tops = range(0, info.height, PATCH)
         for top in tops:
             values, valid = image.read_stored(int(top), min(int(top) + PATCH, info.height))
-            valid = image.find_data(values, valid)
             pixels = (values.reshape(-1, values.shape[2]) if valid is None else values[valid])[::count]
             if pixels.dtype.kind == "f":
                 pixels = pixels[np.isfinite(pixels).all(1)]

@@ -167,7 +167,6 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
         cut.misplaced.append(f"{mask.path} and {source.pair.image}")
     for top in job.tops or window_starts(height, tile_h, stride or tile_h):
         stored, valid = image.read_stored(top, top + tile_h)
-        valid = image.find_data(stored, valid)
         rows = image.convert(stored, valid)
         ids = np.full(rows.shape[:2], IGNORE_INDEX, np.uint8)
         if mask is not None:
