@@ -202,16 +202,14 @@ def open_source(path: Path) -> tuple[Any, ImageInfo]:
     with rasters.reading(path):
         if path.suffix.lower() == ".npy":
             return open_array(path)
-        kind = rasters.sniff(path)
-        pages = rasters.read_pages(path) if kind == "GTiff" else []
-        if not pages:
-            return rasters.open_raster(path) if kind == "JP2OpenJPEG" else open_with_pillow(path)
-        rasters.check_pages(path, pages)
-        if rasters.is_cmyk(pages[0]) and pages[0].get(ORIENTATION, 1) != 1:
+        page = rasters.read_page(path)
+        if page is None:
+            return rasters.open_raster(path) if rasters.sniff(path) == "JP2OpenJPEG" else open_with_pillow(path)
+        if rasters.is_cmyk(page) and page.get(ORIENTATION, 1) != 1:
             raise UserError(f"{path}: CMYK and stored turned. Expected one of the two. Convert it to upright RGB.")
-        if rasters.is_cmyk(pages[0]) or (rasters.is_plain(pages[0]) and not rasters.is_installed()):
+        if rasters.is_cmyk(page) or (rasters.is_plain(page) and not rasters.is_installed()):
             return open_with_pillow(path)
-        return rasters.open_raster(path, rasters.orientation_of(pages[0], path))
+        return rasters.open_raster(path, rasters.orientation_of(page, path))
 
 
 def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Found:
