@@ -170,9 +170,8 @@ def cover_size(shape: tuple[int, int], size: tuple[int, int], shrink: bool) -> t
     return max(size[0], round(shape[0] * factor)), max(size[1], round(shape[1] * factor))
 
 
-def draw_window(
-    shape: tuple[int, int], size: tuple[int, int], random: np.random.Generator | None
-) -> tuple[slice, slice]:
+def draw_window(shape: tuple[int, int], size: tuple[int, int],
+                random: np.random.Generator | None) -> tuple[slice, slice]:
     """Row and column slices of a window of `size` in an image of `shape`, (height, width); None = in the centre."""
     free = shape[0] - size[0], shape[1] - size[1]
     top, left = (space // 2 if random is None else int(random.integers(space + 1)) for space in free)
