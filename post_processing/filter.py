@@ -241,31 +241,25 @@ def say_limits(hardness: Hardness, margin: float) -> None:
     logger.info("loss above which a pixel is dropped: %s", ", ".join(limits))
 
 
-def write_report(
-    folder: Path, records: dict[str, Record], failed: Sequence[Record], hardness: Hardness, margin: float
-) -> None:
+def write_report(folder: Path, records: dict[str, Record], failed: Sequence[Record], hardness: Hardness,
+                 margin: float) -> None:
     """Write report.json and report.md: what was dropped, class by class, and how many images failed."""
     totals = {name: np.zeros(3, np.int64) for name in hardness.names}
     for record in records.values():
         for name, (pixels, dropped) in record["classes"].items():
             totals[name] += pixels, dropped, 1
-    classes = {}
-    for name, mean, real in zip(hardness.names, hardness.mean, hardness.pixels, strict=True):
-        pixels, dropped, images = map(int, totals[name])
-        classes[name] = {
-            "real_pixels": int(real), "mean_loss": round(float(mean), 6) if real else None,
-            "limit": round(margin * float(mean), 6) if real else None, "pictures": images, "pixels": pixels,
-            "dropped": dropped, "share": round(dropped / pixels, 6) if pixels else None,
-        }  # fmt: skip
-    everything, dropped = (sum(int(total[k]) for total in totals.values()) for k in (0, 1))
+    classes, rows = {}, []
+    for name, mean, real in zip(hardness.names, hardness.mean.tolist(), hardness.pixels.tolist(), strict=True):
+        pixels, dropped, images = totals[name].tolist()
+        loss, limit = (round(mean, 6), round(margin * mean, 6)) if real else (None, None)
+        share = round(dropped / pixels, 6) if pixels else None
+        classes[name] = {"real_pixels": real, "mean_loss": loss, "limit": limit, "pictures": images, "pixels": pixels,
+                         "dropped": dropped, "share": share}  # fmt: skip
+        rows.append([name, f"{real:,}", f"{loss:.4f}" if real else "none", f"{limit:.4f}" if real else "left alone",
+                     images, f"{pixels:,}", None if share is None else f"{share:.1%}"])  # fmt: skip
+    everything, dropped, _ = sum(totals.values()).tolist()
     report = {"pictures": len(records), "failed": len(failed), "tolerance_margin": margin, "pixels": everything,
               "dropped": dropped, "share": round(dropped / max(1, everything), 6), "classes": classes}  # fmt: skip
-    rows = []
-    for name, row in classes.items():
-        loss = [f"{row[key]:.4f}" if row["real_pixels"] else text
-                for key, text in (("mean_loss", "none"), ("limit", "left alone"))]  # fmt: skip
-        share = None if row["share"] is None else f"{row['share']:.1%}"
-        rows.append([name, f"{row['real_pixels']:,}", *loss, row["pictures"], f"{row['pixels']:,}", share])
     rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
     table = markdown_table(["class", "real pixels", "mean loss", "limit", "images", "pixels", "dropped"], rows)
     where = " (failures.jsonl)" if failed else ""

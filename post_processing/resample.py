@@ -82,9 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def choose(
-    args: argparse.Namespace, candidates: Sequence[Candidate], table: ClassTable
-) -> tuple[list[Candidate], dict[str, Any]]:
+def choose(args: argparse.Namespace, candidates: Sequence[Candidate],
+           table: ClassTable) -> tuple[list[Candidate], dict[str, Any]]:
     """The images to keep, in the order of their names, and all that this choice depends on.
 
     Raises:
@@ -136,7 +135,8 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         candidates = [from_record(record, images, folder, table) for record in records.values()]
     elif args.syn_img_path and args.syn_mask_path:
         items = find_generated(Path(args.syn_img_path), Path(args.syn_mask_path))
-        items = [item for item in items if (folder / f"{item.image.stem}.png").is_file()]
+        filtered = {item: folder / f"{item.image.stem}.png" for item in items}
+        items = [item for item in items if filtered[item].is_file()]
 
         def count(path: Path) -> np.ndarray:
             return np.bincount(read_mask(path, table).ravel(), minlength=256)
@@ -144,12 +144,10 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         with ThreadPoolExecutor() as pool:
             masks = sorted({item.mask for item in items})
             before = dict(zip(masks, pool.map(count, masks), strict=True))
-            after = pool.map(lambda item: count(folder / f"{item.image.stem}.png"), items)
-            candidates = [
-                Candidate(item.image, folder / f"{item.image.stem}.png", str(item.mask), int(counts.sum()),
-                          before[item.mask][: table.num_classes], counts[: table.num_classes])
-                for item, counts in zip(items, after, strict=True)
-            ]  # fmt: skip
+            after = pool.map(lambda item: count(filtered[item]), items)
+            candidates = [Candidate(item.image, filtered[item], str(item.mask), int(counts.sum()),
+                                    before[item.mask][: table.num_classes], counts[: table.num_classes])
+                          for item, counts in zip(items, after, strict=True)]  # fmt: skip
     else:
         raise UserError(
             f"--filtered-mask-path: {folder} has no items.jsonl. Expected the output of filter.py. For other masks "
@@ -239,10 +237,8 @@ def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float 
     return score_pairs(segmentor_of(args, table), pairs, 16, 4)["IoU"]
 
 
-def write_out(
-    out: Path, choice: dict[str, Any], candidates: Sequence[Candidate], kept: Sequence[Candidate], table: ClassTable,
-    is_overwritten: bool,
-) -> None:  # fmt: skip
+def write_out(out: Path, choice: dict[str, Any], candidates: Sequence[Candidate], kept: Sequence[Candidate],
+              table: ClassTable, is_overwritten: bool) -> None:
     """Lay out the kept images; the folder is put together beside its place and then moved there.
 
     Raises:

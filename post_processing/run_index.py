@@ -29,9 +29,8 @@ class Sample(Pair):
     record: Record = field(default_factory=dict, compare=False, repr=False)
 
 
-def read_run(
-    folder: str | Path, data_root: str | Path | None = None, check_files: bool = True
-) -> tuple[list[Sample], dict[str, Any]]:
+def read_run(folder: str | Path, data_root: str | Path | None = None,
+             check_files: bool = True) -> tuple[list[Sample], dict[str, Any]]:
     """Read the output folder of inference.py.
 
     Args:

@@ -241,8 +241,11 @@ def run_out_of_memory(check: Check) -> dict[str, Any]:
 
 def measure_rows(check: Check) -> Iterator[tuple[str, Callable[[], dict[str, Any]], float]]:
     """The most telling rows of benchmarks/bench_gpu.py, and one training step at the size of Stable Diffusion 1.5."""
-    from benchmarks import bench_gpu, bench_training, measure
+    from benchmarks import bench_gpu
     machine = bench_gpu.Machine(argparse.Namespace(device=check.device, tiny=check.args.tiny))
+
+    def rounded(line: dict[str, Any]) -> dict[str, Any]:
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
 
     def ceilings() -> dict[str, Any]:
         lines = list(bench_gpu.ceilings(machine))
@@ -250,23 +253,11 @@ def measure_rows(check: Check) -> Iterator[tuple[str, Callable[[], dict[str, Any
                 "copy_gb_a_second": round(lines[1]["gb_a_second"], 1), "attention": lines[2:]}
 
     def forward() -> dict[str, Any]:
-        line = bench_gpu.forward_line(machine, 1 if check.args.tiny else 8, layout="nhwc", weights="float32",
-                                      compile="no", attention="sdpa")
-        return {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
+        return rounded(bench_gpu.forward_line(machine, 1 if check.args.tiny else 8, layout="nhwc", weights="float32",
+                                              compile="no", attention="sdpa"))
 
     def step() -> dict[str, Any]:
-        size, batch = ("tiny", 1) if check.args.tiny else ("full", 4)
-        args = argparse.Namespace(size=size, device=check.device, batch=batch, num_workers=0)
-        measure.write_tiles(check.out / "tiles", machine.size.pixels, 8)
-        training = bench_training.Training("ours_checkpointing", args, check.out / "tiles")
-        data = next(training.batches())
-        training.step(data)
-        seconds = machine.clock.measure(lambda: training.step(data))
-        gflop = bench_training.gflop_per_sample("ours_checkpointing", args) * batch
-        share = gflop / seconds / machine.ceiling if machine.ceiling else 0.0
-        peak = measure.peak_memory(lambda: training.step(data), check.device)
-        return {"samples_a_second": round(batch / seconds, 3), "share_of_matmul": round(share, 3), "batch": batch,
-                "peak_mib": round(peak)}
+        return rounded(bench_gpu.training_line(machine, "ours_checkpointing", 1 if check.args.tiny else 4))
 
     yield "matrix product, copy, attention", ceilings, 5
     yield "network of SD1.5 size, one forward", forward, 25

@@ -91,9 +91,8 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
     return coco_masks().decode(rle).astype(bool)
 
 
-def read_coco(
-    path: str | Path, categories: Sequence[str] = (), truth: str | Path | None = None, crowds_are_objects: bool = False
-) -> dict[str, Scene]:
+def read_coco(path: str | Path, categories: Sequence[str] = (), truth: str | Path | None = None,
+              crowds_are_objects: bool = False) -> dict[str, Scene]:
     """Read annotations: polygons of any number of parts, RLE (compressed or not), crowds, images without buildings.
 
     Args:
@@ -354,9 +353,8 @@ def key_by_stem(scenes: Mapping[str, Scene], what: str) -> dict[str, Scene]:
     return {Path(name).stem: scene for name, scene in scenes.items()}
 
 
-def score_instances(
-    truth: Mapping[str, Scene], predicted: Mapping[str, Scene], threshold: float = 0.5
-) -> dict[str, Any]:
+def score_instances(truth: Mapping[str, Scene], predicted: Mapping[str, Scene],
+                    threshold: float = 0.5) -> dict[str, Any]:
     """F1 over all images of the truth (file name -> scene); images without predictions count as missed.
 
     Predictions belong to the image of their file name or, if one has no such image, all to that of their stem: made

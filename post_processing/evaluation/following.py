@@ -73,9 +73,8 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return results, markdown_table(["", "%"], rows)
 
 
-def score_run(
-    samples: Sequence[Sample], table: ClassTable, segmentor: Segmentor, args: argparse.Namespace
-) -> tuple[SegmentationScore, list[SegmentationScore]]:
+def score_run(samples: Sequence[Sample], table: ClassTable, segmentor: Segmentor,
+              args: argparse.Namespace) -> tuple[SegmentationScore, list[SegmentationScore]]:
     """Score images against their own masks and, in the same pass, against each shuffling of the masks.
 
     Masks are shuffled as wholes: all images of one mask are held against the same other mask.

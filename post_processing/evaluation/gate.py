@@ -15,9 +15,8 @@ from post_processing.segmentation.loading import predict_batches
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
-def paired_drops(
-    exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], draws: int = 2000, seed: int = 0
-) -> dict[str, np.ndarray]:
+def paired_drops(exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], draws: int = 2000,
+                 seed: int = 0) -> dict[str, np.ndarray]:
     """How much lower the IoUs of other images of the same masks and noise are.
 
     The bootstrap draws groups (all images of one mask) with replacement, for both sides the same ones, so that what
@@ -63,10 +62,8 @@ def verdict(drop: Sequence[float], limit: float) -> str:
     return "pass" if drop[2] < limit else "open" if drop[0] < limit else "fail"
 
 
-def judge(
-    exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], class_names: Sequence[str],
-    max_drop: float, rare: int, max_rare_drop: float, draws: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+def judge(exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], class_names: Sequence[str], max_drop: float,
+          rare: int, max_rare_drop: float, draws: int, seed: int) -> dict[str, Any]:
     """One line of the gate's table.
 
     Args:

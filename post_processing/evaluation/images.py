@@ -57,9 +57,8 @@ def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
     return max(float(metric.compute()), 0.0)
 
 
-def kernel_distance(
-    features: np.ndarray, other: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def kernel_distance(features: np.ndarray, other: np.ndarray, subsets: int = 100, subset_size: int = 1000,
+                    seed: int = 0) -> tuple[float, float]:
     """KID: mean and standard deviation of the unbiased squared maximum mean discrepancy over random subsets.
 
     Args:
@@ -150,9 +149,8 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
         lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3)))
 
 
-def read_features(
-    paths: Sequence[Path], extract: Extract, args: argparse.Namespace
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def read_features(paths: Sequence[Path], extract: Extract,
+                  args: argparse.Namespace) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Features of image files, (N, D) float32, in the order of the files, and the (height, width) that occur."""
     sizes = set()
 

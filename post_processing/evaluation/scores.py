@@ -92,9 +92,7 @@ class SegmentationScore:
         }
 
 
-def score_pairs(
-    segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
-) -> dict[str, Any]:
+def score_pairs(segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int) -> dict[str, Any]:
     """Score a segmentor on real pairs (see SegmentationScore.result); UserError naming those that cannot be read.
 
     Masks are read with the segmentor's class table and brought to the size of their images.

@@ -146,9 +146,8 @@ def write_masks(plan: "Plan") -> None:
     logger.info("%d rows to generate, %d references", len(items), len(pool))
 
 
-def write_synthesized(
-    plan: "Plan", name: str, run: str = "synthesis", choose_dropped: Callable[[np.ndarray], np.ndarray] | None = None
-) -> None:
+def write_synthesized(plan: "Plan", name: str, run: str = "synthesis",
+                      choose_dropped: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
     """Write all synthesized images as a training set; they are linked, not copied.
 
     Args:
@@ -261,9 +260,8 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
     return mixed
 
 
-def choose_masks(
-    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float, shares: np.ndarray | None = None
-) -> tuple[list[str], list[int]]:
+def choose_masks(rows: Sequence[Row], table: ClassTable, count: int | None, balance: float,
+                 shares: np.ndarray | None = None) -> tuple[list[str], list[int]]:
     """Draw the masks to generate from: the chance of one is the sum over its classes of (share in the set) ** -balance.
 
     Args:

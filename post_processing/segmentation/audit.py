@@ -23,9 +23,7 @@ from post_processing.segmentation.noise import count_corrections, estimate_from_
 FOLDERS = ("images", "masks", "corrected")
 
 
-def write_audit(
-    folder: Path, pairs: Sequence[Pair], table: ClassTable, count: int, seed: int
-) -> list[str]:
+def write_audit(folder: Path, pairs: Sequence[Pair], table: ClassTable, count: int, seed: int) -> list[str]:
     """Draw `count` pairs, or all, and lay them out to be corrected; returns their names.
 
     Raises:

@@ -38,15 +38,9 @@ def dataset_config(table: ClassTable, pipeline: Sequence[Mapping[str, Any]], *, 
     return node | ({"is_synthetic": True} if is_synthetic else {})
 
 
-def list_pairs(
-    table: ClassTable | None,
-    *,
-    manifest: str | Path | None = None,
-    data_root: str | Path = ".",
-    image_folder: str | Path | None = None,
-    mask_folder: str | Path | None = None,
-    check_files: bool = True,
-) -> list[Pair]:
+def list_pairs(table: ClassTable | None, *, manifest: str | Path | None = None, data_root: str | Path = ".",
+               image_folder: str | Path | None = None, mask_folder: str | Path | None = None,
+               check_files: bool = True) -> list[Pair]:
     """Find the images with masks of a manifest or of two folders, in a fixed order, each pair once.
 
     Args:
@@ -69,38 +63,26 @@ def list_pairs(
         rows = read_manifest(manifest, data_root, need=("image",), table=table, check_files=check_files)
         pairs = list(dict.fromkeys(Pair(row.image, row.mask) for row in rows))  # rows may differ in the reference only
     else:
-        pairs = match_folders(Path(image_folder), Path(mask_folder))
+        images, masks = find_images(Path(image_folder)), find_images(Path(mask_folder))
+        pairs, lacking, _ = pair_images(images, masks)
+        problems = [*images.problems, *masks.problems]
+        if lacking:
+            first = ", ".join(images.files[name].name for name in lacking[:5])
+            problems.append(
+                f"dataset: {len(lacking)} of {len(images.files)} images in {image_folder} have no mask in {mask_folder}"
+                f" ({first}). Expected a mask with the stem of every image.")
+        if problems:
+            raise UserError("; ".join(problems))
     if not pairs:
         raise ValueError(f"dataset: no pairs in {manifest or image_folder}. Expected at least one image with its mask.")
-    return pairs
-
-
-def match_folders(image_folder: Path, mask_folder: Path) -> list[Pair]:
-    """Pair the images of a folder with the masks of the same stem in another one (see list_pairs)."""
-    images, masks = find_images(image_folder), find_images(mask_folder)
-    pairs, lacking, _ = pair_images(images, masks)
-    problems = [*images.problems, *masks.problems]
-    if lacking:
-        first = ", ".join(images.files[name].name for name in lacking[:5])
-        problems.append(
-            f"dataset: {len(lacking)} of {len(images.files)} images in {image_folder} have no mask in {mask_folder} "
-            f"({first}). Expected a mask with the stem of every image."
-        )
-    if problems:
-        raise UserError("; ".join(problems))
     return pairs
 
 
 class TableSegDataset(torch.utils.data.Dataset):
     """Image-mask pairs that pass through an mmseg pipeline; masks are read exactly, through the class table."""
 
-    def __init__(
-        self,
-        class_table: Mapping[str, Any] | str,
-        pipeline: Sequence[Mapping[str, Any]] = (),
-        is_synthetic: bool = False,
-        **source: Any,
-    ) -> None:
+    def __init__(self, class_table: Mapping[str, Any] | str, pipeline: Sequence[Mapping[str, Any]] = (),
+                 is_synthetic: bool = False, **source: Any) -> None:
         """List the files; see dataset_config for the arguments."""
         from mmengine.dataset import Compose
 

@@ -102,14 +102,8 @@ class CorrectedCrossEntropy(nn.Module):
     checkpoints hold it. Works in any head that calls its losses as mmseg's do.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        label_smoothing: float = 0.0,
-        is_learned: bool = False,
-        class_weight: Sequence[float] | None = None,
-        loss_weight: float = 1.0,
-    ) -> None:
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0, is_learned: bool = False,
+                 class_weight: Sequence[float] | None = None, loss_weight: float = 1.0) -> None:
         """Start with the identity in every domain.
 
         Args:
@@ -165,9 +159,8 @@ class CorrectedCrossEntropy(nn.Module):
             return log_p
         return (log_p - self.class_weight.clamp_min(FLOOR).log()[:, None, None]).log_softmax(1)
 
-    def forward(
-        self, seg_logits: torch.Tensor, seg_label: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
-    ) -> torch.Tensor:
+    def forward(self, seg_logits: torch.Tensor, seg_label: torch.Tensor, weight: torch.Tensor | None = None,
+                **_: Any) -> torch.Tensor:
         """Mean loss over the pixels that are not ignored, 0 if all are.
 
         Args:

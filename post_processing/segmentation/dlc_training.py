@@ -203,9 +203,8 @@ def log_estimate(transition: torch.Tensor, notes: Sequence[str], names: Sequence
         LOG.warning("label noise: %s", note)
 
 
-def make_noise_hook(
-    kind: str, names: Sequence[str], start: int, seed: int, domains: Sequence[int], matrices: Mapping[str, Any]
-) -> Any:
+def make_noise_hook(kind: str, names: Sequence[str], start: int, seed: int, domains: Sequence[int],
+                    matrices: Mapping[str, Any]) -> Any:
     """Make the mmengine hook that gives the losses their T.
 
     Args:
@@ -294,9 +293,8 @@ def private_randomness(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def collect_consensus(
-    model: torch.nn.Module, dataset: Any, seed: int, domains: Sequence[int], num_classes: int
-) -> dict[int, torch.Tensor]:
+def collect_consensus(model: torch.nn.Module, dataset: Any, seed: int, domains: Sequence[int],
+                      num_classes: int) -> dict[int, torch.Tensor]:
     """Label triples of neighbouring points of the synthesized images, in the features before the classifier.
 
     Every round draws its own images, and in each a grid of points with a random offset; neighbours are sought within
@@ -333,9 +331,8 @@ def collect_consensus(
     return counts
 
 
-def read_points(
-    model: torch.nn.Module, samples: Sequence[dict[str, Any]], generator: np.random.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def read_points(model: torch.nn.Module, samples: Sequence[dict[str, Any]],
+                generator: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield label (n,), domain (n,) and feature (n, D) of a grid of points of each image, ignored ones left out."""
     batch = {"inputs": [sample["inputs"] for sample in samples],
              "data_samples": [sample["data_samples"] for sample in samples]}  # fmt: skip

@@ -148,14 +148,9 @@ def stream_batches(
     yield from groups.values()
 
 
-def load_batches(
-    pairs: Iterable[Pair],
-    table: ClassTable,
-    batch_size: int,
-    workers: int,
-    on_failure: Callable[[Pair, Exception], None] | None = None,
-    is_resized: bool = False,
-) -> Iterator[list[Loaded]]:
+def load_batches(pairs: Iterable[Pair], table: ClassTable, batch_size: int, workers: int,
+                 on_failure: Callable[[Pair, Exception], None] | None = None,
+                 is_resized: bool = False) -> Iterator[list[Loaded]]:
     """Yield batches of images with their masks (see stream_batches and load_pair)."""
 
     def load(pair: Pair) -> Loaded:
@@ -198,9 +193,8 @@ def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[
     return in_parts(run, range(len(batch[0])), len(batch[0]))
 
 
-def predict_batches(
-    segmentor: Segmentor, batches: Iterable[list[Loaded]]
-) -> Iterator[tuple[list[Loaded], torch.Tensor, torch.Tensor]]:
+def predict_batches(segmentor: Segmentor,
+                    batches: Iterable[list[Loaded]]) -> Iterator[tuple[list[Loaded], torch.Tensor, torch.Tensor]]:
     """Yield each batch with the predicted classes and the masks, (B, H, W) uint8 on the segmentor's device."""
     for batch in batches:
         images, masks = stack_batch(batch, segmentor.device)

@@ -157,9 +157,8 @@ def describe(transition: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def write_noise(
-    path: Path, transitions: Mapping[int, torch.Tensor], names: Sequence[str], estimator: str, **facts: Any
-) -> None:
+def write_noise(path: Path, transitions: Mapping[int, torch.Tensor], names: Sequence[str], estimator: str,
+                **facts: Any) -> None:
     """Write estimates, domain -> (K, K), as JSON with how they were found and further plain values."""
     domains = {str(domain): describe(matrix) for domain, matrix in transitions.items()}
     write_json(path, {"classes": list(names), "estimator": estimator, "domains": domains, **facts})

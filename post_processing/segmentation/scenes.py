@@ -74,9 +74,8 @@ def window_spans(length: int, window: int, overlap: int) -> list[tuple[int, int]
 
 
 @torch.inference_mode()
-def predict_scene(
-    segmentor: Segmentor, image: OpenImage, window: int, overlap: int, batch_size: int, threshold: float = 0.0
-) -> Iterator[tuple[int, np.ndarray]]:
+def predict_scene(segmentor: Segmentor, image: OpenImage, window: int, overlap: int, batch_size: int,
+                  threshold: float = 0.0) -> Iterator[tuple[int, np.ndarray]]:
     """Predict an image by windows; what is in memory are the rows of one window.
 
     Args:

@@ -204,14 +204,9 @@ def build_model(config: str | Path | Mapping[str, Any]) -> torch.nn.Module:
                         f"{str(error)[:300]}). Expected one of MMSegmentation 1.x. See --debug.") from error
 
 
-def load_segmentor(
-    config: str | Path,
-    checkpoint: str | Path,
-    device: str | torch.device = "cpu",
-    class_table: ClassTable | None = None,
-    default_table: ClassTable | None = None,
-    names_suffice: bool = False,
-) -> Segmentor:
+def load_segmentor(config: str | Path, checkpoint: str | Path, device: str | torch.device = "cpu",
+                   class_table: ClassTable | None = None, default_table: ClassTable | None = None,
+                   names_suffice: bool = False) -> Segmentor:
     """Load a trained segmentor.
 
     Args:

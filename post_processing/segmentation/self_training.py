@@ -170,10 +170,8 @@ def change_colours(images: torch.Tensor, generator: torch.Generator) -> torch.Te
     return changed.round().clamp(0, 255).to(torch.uint8)
 
 
-def mix_batch(
-    source: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, torch.Tensor], num_classes: int,
-    fill: torch.Tensor, generator: torch.Generator,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def mix_batch(source: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, torch.Tensor], num_classes: int,
+              fill: torch.Tensor, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Make what the student learns from beside its labelled images.
 
     Args:
@@ -194,9 +192,8 @@ def mix_batch(
             (hide_blocks(change_colours(target[0], generator), fill, generator), target[1])]  # fmt: skip
 
 
-def stack_padded(
-    batch: dict[str, Any], size: tuple[int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stack_padded(batch: dict[str, Any], size: tuple[int, int],
+                 device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, 3, H, W) uint8 and labels (B, H, W) int64 of a list batch, padded right and below (0 and 255)."""
 
     def pad(tensor: torch.Tensor, value: int) -> torch.Tensor:

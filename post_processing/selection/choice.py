@@ -39,9 +39,8 @@ def shuffled(candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
     return sorted(candidates, key=place)
 
 
-def keep_by_rule(
-    candidates: Sequence[Candidate], rare: Sequence[int], min_rare_pixels: int, valid_ratio: float, count_ignored: bool
-) -> list[Candidate]:
+def keep_by_rule(candidates: Sequence[Candidate], rare: Sequence[int], min_rare_pixels: int, valid_ratio: float,
+                 count_ignored: bool) -> list[Candidate]:
     """Keep images in which a rare class survives, or most of the mask does.
 
     Args:
@@ -85,9 +84,8 @@ def keep_by_hardness(candidates: Sequence[Candidate], mean: np.ndarray, seed: in
     return kept
 
 
-def cap(
-    candidates: Sequence[Candidate], max_per_mask: int | None, max_per_class: int | None, seed: int
-) -> list[Candidate]:
+def cap(candidates: Sequence[Candidate], max_per_mask: int | None, max_per_class: int | None,
+        seed: int) -> list[Candidate]:
     """Leave out images at random until no mask and no class has too many.
 
     An image counts for the class that the fewest of the images show, of those that survive in it, so that a common

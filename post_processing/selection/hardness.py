@@ -105,9 +105,8 @@ def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable
     }
 
 
-def get_hardness(
-    path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Pair]]], batch_size: int, workers: int
-) -> Hardness:
+def get_hardness(path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Pair]]], batch_size: int,
+                 workers: int) -> Hardness:
     """Take the hardness from a file if it was measured from the same, else measure and write it.
 
     Processes that ask at the same time wait for the one that measures. The means are over the pixels of all `parts`:
@@ -136,9 +135,8 @@ def pool_hardness(parts: Sequence[Hardness]) -> Hardness:
 
 
 @torch.inference_mode()
-def measure_hardness(
-    fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
-) -> Hardness:
+def measure_hardness(fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int,
+                     workers: int) -> Hardness:
     """Mean loss of each class over all its pixels in the real pairs, summed in double precision.
 
     Raises:

@@ -49,9 +49,8 @@ def judge_pixels(loss: torch.Tensor, mask: torch.Tensor, limits: torch.Tensor) -
 
 
 @torch.inference_mode()
-def judge_batch(
-    segmentor: Segmentor, images: torch.Tensor, masks: torch.Tensor, limits: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def judge_batch(segmentor: Segmentor, images: torch.Tensor, masks: torch.Tensor,
+                limits: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Judge a batch, in parts if the device's memory is too small for it.
 
     Args:
