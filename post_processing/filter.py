@@ -103,10 +103,8 @@ def run_filter(args: argparse.Namespace) -> int:
     own_table = segmentor.class_table
     table = run_table or own_table  # of the synthetic masks; the real ones may have other numbers on disk
     if not same_names(table.names, own_table.names):
-        raise UserError(
-            f"--classes: {own_table.name} has other classes than the run, {', '.join(table.names)}. "
-            "Expected the same ones. Leave --classes out."
-        )
+        raise UserError(f"--classes: {own_table.name} has other classes than the run, {', '.join(table.names)}. "
+                        "Expected the same ones. Leave --classes out.")
     real = [pair for *_, pairs in judges for pair in pairs]
     fingerprint = fingerprint_of(args.config, args.checkpoint, own_table, real)
     if args.fold:
@@ -197,10 +195,8 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, An
         samples, run = read_run(args.run, args.run_root, check_files=False)
         items = sorted(samples, key=lambda sample: sample.image.name)
         if not any(item.mask.is_file() for item in items):
-            raise FileNotFoundError(
-                f"--run: none of the masks of {args.run} is there (the first is {items[0].mask}). Expected them where "
-                "the run found them. Say where they are now with --run_root."
-            )
+            raise FileNotFoundError(f"--run: none of the masks of {args.run} is there (the first is {items[0].mask}). "
+                                    "Expected them where the run found them. Say where they are now with --run_root.")
         images = Path(args.run) / "images"
     else:
         images = Path(args.syn_img_path)

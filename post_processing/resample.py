@@ -71,10 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     filtered = Path(args.filtered_mask_path)
     settings = RunFolder(filtered, record="filter.json").read().get("settings", {})
     if not settings and not args.classes:
-        raise UserError(
-            f"--filtered-mask-path: {filtered} has no filter.json. Expected the output of filter.py. For other masks "
-            "give --classes, --syn-img-path and --syn-mask-path."
-        )
+        raise UserError(f"--filtered-mask-path: {filtered} has no filter.json. Expected the output of filter.py. For "
+                        "other masks give --classes, --syn-img-path and --syn-mask-path.")
     table = ClassTable.load(args.classes or settings["class_table"])
     candidates = find_candidates(args, settings, table)
     kept, choice = choose(args, candidates, table)
@@ -112,10 +110,8 @@ def choose(args: argparse.Namespace, candidates: Sequence[Candidate],
     chosen = len(kept)
     kept = sorted(cap(kept, args.max_per_mask, args.max_per_class, args.seed), key=lambda one: one.image.name)
     if not kept:
-        raise UserError(
-            f"--policy {args.policy}: none of {len(candidates)} images is worth keeping. Expected some. Lower "
-            "--valid-ratio, name other --rare classes, or filter with a larger --tolerance-margin."
-        )
+        raise UserError(f"--policy {args.policy}: none of {len(candidates)} images is worth keeping. Expected some. "
+                        "Lower --valid-ratio, name other --rare classes, or filter with a larger --tolerance-margin.")
     logger.info("%d of %d images chosen, %d after the caps", chosen, len(candidates), len(kept))
     return kept, choice
 
@@ -149,18 +145,15 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
                                     before[item.mask][: table.num_classes], counts[: table.num_classes])
                           for item, counts in zip(items, after, strict=True)]  # fmt: skip
     else:
-        raise UserError(
-            f"--filtered-mask-path: {folder} has no items.jsonl. Expected the output of filter.py. For other masks "
-            "give both --syn-img-path and --syn-mask-path."
-        )
+        raise UserError(f"--filtered-mask-path: {folder} has no items.jsonl. Expected the output of filter.py. For "
+                        "other masks give both --syn-img-path and --syn-mask-path.")
     if not candidates:
         raise UserError(f"--filtered-mask-path: no image has a mask in {folder}. Check the folders.")
     missing = [path for one in candidates for path in (one.image, one.filtered) if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} files of {len(candidates)} images are missing (the first: {missing[0]}). Expected the "
-            "images where filter.py found them. Say where they are now with --syn-img-path, or filter again."
-        )
+        raise FileNotFoundError(f"{len(missing)} files of {len(candidates)} images are missing (the first: "
+                                f"{missing[0]}). Expected the images where filter.py found them. Say where they are "
+                                "now with --syn-img-path, or filter again.")
     return candidates
 
 
@@ -169,10 +162,9 @@ def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
     filtered = RunFolder(folder, record="filter.json")
     images, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
     if judged < images:
-        raise UserError(
-            f"--filtered-mask-path: {folder} is not finished ({judged} of {images} images are judged). Expected "
-            "all of them. Give the command of filter.py again, with every --shard if there are several."
-        )
+        raise UserError(f"--filtered-mask-path: {folder} is not finished ({judged} of {images} images are judged). "
+                        "Expected all of them. Give the command of filter.py again, with every --shard if there are "
+                        "several.")
 
 
 def from_record(record: Mapping[str, Any], images: Path, folder: Path, table: ClassTable) -> Candidate:
@@ -206,10 +198,8 @@ def find_rare(args: argparse.Namespace, table: ClassTable) -> list[int]:
 def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
     """IoU of every class from a JSON: {class: IoU}, or such an object under `IoU` or under `real` and `IoU`."""
     if path is None:
-        raise UserError(
-            "--rare auto: needs the IoU of every class. Expected --iou FILE, or --segmentor CONFIG CKPT with "
-            "--iou_txt_file. Or name the classes, or say --rare none."
-        )
+        raise UserError("--rare auto: needs the IoU of every class. Expected --iou FILE, or --segmentor CONFIG CKPT "
+                        "with --iou_txt_file. Or name the classes, or say --rare none.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--iou: file not found: {path}. Give results.json of evaluate.py.")
     try:
@@ -219,10 +209,8 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
         values = {name: found[name_key(name)] for name in table.names}
         return {name: None if value is None else float(value) for name, value in values.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object IoU with "
-            f"{', '.join(table.names)}. Give results.json of evaluate.py."
-        ) from error
+        raise UserError(f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object "
+                        f"IoU with {', '.join(table.names)}. Give results.json of evaluate.py.") from error
 
 
 def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float | None]:
@@ -269,17 +257,14 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN_FILES) if out.is_dir() else [out.name]
     if foreign:
-        raise FileExistsError(
-            f"--out-dir: {out} holds files that this command did not write ({', '.join(foreign[:3])}). Expected a new "
-            "folder or an earlier choice. Choose another folder."
-        )
+        raise FileExistsError(f"--out-dir: {out} holds files that this command did not write "
+                              f"({', '.join(foreign[:3])}). Expected a new folder or an earlier choice. Choose another "
+                              "folder.")
     earlier = RunFolder(out, choice, "--out-dir", "resample.json")
     record = earlier.read() or {"settings": {}}
     if (changes := earlier.changes(record)) and any(out.iterdir()) and not is_overwritten:
-        raise FileExistsError(
-            f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose another "
-            "folder, or replace it with --overwrite."
-        )
+        raise FileExistsError(f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose "
+                              "another folder, or replace it with --overwrite.")
 
 
 if __name__ == "__main__":

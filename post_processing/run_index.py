@@ -63,9 +63,8 @@ def read_run(folder: str | Path, data_root: str | Path | None = None,
             except (KeyError, TypeError, ValueError) as error:
                 wrong.append(f"line {number}: {type(error).__name__} {error}")
     if wrong:
-        raise UserError(
-            f"{index}: {len(wrong)} damaged lines ({'; '.join(wrong[:5])}). Run inference.py again to mend it."
-        )
+        raise UserError(f"{index}: {len(wrong)} damaged lines ({'; '.join(wrong[:5])}). Run inference.py again to mend "
+                        "it.")
     if not samples:
         raise UserError(f"{index}: no samples. Expected the index of a finished run of inference.py.")
     if not check_files:
@@ -73,10 +72,8 @@ def read_run(folder: str | Path, data_root: str | Path | None = None,
     wanted = {path for sample in samples for path in (sample.image, sample.mask, sample.reference) if path}
     missing = sorted(str(path) for path in wanted if not path.is_file())
     if missing:
-        raise FileNotFoundError(
-            f"{index}: {len(missing)} files that it names are missing ({', '.join(missing[:3])}). "
-            f"Expected masks and references below {root}. Check --data_root."
-        )
+        raise FileNotFoundError(f"{index}: {len(missing)} files that it names are missing ({', '.join(missing[:3])}). "
+                                f"Expected masks and references below {root}. Check --data_root.")
     return samples, run
 
 

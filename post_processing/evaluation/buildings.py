@@ -75,9 +75,8 @@ def coco_masks() -> Any:
     try:
         import pycocotools.mask as masks
     except ImportError as error:
-        raise UserError(
-            f"pycocotools cannot be imported ({error}). Expected the packages of requirements/seg.txt. Install them."
-        ) from error
+        raise UserError(f"pycocotools cannot be imported ({error}). Expected the packages of requirements/seg.txt. "
+                        "Install them.") from error
     return masks
 
 
@@ -160,10 +159,8 @@ def choose_categories(known: Sequence[Mapping[str, Any]], names: Sequence[str], 
     """Ids of the named categories, of the only one if none is named; UserError for unknown or missing names."""
     ids = {str(one["name"]): one["id"] for one in known}
     if (not names and len(ids) != 1) or not set(names) <= set(ids):
-        raise UserError(
-            f"{path}: categories {', '.join(sorted(ids))}; wanted: {', '.join(names) or 'not given'}. Expected names "
-            "from the file. Choose those of buildings with --categories."
-        )
+        raise UserError(f"{path}: categories {', '.join(sorted(ids))}; wanted: {', '.join(names) or 'not given'}. "
+                        "Expected names from the file. Choose those of buildings with --categories.")
     return {ids[name] for name in names or ids}
 
 

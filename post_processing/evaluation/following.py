@@ -37,10 +37,8 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
     if not same_names(run_table.names, table.names):
-        raise UserError(
-            f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
-            f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}."
-        )
+        raise UserError(f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
+                        f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}.")
     pairs = list_pairs(table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
     real = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     synthesized, shuffled = score_run(samples, run_table, segmentor, args)
@@ -167,9 +165,8 @@ def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
         UserError: if the flags do not define two sets, a set is empty, or a sample lies in both.
     """
     if len(args.run) > 2 or (len(args.run) == 1 and not (args.set_a and args.set_b)):
-        raise UserError(
-            "--run: expected two runs, or one run with both --set_a and --set_b (patterns of reference paths)."
-        )
+        raise UserError("--run: expected two runs, or one run with both --set_a and --set_b (patterns of reference "
+                        "paths).")
     runs = [read_run(folder, args.data_root)[0] for folder in args.run]
 
     def select(samples: list[Sample], pattern: str | None) -> list[Sample]:
@@ -182,9 +179,8 @@ def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
             raise UserError(f"{flag} {getattr(args, flag[2:])}: no sample with such a reference. Check the pattern.")
     both = {s.image for s in set_a} & {s.image for s in set_b}
     if both:
-        raise UserError(
-            f"--set_a, --set_b: {len(both)} samples lie in both sets. Expected separate sets. Narrow a pattern."
-        )
+        raise UserError(f"--set_a, --set_b: {len(both)} samples lie in both sets. Expected separate sets. Narrow a "
+                        "pattern.")
     return set_a, set_b
 
 

@@ -112,10 +112,8 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         check_same_conditions(folder, run, exact_run)
         other = order_pairs(others)
         if other.keys() != exact.keys():
-            raise UserError(
-                f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} images."
-                " Expected the same rows, copies and seed in both. Finish both runs."
-            )
+            raise UserError(f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} "
+                            "images. Expected the same rows, copies and seed in both. Finish both runs.")
         areas = measure_areas(other.values(), segmentor, args)
         groups = [sample.mask for sample in exact.values()]
         line = judge(exact_areas, areas, groups, segmentor.class_table.names, args.max_drop, args.rare,
@@ -136,10 +134,8 @@ def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any
     names = ("checkpoint_sha256", "config_sha256", "inputs_sha256", "dataset", "H", "W", "seed", "fixed_code")
     different = [name for name in names if one.get(name) != other.get(name)]
     if different:
-        raise UserError(
-            f"--run: {folder} was generated with another {', '.join(different)} than --exact. Expected other"
-            " sampling settings only. Generate it again."
-        )
+        raise UserError(f"--run: {folder} was generated with another {', '.join(different)} than --exact. Expected "
+                        "other sampling settings only. Generate it again.")
 
 
 def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argparse.Namespace) -> np.ndarray:

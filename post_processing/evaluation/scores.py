@@ -57,9 +57,8 @@ class SegmentationScore:
     def add(self, prediction: torch.Tensor, mask: torch.Tensor) -> None:
         """Count a batch of class ids, both (B, H, W) integer; ValueError if the shapes differ."""
         if prediction.shape != mask.shape:
-            raise ValueError(
-                f"score: prediction {tuple(prediction.shape)}, mask {tuple(mask.shape)}. Expected equal shapes."
-            )
+            raise ValueError(f"score: prediction {tuple(prediction.shape)}, mask {tuple(mask.shape)}. Expected equal "
+                             "shapes.")
         self.areas += class_areas(prediction, mask, len(self.class_names), self.ignore_index).sum(axis=0)
 
     def result(self) -> dict[str, Any]:
@@ -126,9 +125,8 @@ def derange(groups: Sequence[Any], seed: int) -> list[int]:
         members.setdefault(group, []).append(index)
     for group, indices in members.items():
         if len(indices) < 2:
-            raise ValueError(
-                f"shuffled masks: only one mask of size {group}. Expected two or more different masks a size."
-            )
+            raise ValueError(f"shuffled masks: only one mask of size {group}. Expected two or more different masks a "
+                             "size.")
         order = np.arange(len(indices))
         for last in range(len(order) - 1, 0, -1):  # Sattolo: swapping only with earlier places gives one long cycle
             other = int(generator.integers(0, last))

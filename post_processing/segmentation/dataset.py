@@ -56,9 +56,8 @@ def list_pairs(table: ClassTable | None, *, manifest: str | Path | None = None, 
         FileNotFoundError: if a folder is missing.
     """
     if (manifest is None) == (image_folder is None or mask_folder is None):
-        raise ValueError(
-            "dataset: expected either a manifest or both an image folder and a mask folder. Give one of the two."
-        )
+        raise ValueError("dataset: expected either a manifest or both an image folder and a mask folder. Give one of "
+                         "the two.")
     if manifest is not None:
         rows = read_manifest(manifest, data_root, need=("image",), table=table, check_files=check_files)
         pairs = list(dict.fromkeys(Pair(row.image, row.mask) for row in rows))  # rows may differ in the reference only
@@ -112,10 +111,8 @@ class TableSegDataset(torch.utils.data.Dataset):
         pair = self.pairs[index]
         image, mask = read_image(pair.image, None), read_mask(pair.mask, self.table)
         if image.shape[:2] != mask.shape:
-            raise ValueError(
-                f"dataset: image {pair.image} has {image.shape[:2]} pixels, mask {pair.mask} {mask.shape}. "
-                "Expected equal sizes (height, width). Replace one of them."
-            )
+            raise ValueError(f"dataset: image {pair.image} has {image.shape[:2]} pixels, mask {pair.mask} "
+                             f"{mask.shape}. Expected equal sizes (height, width). Replace one of them.")
         sample = self.pipeline(make_sample(image, mask, index, img_path=str(pair.image), seg_map_path=str(pair.mask),
                                            is_synthetic=self.is_synthetic))  # fmt: skip
         return note_origin(sample, self.is_synthetic)

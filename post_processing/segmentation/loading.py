@@ -64,10 +64,9 @@ def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
         stem = SEED_ENDING.sub("", image.stem)  # the end only: a mask may be called a_seed_1 itself
         pairs.append(Pair(image, masks.get(stem) or masks.get(image.stem) or mask_folder / f"{stem}.png", image.stem))
     if not any(pair.mask.is_file() for pair in pairs):
-        raise FileNotFoundError(
-            f"{mask_folder}: none of the {len(pairs)} images in {image_folder} has its mask there (the first would "
-            f"be {pairs[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the mask's own name. Check the folders."
-        )
+        raise FileNotFoundError(f"{mask_folder}: none of the {len(pairs)} images in {image_folder} has its mask there "
+                                f"(the first would be {pairs[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the "
+                                "mask's own name. Check the folders.")
     return pairs
 
 
@@ -83,10 +82,8 @@ def load_pair(pair: Pair, table: ClassTable, is_resized: bool = False) -> Loaded
     size = image.shape[:2]
     if raw.shape[:2] != size:
         if not is_resized:
-            raise ValueError(
-                f"mask {pair.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its image {pair.image.name} "
-                f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them."
-            )
+            raise ValueError(f"mask {pair.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its image {pair.image.name} "
+                             f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them.")
         raw = resize_nearest(raw, size)
     return Loaded(pair, image, decode_values(raw, table, pair.mask), raw, identity_of(pair))
 

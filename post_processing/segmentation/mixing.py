@@ -29,10 +29,8 @@ class JointSegDataset(torch.utils.data.ConcatDataset):
         super().__init__([DATASETS.build(dict(node)) for node in datasets])
         classes = [part.metainfo["classes"] for part in self.datasets]
         if len(classes) != 2 or classes[0] != classes[1]:
-            raise ValueError(
-                f"joint dataset: {len(classes)} parts with classes {classes}. Expected two, real and synthetic, of one"
-                " class table."
-            )
+            raise ValueError(f"joint dataset: {len(classes)} parts with classes {classes}. Expected two, real and "
+                             "synthetic, of one class table.")
 
     @property
     def metainfo(self) -> dict[str, Any]:

@@ -63,17 +63,15 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
             is_pickle = file.peek(2)[:1] == b"\x80" or file.peek(2)[:2] == b"PK"
             content = torch.load(file if is_pickle else path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"segmentor checkpoint {path}: contains something other than weights and plain values, or is no torch file "
-            f"({refusal(error)}). Expected tensors only; nothing was run. Save the state_dict alone."
-        ) from error
+        raise UserError(f"segmentor checkpoint {path}: contains something other than weights and plain values, or is "
+                        f"no torch file ({refusal(error)}). Expected tensors only; nothing was run. Save the "
+                        "state_dict alone.") from error
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(
             f"segmentor checkpoint {path}: cannot be read ({refusal(error)}). Is the file complete?") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of weights."
-        )
+        raise ValueError(f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of "
+                         "weights.")
     return content if "state_dict" in content else {"state_dict": content}
 
 
@@ -113,10 +111,8 @@ class Segmentor:
         self.head = list_heads(model)[-1]
         count = self.head.num_classes
         if count != class_table.num_classes:
-            raise ValueError(
-                f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class table "
-                f"{class_table.name}. Give the table that it was trained with."
-            )
+            raise ValueError(f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class "
+                             f"table {class_table.name}. Give the table that it was trained with.")
         mean = getattr(model.data_preprocessor, "mean", None)  # (C, 1, 1), or (1, 1, 1) for all
         self.channels = mean.numel() if isinstance(mean, torch.Tensor) and mean.numel() > 1 else 3
         if self.channels != 3 and getattr(model.data_preprocessor, "channel_conversion", False):
@@ -138,10 +134,8 @@ class Segmentor:
             ValueError: for another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(
-                f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, (B, "
-                f"{self.channels}, H, W)."
-            )
+            raise ValueError(f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, "
+                             f"(B, {self.channels}, H, W).")
         return self.scores(images.to(self.device, non_blocking=True))
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
@@ -172,10 +166,8 @@ def require_mmseg() -> None:
             import mmseg.models  # noqa: F401  registers the models
         from mmengine.registry import init_default_scope
     except ImportError as error:
-        raise UserError(
-            f"MMSegmentation cannot be imported ({error}). Expected the packages of requirements/seg.txt and, with "
-            "--no-deps, requirements/seg.nodeps.txt. Install them."
-        ) from error
+        raise UserError(f"MMSegmentation cannot be imported ({error}). Expected the packages of requirements/seg.txt "
+                        "and, with --no-deps, requirements/seg.nodeps.txt. Install them.") from error
     init_default_scope("mmseg")
 
 
@@ -236,16 +228,14 @@ def load_segmentor(config: str | Path, checkpoint: str | Path, device: str | tor
                         "without that flag need a segmentor.pth of scripts/train_segmentor.py, which holds one.")
     names = list(names or class_table.names)
     if not same_names(names, class_table.names):
-        raise UserError(
-            f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected {list(class_table.names)} of "
-            f"class table {class_table.name}. Give the table that it was trained with."
-        )
+        raise UserError(f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected "
+                        f"{list(class_table.names)} of class table {class_table.name}. Give the table that it was "
+                        "trained with.")
     model = build_model(config)
     report = check_weights(model, content["state_dict"])
     if report:
-        raise ValueError(
-            f"segmentor checkpoint {checkpoint}: does not fit {config}: {report}. Give the pair of one training."
-        )
+        raise ValueError(f"segmentor checkpoint {checkpoint}: does not fit {config}: {report}. Give the pair of one "
+                         "training.")
     model.load_state_dict(content["state_dict"])
     return Segmentor(model, class_table, device)
 

@@ -88,10 +88,8 @@ def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     config = read_config(args.config)
     given = [f"--{name}" for name in args.given if name in (*SETTINGS, *DATA_FLAGS)]
     if "train_dataloader" in config and given:
-        raise UserError(
-            f"{', '.join(given)}: {args.config} has its own data and schedule. Expected neither on the command line. "
-            "Change them there, or leave the flags out."
-        )
+        raise UserError(f"{', '.join(given)}: {args.config} has its own data and schedule. Expected neither on the "
+                        "command line. Change them there, or leave the flags out.")
     for name in SETTINGS:
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
@@ -167,9 +165,8 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not torch.cuda.is_available():
-        raise UserError(
-            f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use GPUS=1."
-        )
+        raise UserError(f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use "
+                        "GPUS=1.")
     config.launcher = "pytorch" if processes > 1 else "none"
     config.sync_bn = "torch" if processes > 1 else None
     config.randomness = dict(seed=args.seed)

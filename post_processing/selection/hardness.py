@@ -68,9 +68,8 @@ def read_hardness(path: Path) -> Hardness:
         pixels = np.array([int(entry["pixels"]) for entry in classes.values()], np.int64)
         return Hardness(tuple(classes), np.array(mean, np.float64), pixels, dict(content["fingerprint"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a hardness file ({type(error).__name__} {error}). Expected what filter.py writes. Remove it."
-        ) from error
+        raise UserError(f"{path}: not a hardness file ({type(error).__name__} {error}). Expected what filter.py "
+                        "writes. Remove it.") from error
 
 
 def pixel_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
