@@ -157,7 +157,7 @@ def slow_choice(root, policy, rare, losses):
 
 @pytest.mark.parametrize("count", [2, 7, 24, 150])
 @pytest.mark.parametrize("policy", ["rule", "hardness"])
-def test_kept_pictures_are_those_of_a_slow_loop_over_pixels(tmp_path, count, policy):
+def test_kept_images_are_those_of_a_slow_loop_over_pixels(tmp_path, count, policy):
     random = np.random.default_rng(count)
     masks = [random.integers(0, count - number % 2, SIZE).astype(np.uint8) for number in range(6)]  # odd: last missing
     masks[1][:, 3:] = 255
@@ -212,14 +212,14 @@ def test_layout_is_a_training_set_and_is_the_same_every_time(filtered):
     out = filtered / "out"
     pairs = list_pairs(table_of(COUNT), manifest=out / "train_set_items.json", data_root=out)
     assert 2 < len(pairs) < 12
-    for image, mask in pairs:
+    for image, mask in [(pair.image, pair.mask) for pair in pairs]:
         assert image.read_bytes() == (filtered / "img" / image.name).read_bytes()
         assert mask.read_bytes() == (filtered / "filtered" / mask.name).read_bytes()
         assert os.stat(image).st_ino == os.stat(filtered / "img" / image.name).st_ino
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pictures"] == {"painted": 12, "filtered": 12, "resampled": len(pairs)}
     shown = summary["classes"]["class 4"]
-    kept = [np.asarray(Image.open(mask)) for _, mask in pairs]
+    kept = [np.asarray(Image.open(pair.mask)) for pair in pairs]
     assert shown["resampled"]["pixels"] == sum((mask == 4).sum() for mask in kept)
     assert shown["resampled"]["pictures"] == sum((mask == 4).any() for mask in kept)
     assert shown["painted"]["pixels"] == 4 * sum(
@@ -275,7 +275,7 @@ def test_a_failed_layout_leaves_the_old_one(filtered, monkeypatch):
     assert not [path for path in filtered.iterdir() if path.name.startswith(".")]
 
 
-def test_pictures_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
+def test_images_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
 
     def refuse(*args):
@@ -354,7 +354,7 @@ def test_hardness_of_other_classes_is_refused(filtered):
     assert sorted(sum(f"images/{mask}_" in name for name in names) for mask in range(3)) == [2, 4, 4]
 
 
-def test_pictures_that_went_missing_are_named(filtered):
+def test_images_that_went_missing_are_named(filtered):
     (filtered / "img/1_seed_2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files of 12 images.*1_seed_2\.png"):
         run(filtered, "--rare", "none")

@@ -3,7 +3,9 @@
 What these mean by a class table is said by classes.py.
 """
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data import rasters
-from ldm.data.images import UPRIGHT, WHOLE_PIXELS, raw_mode, read_orientation
+from ldm.data.images import UPRIGHT, WHOLE_PIXELS, load_upright, raw_mode, read_orientation
 from ldm.util import UserError
 
 LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP")
@@ -36,6 +38,10 @@ class Stored:
     palette: np.ndarray | None = None
     nodata: float | None = None
 
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Stored":
+        """The same of rows that a function turned or chose."""
+        return replace(self, values=function(self.values), valid=None if self.valid is None else function(self.valid))
+
 
 class OpenMask:
     """An opened mask file; use it in a `with` statement, in one thread.
@@ -57,27 +63,23 @@ class OpenMask:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"mask file not found: {path}. Check the path and --data_root.")
-        self._picture: Image.Image | None = None
+        self._image: Image.Image | None = None
         self._raster: Any = None
         self._whole: Stored | None = None
         self.turn = 1
         try:
-            pages = rasters.read_pages(self.path) if rasters.sniff(self.path) == "GTiff" else []
-            if pages:
-                rasters.check_pages(self.path, pages)
-            if pages and (rasters.is_installed() or not rasters.is_plain(pages[0])):
-                self.turn = rasters.orientation_of(pages[0], self.path)
-                self._raster = rasters.open_dataset(self.path)
-                check_lossless_raster(self._raster, self.path)
-            else:
-                self._open_with_pillow()
+            with rasters.reading(self.path):
+                page = rasters.read_page(self.path)
+                if page is not None and (rasters.is_installed() or not rasters.is_plain(page)):
+                    self.turn = rasters.orientation_of(page, self.path)
+                    self._raster = rasters.open_dataset(self.path)
+                    check_lossless_raster(self._raster, self.path)
+                else:
+                    self._open_with_pillow()
         except UserError:
             self.close()
             raise
-        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-            self.close()
-            raise self._damaged(error) from error
-        width, height = self._picture.size if self._picture else (self._raster.width, self._raster.height)
+        width, height = self._image.size if self._image else (self._raster.width, self._raster.height)
         self.height, self.width = (width, height) if self.turn >= 5 else (height, width)
         self.by_rows = self._raster is not None and self.turn == 1 and self._raster.driver == "GTiff"
         self.crs, self.transform = (None, None) if self._raster is None else rasters.place_of(self._raster)
@@ -90,7 +92,7 @@ class OpenMask:
 
     def close(self) -> None:
         """Close the file."""
-        for source in (self._picture, self._raster):
+        for source in (self._image, self._raster):
             if source is not None:
                 source.close()
 
@@ -99,53 +101,41 @@ class OpenMask:
         if self._raster is not None and self.turn == 1:
             return self._read_raster(top, self.height if bottom is None else bottom)
         if self._whole is None:
-            turn = UPRIGHT.get(self.turn, lambda array: array)
             whole = self._read_raster(0, self._raster.height) if self._raster is not None else self._read_pillow()
-            valid = None if whole.valid is None else turn(whole.valid)
-            self._whole = Stored(turn(whole.values), valid, whole.palette, whole.nodata)
-        whole = self._whole
-        valid = None if whole.valid is None else whole.valid[top:bottom]
-        return Stored(whole.values[top:bottom], valid, whole.palette, whole.nodata)
+            self._whole = whole.map(UPRIGHT.get(self.turn, lambda array: array))
+        return self._whole.map(lambda array: array[top:bottom])
 
     def _open_with_pillow(self) -> None:
-        try:
-            self._picture = Image.open(self.path)
-        except Image.DecompressionBombError:
-            self._picture = None
-        if self._picture is not None:
-            check_lossless(self._picture, self.path)
-            if getattr(self._picture, "n_frames", 1) > 1 and self._picture.format != "TIFF":
-                raise UserError(f"{self.path}: {self._picture.n_frames} frames. Expected one mask a file.")
-            self.turn = read_orientation(self._picture)
-            width, height = self._picture.size
-            if width * height <= WHOLE_PIXELS or self._picture.format != "PNG" or not rasters.is_installed():
+        with suppress(Image.DecompressionBombError):
+            self._image = Image.open(self.path)
+        if self._image is not None:
+            check_lossless(self._image, self.path)
+            if getattr(self._image, "n_frames", 1) > 1 and self._image.format != "TIFF":
+                raise UserError(f"{self.path}: {self._image.n_frames} frames. Expected one mask a file.")
+            self.turn = read_orientation(self._image)
+            width, height = self._image.size
+            if width * height <= WHOLE_PIXELS or self._image.format != "PNG" or not rasters.is_installed():
                 return
-            self._picture.close()
-            self._picture = None
+            self._image.close()
+            self._image = None
         self._raster = rasters.open_dataset(self.path)
         check_lossless_raster(self._raster, self.path)
 
     def _read_pillow(self) -> Stored:
-        picture, path = self._picture, self.path
-        try:
-            raw = raw_mode(picture)
-            stretch = GREY_STRETCH.get(raw, 1) if picture.format == "PNG" else 1
-            picture.load()
-            if read_orientation(picture) != self.turn:
-                raise UserError(f"{path}: its orientation tag stands behind the pixels. Write the file again, upright.")
-            if picture.mode == "RGB" and ";16" in raw:
+        image, path = self._image, self.path
+        with rasters.reading(path):
+            raw = raw_mode(image)
+            stretch = GREY_STRETCH.get(raw, 1) if image.format == "PNG" else 1
+            load_upright(image, path)
+            if image.mode == "RGB" and ";16" in raw:
                 raise UserError(f"{path}: RGB of 16 bits. {EXPECTED}. Write the mask again.")
             palette = None
-            if picture.mode in ("P", "PA"):
-                palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            alpha = alpha_of(picture)
-            if picture.mode in ("LA", "PA", "RGBA", "RGBX"):
-                picture = picture.convert("RGB") if len(picture.getbands()) == 4 else picture.getchannel(0)
-            mode, values = picture.mode, np.asarray(picture)
-        except UserError:
-            raise
-        except Exception as error:  # as in __init__
-            raise self._damaged(error) from error
+            if image.mode in ("P", "PA"):
+                palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            alpha = alpha_of(image)
+            if image.mode in ("LA", "PA", "RGBA", "RGBX"):
+                image = image.convert("RGB") if len(image.getbands()) == 4 else image.getchannel(0)
+            mode, values = image.mode, np.asarray(image)
         if mode == "F":
             return Stored(*whole_numbers(values, path))
         if mode not in ("1", "L", "P", "I", "RGB") and not mode.startswith("I;16"):
@@ -185,16 +175,13 @@ class OpenMask:
                 palette[number] = colour[:3]
         return Stored(np.ascontiguousarray(values), valid, palette, dataset.nodata)
 
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self.path}: not readable as an image ({error}). Write the mask again.")
 
-
-def alpha_of(picture: Image.Image) -> np.ndarray | None:
+def alpha_of(image: Image.Image) -> np.ndarray | None:
     """Alpha of a loaded image, (h, w) uint8, or None if it has none."""
-    if picture.mode in ("LA", "PA", "RGBA"):
-        return np.asarray(picture.getchannel(len(picture.getbands()) - 1))
-    if "transparency" in picture.info:
-        return np.asarray(picture.convert("RGBA").getchannel(3))
+    if image.mode in ("LA", "PA", "RGBA"):
+        return np.asarray(image.getchannel(len(image.getbands()) - 1))
+    if "transparency" in image.info:
+        return np.asarray(image.convert("RGBA").getchannel(3))
     return None
 
 
@@ -220,14 +207,14 @@ def whole_numbers(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarra
     return whole.astype(np.int32), None if is_number.all() else is_number
 
 
-def check_lossless(picture: Image.Image, path: Path) -> None:
+def check_lossless(image: Image.Image, path: Path) -> None:
     """Raise UserError unless the opened image is stored without loss."""
-    is_jpeg = picture.format in ("JPEG", "MPO") or "jpeg" in str(picture.info.get("compression", "")).lower()
+    is_jpeg = image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression", "")).lower()
     if is_jpeg:
         raise UserError(f"{path}: a JPEG mask. JPEG changes pixel values, so class ids get lost. Expected a lossless "
                         "PNG; export the mask again from its source.")
-    if picture.format not in LOSSLESS_FORMATS:
-        raise UserError(f"{path}: a mask in {picture.format} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
+    if image.format not in LOSSLESS_FORMATS:
+        raise UserError(f"{path}: a mask in {image.format} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
 
 
 def check_lossless_raster(dataset: Any, path: Path) -> None:
@@ -261,6 +248,16 @@ def colour_lookup(colours: tuple[tuple[int, int, int], ...], ignore: tuple[int, 
     lookup = np.full(1 << 24, -1, np.int16)
     lookup[colour_codes(np.array(ignore, np.uint8))] = 255
     lookup[colour_codes(np.array(colours, np.uint8))] = np.arange(len(colours))
+    return lookup
+
+
+@functools.lru_cache(maxsize=8)
+def id_lookup(source_ids: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Id of every number on disk, (65536,) int32; -1 = not of the table."""
+    lookup = np.full(65536, -1, np.int32)
+    lookup[255] = 255
+    for number, target in source_ids:
+        lookup[number] = target
     return lookup
 
 

@@ -51,18 +51,16 @@ def guide_fingerprint(arguments: Sequence[str], allow_modules: Sequence[str] = (
 
 def load_guide(arguments: Sequence[str], method: Method, device: torch.device | str,
                allow_modules: Sequence[str] = ()) -> Any:
-    """Build a guide (see ldm.sampling.rectify.Guide) and check that it fits the model.
+    """Build a guide (see ldm.sampling.rectify.Guide and find_guide) and check that it fits the model or its skeleton.
 
-    Args:
-        arguments, allow_modules: see find_guide.
-        method: the model, or its skeleton.
-        device: where the guide computes.
     Raises:
         UserError, ValueError, FileNotFoundError: if its files are not what they should be, its classes are not the
             model's, or it takes other images or latents.
     """
     target, files = find_guide(arguments, allow_modules)
     guide = locate(target)(*files, device=device)
+    if hasattr(guide, "keep_classes"):  # a segmentor may know more classes, and by their names which are the model's
+        guide.keep_classes(method.class_table)
     names, expected = list(guide.class_table.names), list(method.class_table.names)
     if not same_names(names, expected):
         raise UserError(f"--guide: it was trained on the classes {', '.join(names)}. Expected those of the model: "
