@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import add_classes, positive_float  # noqa: E402
+from ldm.cli import add_classes, positive_float, positive_int  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.segmentation.dlc_training import ESTIMATORS  # noqa: E402
 from post_processing.segmentation.mixing import MIXES  # noqa: E402
@@ -56,9 +56,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--on_latents", metavar="CKPT", help="train a guide on this generator's latents instead: a few convolutions, "
         "minutes on a CPU, for inference.py --guide WORK_DIR/guide.safetensors")  # fmt: skip
     add("--work_dir", required=True, help="output folder")
-    add("--max_steps", type=int, help="optimizer steps (default: the config's)")
-    add("--batch_size", type=int, help="tiles a step (default: the config's)")
-    add("--learning_rate", type=float, help="peak rate (default: the config's)")
+    add("--max_steps", type=positive_int, help="optimizer steps (default: the config's)")
+    add("--batch_size", type=positive_int, help="tiles a step (default: the config's)")
+    add("--learning_rate", type=positive_float, help="peak rate (default: the config's)")
     add("--init_backbone", help="imagenet (MobileNetV2), none or a file of weights (default: the config's)")
     add("--init_from", help="segmentor.pth to start from: pre-training on synthesized pairs, fine-tuning on real ones")
     add("--class_balance", type=float, help="exponent of the class weights, 0 = none (default: the config's)")

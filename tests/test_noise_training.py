@@ -136,6 +136,16 @@ def test_what_it_writes_passes_the_filter_and_the_evaluation(data, config, tmp_p
     assert len(list((tmp_path / "masks").glob("*.png"))) == 24
 
 
+def test_a_training_is_not_resumed_with_another_way_to_find_t(data, config, tmp_path):
+    """The checkpoint's T, or the noise.json of the other way, would be in force without a word."""
+    train(data, config, tmp_path, "--noise_correction", "hoc", steps=2)
+    for flags in (("--noise_correction", "audit", "--audit", tmp_path), ("--noise_correction", "learned"), (),
+                  ("--noise_matrix", tmp_path / "noise.json")):  # fmt: skip
+        with pytest.raises(UserError, match="--resume: .* has --noise_correction hoc. Expected the same"):
+            train(data, config, tmp_path, *flags, "--resume", steps=4)
+    train(data, config, tmp_path, "--noise_correction", "hoc", "--resume", steps=4)
+
+
 def test_other_ways_to_find_t(data, config, tmp_path):
     train(data, config, tmp_path / "learned", "--noise_correction", "learned", "--warm_up_share", 0.25)
     learned = weights_of(tmp_path / "learned")

@@ -1,5 +1,6 @@
 """Rectifying: one step whatever the prediction, downhill for the guide, each sample alone; run through inference.py."""
 
+import argparse
 import json
 import os
 import signal
@@ -20,11 +21,11 @@ from ldm.data.classes import ClassTable
 from ldm.diffusion.path import FlowPath
 from ldm.diffusion.prediction import target_of
 from ldm.sampling.guidance import Run, make_denoiser
-from ldm.sampling.modes import PRESETS, Rectify, Sampling
+from ldm.sampling.modes import PRESETS, Rectify, Sampling, add_sampling_flags, choose_rectify
 from ldm.sampling.noise import SampleNoise, sample_noise
 from ldm.sampling.rectify import Rectifier, choose_levels
 from ldm.sampling.samplers import sample
-from ldm.util import say_once
+from ldm.util import UserError, say_once
 from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method, read_model_config
 
@@ -142,8 +143,13 @@ def test_windows_steps_schedules_and_groups():
     assert chosen(Rectify(steps=2, schedule="falling")) == {999: 0.175, 874: 0.15}
     assert chosen(Rectify(steps=1), method={"reuse_every": 2}) == {999: 0.2, 874: 0.2}
     assert chosen(Rectify(0.1, (0.3, 0.8)), method={"reuse_every": 2}) == dict.fromkeys((749, 624, 499, 374), 0.1)
-    with pytest.raises(ValueError, match="holds none of the 8 steps"):
+    with pytest.raises(ValueError, match="holds none of the 8 steps.*more --num_steps"):
         chosen(Rectify(window=(0.55, 0.6)))
+    with pytest.raises(ValueError, match=r"at 0\.999, 0\.749, 0\.499, 0\.249, \.\.\. \(of each 2"):  # 0.874 begins none
+        chosen(Rectify(window=(0.8, 0.9)), method={"reuse_every": 2})
+    _, run = bind(Rectify(), Linear(), STABLE, masks())
+    with pytest.raises(ValueError, match=r"Expected one at least\. Lower it\."):
+        choose_levels(run.sampling, run.levels[4:])  # as with a strength of 0.5
     for field, value in (("scale", 0.6), ("window", (0.7, 0.1)), ("steps", 0), ("schedule", "cosine"), ("loss", "no")):
         with pytest.raises(ValueError, match=f"--rectify_{field}"):
             Rectify(**{field: value})
@@ -152,6 +158,15 @@ def test_windows_steps_schedules_and_groups():
     assert "rectify_scale" not in Sampling().to_dict()
     assert Sampling(rectify=Rectify(log=True)).to_dict() == Sampling(rectify=Rectify()).to_dict()
     assert PRESETS["upstream"].rule == "clamped" and "rectify_rule" in Sampling(rectify=Rectify()).to_dict()
+
+
+def test_a_window_that_is_asked_for_wins_over_the_steps_of_a_preset():
+    parser = argparse.ArgumentParser()
+    add_sampling_flags(parser.add_argument_group())
+    upstream = ["--guide", "c", "w", "--rectify_preset", "upstream"]
+    found = [choose_rectify(parser.parse_args([*upstream, *flags])) for flags in (
+        [], ["--rectify_window", "0.1", "0.3"], ["--rectify_window", "0.1", "0.3", "--rectify_steps", "2"])]
+    assert [(one.steps, one.window) for one in found] == [(4, (0.7, 1.0)), (None, (0.1, 0.3)), (2, (0.1, 0.3))]
 
 
 def test_gradients_arrive_within_inference_mode():
@@ -304,6 +319,21 @@ def test_a_guide_that_knows_more_classes_drops_them(workspace: Path, tmp_path: P
         assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+def test_a_guide_that_does_nothing_is_said_so(workspace: Path, tmp_path: Path, caplog):
+    """Scores that are not finite, as of a training that diverged."""
+    config, weights = make_segmentor(tmp_path / "broken", MINI)
+    content = torch.load(weights, weights_only=True)
+    for value in content["state_dict"].values():
+        value.fill_(torch.nan) if value.is_floating_point() else None
+    torch.save(content, weights)
+    flags = ["--rectify_window", "0", "1", "--num_steps", "2"]
+    assert run(workspace, tmp_path / "out", "--guide", str(config), str(weights), *flags) == 0
+    assert "changed none of 6 steps" in caplog.text
+    caplog.clear()
+    assert run(workspace, tmp_path / "good", *guided(workspace)) == 0
+    assert "changed none" not in caplog.text
+
+
 def test_another_guide_is_another_run(workspace: Path, finished: Path, tmp_path: Path, capsys):
     content = torch.load(workspace / "guide/segmentor.pth", weights_only=True)
     content["state_dict"]["decode_head.conv_seg.bias"] += 1
@@ -318,6 +348,7 @@ def test_another_guide_is_another_run(workspace: Path, finished: Path, tmp_path:
 
 def test_a_guide_on_latents_learns_and_guides_without_the_decoder(workspace: Path, tmp_path: Path, capsys, monkeypatch):
     """Trained on images whose colours are their classes, it knows them; with it the decoder runs once an image."""
+    from ldm.training.latent_guide import LatentGuide, encode_pairs, train_latent_guide
     from scripts import train_segmentor
 
     random = np.random.default_rng(0)
@@ -334,9 +365,13 @@ def test_a_guide_on_latents_learns_and_guides_without_the_decoder(workspace: Pat
              "--learning_rate", "0.01"]  # fmt: skip
     train_segmentor.main([*flags, "--work_dir", str(tmp_path / "guide")])
     train_segmentor.main([*flags, "--max_steps", "2", "--work_dir", str(tmp_path / "short")])  # fewer than ten
+    with pytest.raises(UserError, match="a smaller --learning_rate"):  # the last one counts
+        train_segmentor.main([*flags, "--learning_rate", "1e30", "--work_dir", str(tmp_path / "far")])
+    reversed_table = replace(MINI, name="reversed", names=MINI.names[::-1])
+    with pytest.raises(UserError, match="--classes: reversed has the classes water"):
+        train_latent_guide(workspace / "tiny.safetensors", [], reversed_table, tmp_path / "no.safetensors")
+    assert not (tmp_path / "far").exists() and not (tmp_path / "no.safetensors").exists()
     file = tmp_path / "guide/guide.safetensors"
-    from ldm.training.latent_guide import LatentGuide, encode_pairs
-
     method = load_method(workspace / "tiny.safetensors", read_model_config(workspace / "tiny.safetensors"), "cpu")
     pairs = [(tmp_path / row["target"], tmp_path / row["source"]) for row in rows]
     latents, wanted = encode_pairs(method, pairs, MINI, torch.device("cpu"))

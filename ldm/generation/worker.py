@@ -17,6 +17,7 @@ from ldm.generation.generator import Generator
 from ldm.generation.machine import stop_on_signals
 from ldm.generation.plan import Job, Plan, make_plan, size_of
 from ldm.generation.store import Claim
+from ldm.sampling.rectify import Rectifier
 from ldm.util import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Worker:
                        "seconds": round(time.monotonic() - begun, 3), "device": name,
                        "batch_size": self.generator.batch_generator.batch_size, "torch": torch.__version__}  # fmt: skip
             rectifier = self.generator.batch_generator.rectifier
-            details |= {"rectified": rectifier.report()} if rectifier else {}
+            details |= {"rectified": report_rectified(number, rectifier)} if rectifier else {}
             self.store.publish(claim, records, failures, details)
         return True
 
@@ -85,6 +86,16 @@ class Worker:
         for failure in failures:
             logger.warning("row %d copy %d: no image: %s", failure["row"], failure["copy"], failure["reason"])
         return failures
+
+
+def report_rectified(number: int, rectifier: Rectifier) -> list[Record]:
+    """What a shard's statistics say of its rectified steps; warns where a guide was given and did nothing at all."""
+    records = rectifier.report()
+    count = sum(record["samples"] for record in records)
+    if count and count == sum(record["skipped"] for record in records):
+        logger.warning("shard %d: the guide changed none of %d steps, its gradient is zero or not finite. Expected "
+                       "masks with labelled pixels, and a guide whose training went well. Look at both.", number, count)
+    return records
 
 
 def run(plan: Plan) -> int:

@@ -246,4 +246,6 @@ def choose_rectify(args: argparse.Namespace) -> Rectify | None:
                              "--guide CONFIG WEIGHTS. Add it, or leave the flag out.")
         return None
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "window" in given:
+        given.setdefault("steps", None)  # the steps of a preset would leave a window that was asked for without effect
     return replace(PRESETS[args.rectify_preset or "default"], **given)

@@ -172,9 +172,11 @@ def choose_levels(sampling: Sampling, levels: Sequence[Level]) -> dict[Level, fl
             falling = 1 - (index + 1) / len(levels)
             chosen[level] = settings.scale * (falling if settings.schedule == "falling" else 1.0)
     if not chosen:
+        places = [f"{level.share:.3f}" for level in levels[::group][:4]]
+        shared = f" (of each {group} that share features the first counts)" if group > 1 else ""
+        remedy = "Lower it" if levels[0].share < low else "Widen it, or take more --num_steps"
         raise ValueError(f"--rectify_window: {low} to {high} holds none of the {len(levels)} steps, which are at "
-                         f"{', '.join(f'{level.share:.3f}' for level in levels[:4])}, ... Expected one at least. Widen "
-                         "it, or take more --num_steps.")
+                         f"{', '.join(places)}, ...{shared}. Expected one at least. {remedy}.")
     return chosen
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.classes import ClassTable, read_mask
+from ldm.data.classes import ClassTable, read_mask, same_names
 from ldm.data.images import read_image
 from ldm.data.transforms import resize_image, resize_mask
 from ldm.methods.base import Method
@@ -139,7 +139,8 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
     Returns:
         `steps`, `loss` (mean of the last tenth), `accuracy` on the training pixels of the last tenth.
     Raises:
-        UserError: if the generator has no latents, or other classes.
+        UserError: if the generator has no latents, or other classes; if the loss is not finite, or no pixel has a
+            class.
     """
     device = torch.device(device)
     method = load_method(checkpoint, read_model_config(checkpoint), device)
@@ -147,6 +148,9 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
     if not space:
         raise UserError(f"--on_latents: {checkpoint} works on images, not on latents. Expected a latent generator. "
                         "Leave the flag out, and guide it with a segmentor on images.")
+    if not same_names(table.names, method.class_table.names):
+        raise UserError(f"--classes: {table.name} has the classes {', '.join(table.names)}. Expected those of "
+                        f"{checkpoint}: {', '.join(method.class_table.names)}. Give its table.")
     latents, masks = encode_pairs(method, pairs, table, device, num_workers)
     spread = float(latents.float().std())
     torch.manual_seed(seed)
@@ -156,15 +160,18 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
     order, late = torch.Generator().manual_seed(seed), deque(maxlen=max(max_steps // 10, 1))
-    for _ in tqdm(range(max_steps), desc="guide on latents"):
+    for step in tqdm(range(max_steps), desc="guide on latents"):
         chosen = torch.randint(len(latents), (batch_size,), generator=order)
+        if not (masks[chosen] != IGNORED).any():
+            continue
         clean, mask = latents[chosen].to(device).float(), masks[chosen].to(device).long()
         level = noise * spread * torch.rand(batch_size, 1, 1, 1, generator=order)
         noisy = clean + (level * torch.randn(clean.shape, generator=order)).to(device)
         scores = F.interpolate(network(noisy), mask.shape[-2:], mode="bilinear", align_corners=False)
         loss = F.cross_entropy(scores, mask, ignore_index=IGNORED)
-        if not bool(loss.isfinite()):  # a batch of ignored pixels alone
-            continue
+        if not bool(loss.isfinite()):
+            raise UserError(f"--on_latents: the loss at step {step} is {loss.item()}. Expected a finite one. Take a "
+                            f"smaller --learning_rate than {learning_rate:g}; nothing was written.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -67,7 +67,7 @@ def read_audit(folder: str | Path, table: ClassTable) -> np.ndarray:
         try:
             corrected, given = (read_mask(folder / part / name, table) for part in ("corrected", "masks"))
         except UserError as error:
-            problems.append(str(error))
+            problems.append(str(error).rstrip("."))
             continue
         if corrected.shape != given.shape:
             problems.append(f"corrected/{name}: {corrected.shape} pixels, the mask {given.shape}")

@@ -8,6 +8,7 @@ functions, which its registry takes by their dotted paths.
 import argparse
 import contextlib
 import itertools
+import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,6 +93,25 @@ def check_flags(args: argparse.Namespace) -> None:
     wrong = [text for is_wrong, text in rules if is_wrong]
     if wrong:
         raise UserError("; ".join(wrong) + ". See --help.")
+
+
+def name_correction(args: argparse.Namespace) -> str:
+    """Flags that say how T is found, as they are given."""
+    return "--noise_matrix" if args.noise_matrix else f"--noise_correction {args.noise_correction}"
+
+
+def check_resumed(args: argparse.Namespace) -> None:
+    """UserError if the training to be resumed found T in another way: its checkpoint and noise.json would win unseen.
+
+    Trainings that did not note the way (before this check) go on.
+    """
+    path, now = Path(args.work_dir) / "config.json", name_correction(args)
+    if not (args.resume and path.is_file()):
+        return
+    was = json.loads(path.read_text(encoding="utf-8")).get("noise_correction", now)
+    if was != now:
+        raise UserError(f"--resume: the training in {args.work_dir} has {was}. Expected the same, not {now}. Go on "
+                        "with that, or choose another --work_dir.")
 
 
 def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespace, nodes: Sequence[dict]) -> None:

@@ -21,7 +21,14 @@ from post_processing.segmentation.backbone import find_imagenet_weights, load_ba
 from post_processing.segmentation.config import find_heads, read_config, walk
 from post_processing.segmentation.dataset import class_weights, count_pixels, dataset_config, list_pairs
 from post_processing.segmentation.dlc import CORRECTED_LOSS
-from post_processing.segmentation.dlc_training import NOISE_FLAGS, add_noise_correction, check_flags, is_corrected
+from post_processing.segmentation.dlc_training import (
+    NOISE_FLAGS,
+    add_noise_correction,
+    check_flags,
+    check_resumed,
+    is_corrected,
+    name_correction,
+)
 from post_processing.segmentation.mixing import JOINT_DATASET, MIX_DATASET, RATIO_SAMPLER
 from post_processing.segmentation.segmentor import (
     HISTORY_BUFFER,
@@ -150,6 +157,8 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     config, table = load_config(args)
     if "train_dataloader" not in config:
         check_flags(args)
+        config.noise_correction = name_correction(args)  # into config.json
+        check_resumed(args)
         fill_data(config, table, args)
         config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
         if args.val_txt_file:
