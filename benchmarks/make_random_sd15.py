@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.diffusion.path import DiscretePath  # noqa: E402
 from ldm.files import atomic_write  # noqa: E402
 from ldm.util import UserError, check_targets, load_config, run_entry_point  # noqa: E402
-from ldm.weights.load import build_skeleton, load_method, read_model_config  # noqa: E402
-from ldm.weights.report import SCHEDULE  # noqa: E402
+from ldm.weights.load import SCHEDULE, build_skeleton, load_method, read_model_config  # noqa: E402
 
 DTYPES = {"fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
 

@@ -18,8 +18,7 @@ from ldm.files import atomic_write
 from ldm.methods.diffusion import evaluating
 from ldm.sheet import Cell, draw_sheet
 from ldm.training.average import averaged_weights
-from ldm.weights.base import describe_bases
-from ldm.weights.checkpoint import save_safetensors
+from ldm.weights.checkpoint import describe_bases, save_safetensors
 
 
 class RunRecord(pl.Callback):
@@ -134,7 +133,7 @@ class WeightExport(pl.Callback):
     """Puts the config into every checkpoint, and exports the weights for inference.
 
     They go to run_dir/checkpoints/last.safetensors; the averaged ones when EMA is on. Both files leave out what the
-    module says other files hold, and say which (see ldm.weights.base).
+    module says other files hold, and say which (see ldm.weights.checkpoint).
 
     Args:
         run_dir: folder of the run.

@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,30 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class RawFile:
-    """Contents of one weight file.
+class Checkpoint:
+    """Weights of a file or folder.
 
     Attributes:
-        tensors: by the names in the file.
-        metadata: strings of a safetensors header; `config` may hold a yaml.
-        config: configuration as plain values, of a pickle that carries one.
+        name: its path, for reports.
+        tensors: read when asked for; by the names in the file, or by ours (see ldm.weights.checkpoint).
+        config: inside the file, yaml or plain values, or as checkpoints are opened a DictConfig; None if there is none.
+        metadata: further strings inside the file.
+        notes: what was renamed or set aside.
     """
 
+    name: str
     tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
-    config: Mapping[str, Any] | None = None
+    config: Any = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def only(self, prefix: str) -> "Checkpoint":
+        """The tensors whose names begin with the prefix."""
+        return replace(self, tensors={k: v for k, v in self.tensors.items() if k.startswith(prefix)})
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, in memory."""
+        return {key: stored.read() for key, stored in self.tensors.items()}
 
 
 class StandIn:
@@ -83,19 +95,14 @@ class StandInDict:
         return {}
 
 
-def pick_attribute(*_: Any) -> type[StandIn]:
-    """Takes the place of getattr."""
-    return StandIn
-
-
 def stand_in(name: str) -> Callable[..., Any]:
     """What takes the place of the object of this dotted name."""
     if name == "builtins.getattr":
-        return pick_attribute
+        return lambda *_: StandIn
     return StandInDict if name.endswith(DICT_CLASSES) else StandIn
 
 
-def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> RawFile:
+def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> Checkpoint:
     """Open a weight file; what it is follows from its contents, not from its name.
 
     Args:
@@ -161,7 +168,7 @@ class SafeFile:
         return tensor
 
 
-def read_safetensors(path: Path) -> RawFile:
+def read_safetensors(path: Path) -> Checkpoint:
     """Open a safetensors file (see read_file)."""
     opened = SafeFile(path)
     names = opened.file.keys()
@@ -174,10 +181,11 @@ def read_safetensors(path: Path) -> RawFile:
                             f"{', '.join(DTYPES)}. Convert it.")
         tensors[name] = StoredTensor(tuple(entry.get_shape()), DTYPES[entry.get_dtype()],
                                      lambda name=name: opened.read(name))
-    return RawFile(tensors, opened.file.metadata() or {})
+    metadata = dict(opened.file.metadata() or {})
+    return Checkpoint(str(path), tensors, metadata.pop("config", None), metadata)
 
 
-def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> RawFile:
+def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> Checkpoint:
     """Open a torch file through torch's restricted reader, with stand-ins for what Lightning files hold beside weights.
 
     Args:
@@ -225,7 +233,7 @@ def is_harmless(name: str) -> bool:
     return name in HARMLESS or name.startswith(HARMLESS_PREFIXES)
 
 
-def unwrap(path: Path, content: Any, entries: Sequence[str]) -> RawFile:
+def unwrap(path: Path, content: Any, entries: Sequence[str]) -> Checkpoint:
     """The tensors in the contents of a torch file: one of its entries, or the contents themselves."""
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of tensors.")
@@ -240,10 +248,10 @@ def unwrap(path: Path, content: Any, entries: Sequence[str]) -> RawFile:
                         f"({', '.join(str(key)[:60] for key in bad[:3])}). Expected a state_dict.")
     tensors = {key: StoredTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())
                for key, value in weights.items()}
-    config = content.get("config") if weights is not content else None
-    base = content.get("base") if weights is not content else None  # see ldm.weights.base
-    metadata = {"base": base} if isinstance(base, str) else {}
-    return RawFile(tensors, metadata, config if isinstance(config, Mapping) else None)
+    about = content if weights is not content else {}
+    config, base = about.get("config"), about.get("base")  # base: see describe_bases
+    return Checkpoint(str(path), tensors, config if isinstance(config, Mapping) else None,
+                      {"base": base} if isinstance(base, str) else {})
 
 
 def check_count(path: Path, count: int) -> None:
@@ -253,7 +261,7 @@ def check_count(path: Path, count: int) -> None:
                         "This is no weight file of a network of this kind.")
 
 
-def read_folder(folder: Path) -> RawFile | None:
+def read_folder(folder: Path) -> Checkpoint | None:
     """Open the weights that lie directly in a folder of diffusers or transformers, in one file or in several.
 
     Args:
@@ -271,7 +279,7 @@ def read_folder(folder: Path) -> RawFile | None:
     return None
 
 
-def read_shards(index: Path) -> RawFile:
+def read_shards(index: Path) -> Checkpoint:
     """Open weights that an index spreads over several files (see read_folder)."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -287,4 +295,4 @@ def read_shards(index: Path) -> RawFile:
         raise UserError(f"checkpoint {index}: {len(absent)} tensors are not in the files it names ({absent[0]}). "
                         "Fetch all of them again.")
     check_count(index, len(places))
-    return RawFile({key: files[name][key] for key, name in places.items()}, {})
+    return Checkpoint(str(index), {key: files[name][key] for key, name in places.items()})
