@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from cldm.control import Features
-from ldm.modules.attention import CrossAttention, FeedForward, FixedContext
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention, FixedContext
 from ldm.modules.blocks import zero_module
 from ldm.modules.unet import UNet
 
 
-class AllInAttentionBlock(nn.Module):
-    """Attention to the reference, to the mask, to itself, to the text; then feed-forward.
+class AllInAttentionBlock(BasicTransformerBlock):
+    """Attention to the reference and to the mask in front of a block of Stable Diffusion.
 
     The names are those of the published weights, in which `ssl` labels the attention to the *mask* features although
     the reference branch is called `ssl_stage_model`: `attn00_ls_trainable` attends to the reference,
@@ -29,22 +29,13 @@ class AllInAttentionBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int, source_dim: int,
                  normalise_sources: bool, zero_out: bool) -> None:
-        super().__init__()
-        self.attn1 = CrossAttention(dim, None, heads, head_dim)
-        self.ff = FeedForward(dim)
-        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        super().__init__(dim, heads, head_dim, context_dim)
         self.attn00_ls_trainable = CrossAttention(dim, source_dim, heads, head_dim)
         self.attn01_ssl_trainable = CrossAttention(dim, source_dim, heads, head_dim)
         self.norm00_trainable = nn.LayerNorm(dim)
         self.norm01_trainable = nn.LayerNorm(dim)
-        if normalise_sources:
-            self.reference_norm_trainable = nn.LayerNorm(source_dim)
-            self.hint_norm_trainable = nn.LayerNorm(source_dim)
-        else:
-            self.reference_norm_trainable, self.hint_norm_trainable = nn.Identity(), nn.Identity()
+        self.reference_norm_trainable = nn.LayerNorm(source_dim) if normalise_sources else nn.Identity()
+        self.hint_norm_trainable = nn.LayerNorm(source_dim) if normalise_sources else nn.Identity()
         if zero_out:
             zero_module(self.attn00_ls_trainable.to_out)
             zero_module(self.attn01_ssl_trainable.to_out)
@@ -63,9 +54,7 @@ class AllInAttentionBlock(nn.Module):
         hint = self.hint_norm_trainable(hint.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
         x = x + self.attn00_ls_trainable(self.norm00_trainable(x), reference)
         x = x + self.attn01_ssl_trainable(self.norm01_trainable(x), hint)
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return super().forward(x, context)
 
 
 class AllInAttentionUNet(UNet):
@@ -120,20 +109,15 @@ class AllInAttentionUNet(UNet):
             (B, out_channels, h, w).
         """
         skips = list(skips)
+        hints, references = (list(f.raw if self.is_residual else f.projected) for f in (hint, reference))
+        h = self.run(self.middle_block, skips[-1], embedding, context=context, hint=hints.pop(),
+                     reference=references.pop())
         if self.is_residual:
-            added = [a + b for a, b in zip(hint.projected, reference.projected, strict=True)]
-            sources = list(zip(hint.raw, reference.raw, strict=True))
-        else:
-            sources = list(zip(hint.projected, reference.projected, strict=True))
-        to_hint, to_reference = sources.pop()
-        h = self.run(self.middle_block, skips[-1], embedding, context=context, hint=to_hint, reference=to_reference)
-        if self.is_residual:
-            h = h + added.pop()
-            skips = [skip + extra for skip, extra in zip(skips, added, strict=True)]
+            *added, extra = (a + b for a, b in zip(hint.projected, reference.projected, strict=True))
+            h, skips = h + extra, [skip + extra for skip, extra in zip(skips, added, strict=True)]
         for block in self.output_blocks:
-            to_hint, to_reference = sources.pop()
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context, hint=to_hint,
-                         reference=to_reference)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context, hint=hints.pop(),
+                         reference=references.pop())
         return self.out(h)
 
     def attended(self) -> list[bool]:

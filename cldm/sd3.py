@@ -240,10 +240,6 @@ class MaskTransformer(nn.Module):
         """Parameters of the adapters."""
         return [p for name, p in self.base.named_parameters() if ".lora_" in name]
 
-    def merged_state(self) -> dict[str, Tensor]:
-        """State under the names without adapters, with what adapters change added to the weights."""
-        return merge_lora(self.state_dict())
-
 
 def merge_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights without adapters: each adapted matrix plus B A, for adapters of add_lora, whose alpha is their rank.

@@ -16,19 +16,10 @@ from ldm.diffusion.spacing import ENDS, check_spacing, spaced_timesteps
 
 SCHEDULE_KINDS = ("scaled_linear", "linear", "cosine")
 BUFFER_NAMES = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
 TRAINING_TIMES = ("uniform", "logit_normal")
 
 
@@ -133,7 +124,7 @@ class DiscretePath(Path):
         super().__init__()
         self.num_timesteps = num_timesteps
         self.betas = make_betas(num_timesteps, kind, start, end)
-        self._values = _derive(self.betas)
+        self._values = derive_vectors(self.betas)
         self._tensors: dict[tuple[str, str], Tensor] = {}
 
     @property
@@ -173,15 +164,11 @@ class DiscretePath(Path):
             ValueError: if the shape or (on the CPU, where looking costs nothing) a value of timestep is wrong.
         """
         if timestep.shape != like.shape[:1]:
-            raise ValueError(
-                f"timestep: shape {tuple(timestep.shape)} for a batch of {like.shape[0]}."
-                " Expected one timestep per sample. Pass a vector of that length."
-            )
+            raise ValueError(f"timestep: shape {tuple(timestep.shape)} for a batch of {like.shape[0]}. Expected one "
+                             "timestep per sample. Pass a vector of that length.")
         if timestep.device.type == "cpu" and ((timestep < 0) | (timestep >= self.num_timesteps)).any():
-            raise ValueError(
-                f"timestep: {timestep.tolist()} is out of range. Expected values in [0, {self.num_timesteps})."
-                " Draw timesteps below path.num_timesteps."
-            )
+            raise ValueError(f"timestep: {timestep.tolist()} is out of range. Expected values in [0, "
+                             f"{self.num_timesteps}). Draw timesteps below path.num_timesteps.")
         key = (name, str(like.device))
         if key not in self._tensors:
             # A first look-up in inference mode must not leave an inference tensor behind for the training step.
@@ -297,14 +284,11 @@ def make_betas(num_timesteps: int, kind: str, start: float, end: float) -> np.nd
     if num_timesteps < 1:
         raise ValueError(f"schedule: num_timesteps is {num_timesteps}. Expected at least 1. Use 1000 if unsure.")
     if kind not in SCHEDULE_KINDS:
-        raise ValueError(
-            f"schedule: unknown kind {kind!r}. Expected one of {', '.join(SCHEDULE_KINDS)}. Correct the config."
-        )
+        raise ValueError(f"schedule: unknown kind {kind!r}. Expected one of {', '.join(SCHEDULE_KINDS)}. Correct the "
+                         "config.")
     if kind != "cosine" and not (0 < start < 1 and 0 < end < 1):
-        raise ValueError(
-            f"schedule: start {start} or end {end} is not a variance. Expected values in (0, 1)."
-            " Stable Diffusion uses 0.00085 and 0.012."
-        )
+        raise ValueError(f"schedule: start {start} or end {end} is not a variance. Expected values in (0, 1). Stable "
+                         "Diffusion uses 0.00085 and 0.012.")
     if kind == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
     if kind == "linear":
@@ -315,7 +299,8 @@ def make_betas(num_timesteps: int, kind: str, start: float, end: float) -> np.nd
     return np.clip(1.0 - signal[1:] / signal[:-1], 1e-8, 0.999)
 
 
-def _derive(betas: np.ndarray) -> dict[str, np.ndarray]:
+def derive_vectors(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """BUFFER_NAMES, `log_betas` and `log_least_variance` of a forward process, each (T,) float64."""
     alphas = 1.0 - betas
     cumprod = np.cumprod(alphas)
     previous = np.append(1.0, cumprod[:-1])
@@ -330,10 +315,9 @@ def _derive(betas: np.ndarray) -> dict[str, np.ndarray]:
         "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / cumprod),
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / cumprod - 1.0),
         "posterior_variance": posterior_variance,
-        # The first posterior variance is exactly 0, its logarithm is not a number one can store.
+        # The first posterior variance is exactly 0: checkpoints have a floor for it, learned variances the next one.
         "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
         "log_betas": np.log(betas),
-        # The first posterior variance is 0; a network that learns variances takes the next one's place for it.
         "log_least_variance": np.log(np.append(posterior_variance[1:2], posterior_variance[1:]) if len(betas) > 1
                                      else betas),
         "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - cumprod),

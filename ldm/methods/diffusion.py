@@ -237,19 +237,14 @@ class DiffusionMethod(Method):
             conditions: from `conditions`.
             sampling: guidance and savings.
         """
-        scales = [(self.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale, None),
-                  *((self.setting(sampling, name), drops) for name, drops in SCALES.items())]
+        own = self.own_sampling.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+        scales = [(own, None), *((self.setting(sampling, name), drops) for name, drops in SCALES.items())]
         scales = [(scale, drops) for scale, drops in scales if scale != 1]
         with torch.no_grad():
             branches = [self.null_conditions(conditions, drops) for _, drops in scales] + [conditions]
             predict = self.prepare(branches, sampling)
         predict = guide(predict, [scale for scale, _ in scales], sampling.guidance_interval, sampling.guidance_rescale)
         return make_denoiser(torch.no_grad()(predict), self.prediction_type, self.clip, sampling.solver == "ddpm")
-
-    @property
-    def guidance_scale(self) -> float:
-        """The method's own guidance scale."""
-        return self.own_sampling.guidance_scale
 
     @torch.no_grad()
     def preview(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -27,9 +27,9 @@ class DiagonalGaussian:
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self) -> Tensor:
         """Draw one latent a sample, (B, C, h, w)."""
-        noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator)
+        noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:

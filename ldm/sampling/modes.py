@@ -161,51 +161,47 @@ SAMPLER = ("solver", "num_steps", "eta", "spacing", "end")
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Add --mode and a flag for every field of Sampling; those that are not given leave the mode as it is."""
     modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
-    group.add_argument("--mode", choices=list(MODES),
-                       help=f"settings to start from ({modes}; exact: as the model's config has it, else as said). "
-                       f"Default: {DEFAULT_MODE}; exact where the config has settings of its own, and with "
-                       "--ddim_steps, --ddim_eta, --solver, --spacing or --end")  # fmt: skip
-
-    def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
-        options |= {} if kind is None else {"type": kind}
-        group.add_argument(*names, dest=dest, default=None, **options)
-
-    add("--ddim_steps", "--num_steps", dest="num_steps", kind=int,
-        help="network evaluations per image; default: the mode's")  # fmt: skip
-    add("--ddim_eta", dest="eta", kind=float, help="fresh noise per step of ddim, 0 to 1; default: 0")
-    add("--scale", "--guidance_scale", dest="guidance_scale", kind=float,
-        help="classifier-free guidance scale; 1 = off, one branch; default: the model's own (mostly 9)")  # fmt: skip
-    add("--hint_scale", dest="hint_scale", kind=float, help="guidance by the mask alone; default: 1, no extra branch")
-    add("--reference_scale", dest="reference_scale", kind=float, help="guidance by the reference alone; default: 1")
-    add("--guidance_interval", dest="guidance_interval", kind=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only at timesteps within these shares of all, 0 is clean; default: the mode's")  # fmt: skip
-    add("--guidance_rescale", dest="guidance_rescale", kind=float, help="rein in the contrast of guidance, 0 to 1")
-    add("--solver", dest="solver", choices=SOLVERS, help="default: the mode's")
-    add("--spacing", dest="spacing", choices=SPACINGS, help="of the timesteps; default: the mode's")
-    add("--end", dest="end", choices=ENDS, help="noise level of the last step; default: the mode's")
-    add("--share_control", dest="share_control", action=argparse.BooleanOptionalAction,
-        help="approximation: one control branch for both halves of guidance; default: the mode's")  # fmt: skip
-    add("--reuse_every", dest="reuse_every", kind=int,
-        help="approximation: encoder and control branches at every n-th step only; default: the mode's")  # fmt: skip
-    add("--strength", dest="strength", kind=float,
+    add = group.add_argument
+    add("--mode", choices=list(MODES),
+        help=f"settings to start from ({modes}; exact: as the model's config has it, else as said). Default: "
+        f"{DEFAULT_MODE}; exact where the config has settings of its own, and with --ddim_steps, --ddim_eta, --solver, "
+        "--spacing or --end")
+    add("--ddim_steps", "--num_steps", dest="num_steps", type=int,
+        help="network evaluations per image; default: the mode's")
+    add("--ddim_eta", dest="eta", type=float, help="fresh noise per step of ddim, 0 to 1; default: 0")
+    add("--scale", "--guidance_scale", dest="guidance_scale", type=float,
+        help="classifier-free guidance scale; 1 = off, one branch; default: the model's own (mostly 9)")
+    add("--hint_scale", type=float, help="guidance by the mask alone; default: 1, no extra branch")
+    add("--reference_scale", type=float, help="guidance by the reference alone; default: 1")
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at timesteps within these shares of all, 0 is clean; default: the mode's")
+    add("--guidance_rescale", type=float, help="rein in the contrast of guidance, 0 to 1")
+    add("--solver", choices=SOLVERS, help="default: the mode's")
+    add("--spacing", choices=SPACINGS, help="of the timesteps; default: the mode's")
+    add("--end", choices=ENDS, help="noise level of the last step; default: the mode's")
+    add("--share_control", action=argparse.BooleanOptionalAction, default=None,
+        help="approximation: one control branch for both halves of guidance; default: the mode's")
+    add("--reuse_every", type=int,
+        help="approximation: encoder and control branches at every n-th step only; default: the mode's")
+    add("--strength", type=float,
         help="0 to 1: start from the row's own image (target), noised to this share of the timesteps; default: 1, pure "
-        "noise")  # fmt: skip
-    group.add_argument("--guide", nargs="+", metavar="FILE", help="rectify: let a segmentor's gradient correct every "
-                       "image towards its mask; config and weights of scripts/train_segmentor.py, or the dotted path "
-                       "of a class of your own (with --allow_modules) and its files; default: no guide")  # fmt: skip
-
-    def rectify(name: str, text: str, **options: Any) -> None:
-        group.add_argument(f"--rectify_{name}", default=None, help=f"{text}; default: the preset's", **options)
-
-    group.add_argument("--rectify_preset", choices=list(PRESETS), default=None,
-                       help="settings of rectifying to start from; upstream: a flow model's, as published")  # fmt: skip
-    rectify("scale", "size of a step relative to the velocity, up to 0.5", type=float)
-    rectify("window", "rectify at levels within these shares of the path, 1 is noise", type=float, nargs=2,
-            metavar=("LOW", "HIGH"))  # fmt: skip
-    rectify("steps", "rectify the first so many steps, whatever the window", type=int)
-    rectify("schedule", "scale over the steps", choices=["constant", "falling"])
-    rectify("loss", "pixels that count: all with a class, or those the guide gets wrong", choices=["all", "wrong"])
-    rectify("log", "note the guide's loss behind every step too, for one decoding more", action="store_true")
+        "noise")
+    add("--guide", nargs="+", metavar="FILE",
+        help="rectify: let a segmentor's gradient correct every image towards its mask; config and weights of "
+        "scripts/train_segmentor.py, or the dotted path of a class of your own (with --allow_modules) and its files; "
+        "default: no guide")
+    add("--rectify_preset", choices=list(PRESETS),
+        help="settings of rectifying to start from; upstream: a flow model's, as published")
+    add("--rectify_scale", type=float,
+        help="size of a step relative to the velocity, up to 0.5; default: the preset's, as of the next")
+    add("--rectify_window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="rectify at levels within these shares of the path, 1 is noise")
+    add("--rectify_steps", type=int, help="rectify the first so many steps, whatever the window")
+    add("--rectify_schedule", choices=["constant", "falling"], help="scale over the steps")
+    add("--rectify_loss", choices=["all", "wrong"],
+        help="pixels that count: all with a class, or those the guide gets wrong")
+    add("--rectify_log", action="store_true", default=None,
+        help="note the guide's loss behind every step too, for one decoding more")
 
 
 def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:

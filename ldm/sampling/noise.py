@@ -25,9 +25,8 @@ def sample_seed(seed: int, row: int, copy: int) -> int:
     number = seed + row + copy * COPY_STRIDE
     if seed < 0 or copy < 0 or not 0 <= row < COPY_STRIDE or number >= 2**63:
         raise ValueError(
-            f"sample_seed: seed {seed}, row {row}, copy {copy} is not possible. Expected seed and copy of at least 0,"
-            f" row below {COPY_STRIDE} and a sum below 2**63. Choose a smaller --seed or split the manifest."
-        )
+            f"sample_seed: seed {seed}, row {row}, copy {copy} is not possible. Expected seed and copy of at least 0, "
+            f"row below {COPY_STRIDE} and a sum below 2**63. Choose a smaller --seed or split the manifest.")
     return number
 
 
@@ -46,27 +45,11 @@ class SampleNoise:
         self.device = device
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
-        """Draw the next noise of every sample.
-
-        Args:
-            shape: shape of one sample, (C, h, w).
-
-        Returns:
-            Standard normal, (B, C, h, w) float32 on the device.
-        """
+        """The next noise of every sample, for the shape (C, h, w): standard normal, (B, C, h, w) float32."""
         draws = [torch.randn(tuple(shape), generator=generator) for generator in self.generators]
         return torch.stack(draws).to(self.device)
 
 
 def sample_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Draw the noise that a sampler starts from.
-
-    Args:
-        shape: shape of one sample, (C, h, w).
-        seeds: one seed per sample of the batch (see sample_seed).
-        device: where the noise goes; it does not change the numbers.
-
-    Returns:
-        Standard normal, (B, C, h, w) float32.
-    """
+    """The noise that a sampler starts from: the first draw of SampleNoise, (B, C, h, w) float32."""
     return SampleNoise(seeds, device)(shape)

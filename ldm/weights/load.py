@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ldm.diffusion.path import BUFFER_NAMES
-from ldm.methods.base import Method, WeightGroup
-from ldm.methods.conditions import ConditionCache
+from ldm.methods.base import ConditionCache, Method, WeightGroup
 from ldm.util import UserError, check_targets, instantiate_from_config, load_config
 from ldm.weights.checkpoint import find_bases, open_checkpoint, open_whole
 from ldm.weights.files import Checkpoint, StoredTensor
