@@ -292,10 +292,10 @@ def write_report(
             totals[name] += pixels, dropped, 1
     classes = {}
     for name, mean, real in zip(hardness.names, hardness.mean, hardness.pixels, strict=True):
-        pixels, dropped, pictures = map(int, totals[name])
+        pixels, dropped, images = map(int, totals[name])
         classes[name] = {
             "real_pixels": int(real), "mean_loss": round(float(mean), 6) if real else None,
-            "limit": round(margin * float(mean), 6) if real else None, "pictures": pictures, "pixels": pixels,
+            "limit": round(margin * float(mean), 6) if real else None, "pictures": images, "pixels": pixels,
             "dropped": dropped, "share": round(dropped / pixels, 6) if pixels else None,
         }  # fmt: skip
     everything, dropped = (sum(int(total[k]) for total in totals.values()) for k in (0, 1))

@@ -173,10 +173,10 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
 def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
     """Raise UserError if the filter has not judged all images of its run; folders that do not say how many pass."""
     filtered = RunFolder(folder, record="filter.json")
-    pictures, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
-    if judged < pictures:
+    images, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
+    if judged < images:
         raise UserError(
-            f"--filtered-mask-path: {folder} is not finished ({judged} of {pictures} images are judged). Expected "
+            f"--filtered-mask-path: {folder} is not finished ({judged} of {images} images are judged). Expected "
             "all of them. Give the command of filter.py again, with every --shard if there are several."
         )
 

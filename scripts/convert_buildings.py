@@ -172,8 +172,8 @@ def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bring an integer array (h, w) to a size (height, width) as inference.py does with masks."""
     if values.shape == tuple(size):
         return values
-    picture = Image.fromarray(values.astype(np.int32))
-    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.NEAREST))
+    image = Image.fromarray(values.astype(np.int32))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def read_scene(image: Path | None, mask: Path, table: ClassTable, args: argparse.Namespace) -> Scene:

@@ -140,11 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     sheet = plan(records, sources, args.rows, args.columns)
     shown = {line[0].label for line in sheet}
     legend = sources.legend([record for record in records if Path(record["mask"]).stem in shown])
-    picture = draw_sheet(sheet, args.tile, legend)
+    image = draw_sheet(sheet, args.tile, legend)
     out = Path(args.out) if args.out else folder / "contact_sheet.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, lambda file: picture.save(file, format="PNG"))
-    logger.info("contact sheet: %s (%d x %d)", out, *picture.size)
+    atomic_write(out, lambda file: image.save(file, format="PNG"))
+    logger.info("contact sheet: %s (%d x %d)", out, *image.size)
     return 0
 
 

@@ -94,15 +94,15 @@ def test_masks_of_every_kind_are_read_exactly(tmp_path, kind):
     table = ClassTable.load("dubai")
     file = tmp_path / ("mask.tif" if kind == "tiff" else "mask.png")
     if kind == "16-bit":
-        picture = Image.fromarray(IDS.astype(np.uint16))
+        image = Image.fromarray(IDS.astype(np.uint16))
     elif kind == "palette":
-        picture = Image.fromarray(IDS, mode=None).convert("L")
-        picture.putpalette(np.random.default_rng(0).integers(0, 255, 768).astype(np.uint8).tobytes())
+        image = Image.fromarray(IDS, mode=None).convert("L")
+        image.putpalette(np.random.default_rng(0).integers(0, 255, 768).astype(np.uint8).tobytes())
     elif kind in ("colour", "rgba"):
-        picture = Image.fromarray(table.colourise(IDS)).convert("RGBA" if kind == "rgba" else "RGB")
+        image = Image.fromarray(table.colourise(IDS)).convert("RGBA" if kind == "rgba" else "RGB")
     else:
-        picture = Image.fromarray(IDS)
-    picture.save(file)
+        image = Image.fromarray(IDS)
+    image.save(file)
     mask = read_mask(file, table)
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, IDS)

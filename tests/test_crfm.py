@@ -112,9 +112,9 @@ def test_conditions_follow_mask_and_prompt(root: Path):
     assert found["context"].shape == (2, 333, 64) and found["pooled"].shape == (2, 32)
     vectors = PromptVectors(root / "vectors")
     assert torch.equal(found["context"][1], vectors.read(batch["prompt"][1])[0])
-    picture = encode_mask(batch["mask"], "palette", method.class_table) * 2 - 1
+    image = encode_mask(batch["mask"], "palette", method.class_table) * 2 - 1
     with torch.no_grad():
-        expected = (method.first_stage_model.encode(picture).mean - 0.0609) * 1.5305
+        expected = (method.first_stage_model.encode(image).mean - 0.0609) * 1.5305
     assert torch.equal(found["mask_latent"], expected)
     null = method.null_conditions(found, ("prompt", "mask"))
     assert torch.equal(null["context"][0], vectors.read("")[0])

@@ -91,7 +91,7 @@ def test_class_weights_average_to_one_over_the_pixels():
     assert class_weights(pixels, 0) == [1, 1, 1]
 
 
-def test_reference_following_counts_the_one_wrong_picture(tmp_path):
+def test_reference_following_counts_the_one_wrong_image(tmp_path):
     table = ClassTable.load("mini")
     make_pairs(tmp_path, 4)
     rng = np.random.default_rng(1)
@@ -211,11 +211,11 @@ def nearest_colour(self, images):
     return -(images[:, None].float() - colours[None, :, :, None, None]).square().sum(dim=2)
 
 
-def run_mask_following(trained, folder, pictures, monkeypatch):
+def run_mask_following(trained, folder, numbers, monkeypatch):
     """Score images (indices of real images) as the synthesized images of masks 0, 1, ..."""
     root, work = trained
     monkeypatch.setattr("post_processing.segmentation.segmentor.Segmentor.logits", nearest_colour)
-    images = [np.asarray(Image.open(root / f"img/{number}.png")) for number in pictures]
+    images = [np.asarray(Image.open(root / f"img/{number}.png")) for number in numbers]
     samples = [(f"label/{mask}.png", None, image) for mask, image in enumerate(images)]
     make_run(folder, root, samples, ClassTable.load("mini"))
     flags = ["--segmentor", work / "config.json", work / "segmentor.pth", "--run", folder]
@@ -225,7 +225,7 @@ def run_mask_following(trained, folder, pictures, monkeypatch):
     return json.loads((folder / "mask_following/results.json").read_text())
 
 
-def test_real_pictures_reach_the_ceiling_and_swapped_ones_do_not(trained, tmp_path, monkeypatch):
+def test_real_images_reach_the_ceiling_and_swapped_ones_do_not(trained, tmp_path, monkeypatch):
     right = run_mask_following(trained, tmp_path / "right", range(6), monkeypatch)
     assert right["real"]["mIoU"] > 99
     assert right["synthesized"] == right["real"]

@@ -357,7 +357,7 @@ def test_fault_18_memory_that_runs_out_in_float32_halves_that_batch_only(workspa
     assert close_to(tmp_path, finished) and sizes == [2, 2]
 
 
-def test_fault_19_what_decides_the_pictures_must_stay_and_nothing_else(workspace, tmp_path, capsys):
+def test_fault_19_what_decides_the_images_must_stay_and_nothing_else(workspace, tmp_path, capsys):
     root = make_workspace(tmp_path)
     assert run(root, tmp_path / "out") == 0
     before = contents(tmp_path / "out")

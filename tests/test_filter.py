@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = ((12, 16), (16, 16), (8, 20))
 
 
-def make_pictures(folder, count, classes, seed, name="{}", absent=()):
+def make_images(folder, count, classes, seed, name="{}", absent=()):
     """Images and masks of mixed sizes in folder/img and folder/label; the third mask is ignored everywhere."""
     random = np.random.default_rng(seed)
     items = []
@@ -89,8 +89,8 @@ def upstream_filter(segmentor, real, synthesized, margin):
 def test_masks_equal_a_slow_reimplementation_and_upstream(tmp_path, count):
     segmentor = colour_segmentor(count)
     absent = [count - 1]
-    real = make_pictures(tmp_path / "real", 7, count, 0, absent=absent)
-    synthesized = make_pictures(tmp_path / "syn", 8, count, 1, "{}_seed_5")
+    real = make_images(tmp_path / "real", 7, count, 0, absent=absent)
+    synthesized = make_images(tmp_path / "syn", 8, count, 1, "{}_seed_5")
     hardness = measure_hardness({}, segmentor, real, batch_size=2, workers=2)
     sums, pixels = np.zeros(count), np.zeros(count, int)
     for item in real:
@@ -166,7 +166,7 @@ class SmallMemory(Segmentor):
 
 
 def test_where_memory_ends_the_batch_is_halved(tmp_path):
-    real = [item for item in make_pictures(tmp_path, 21, 4, 0) if int(item.image.stem) % 3 == 0]  # seven of one size
+    real = [item for item in make_images(tmp_path, 21, 4, 0) if int(item.image.stem) % 3 == 0]  # seven of one size
     whole, small = colour_segmentor(4), SmallMemory(ColourModel(4), table_of(4))
     expected, found = (measure_hardness({}, segmentor, real, 7, 1) for segmentor in (whole, small))
     assert found.pixels.tolist() == expected.pixels.tolist()
@@ -214,12 +214,12 @@ def test_filtered_masks_are_read_by_the_table_of_their_source(tmp_path, form):
     table = table_of(2, source_ids=source_ids) if source_ids else table_of(2)
     raw = {"16 bit": np.array([300, 7], np.uint16)[ids], "moved": np.array([0, 255], np.uint8)[ids],
            "colours": table.colourise(ids)}.get(form, ids)  # fmt: skip
-    picture = Image.fromarray(raw)
+    image = Image.fromarray(raw)
     if form == "palette":
-        picture.putpalette([1, 2, 3, 4, 5, 6])
+        image.putpalette([1, 2, 3, 4, 5, 6])
     elif form == "one bit":
-        picture = Image.fromarray(ids * 255).convert("1")
-    picture.save(tmp_path / "a.png")
+        image = Image.fromarray(ids * 255).convert("1")
+    image.save(tmp_path / "a.png")
     Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(tmp_path / "b.png")
     from post_processing.segmentation.loading import load_pair
 
@@ -279,7 +279,7 @@ worker.run(find_generated(folder / "img", folder / "label"))
 def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
     from post_processing.selection.rules import is_finished
 
-    items = make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
+    items = make_images(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
     segmentor, limits = colour_segmentor(4), torch.full((256,), 1.0)
 
     def run(out, todo):
@@ -336,8 +336,8 @@ sys.exit(entry.main(flags))
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_the_command_goes_on_after_a_signal_and_ends_with_the_same_files(tmp_path, colours, number, code):
-    make_pictures(tmp_path / "real", 4, 4, 0)
-    make_pictures(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
+    make_images(tmp_path / "real", 4, 4, 0)
+    make_images(tmp_path / "syn", 9, 4, 1, "{}_seed_5")
     (tmp_path / "syn/label/7.png").unlink()
     done = subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(int(number)), "6", *flags(tmp_path, tmp_path / "out", tmp_path / "syn")],
@@ -362,7 +362,7 @@ def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
 
     args = build_parser().parse_args([*flags(tmp_path, tmp_path, tmp_path), "--batch_size", "1", "--ray_workers", "2"])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-    items = make_pictures(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
+    items = make_images(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
     (tmp_path / "syn/label/7.png").unlink()
 
     def build(work):
@@ -392,7 +392,7 @@ def test_a_cut_off_line_is_dropped_and_the_next_one_is_not(tmp_path):
 
 
 def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
-    real = make_pictures(tmp_path / "real", 4, 3, 0)
+    real = make_images(tmp_path / "real", 4, 3, 0)
     segmentor, path = colour_segmentor(3), tmp_path / "hardness.json"
     first = get_hardness(path, {"real": 1}, [(segmentor, real)], 2, 1)
     calls = []
@@ -408,7 +408,7 @@ def test_hardness_is_measured_once_for_the_same_inputs(tmp_path, monkeypatch):
 
 
 def test_hardness_of_folds_is_that_of_all_their_pixels(tmp_path):
-    parts = [(colour_segmentor(3), make_pictures(tmp_path / f"fold{n}", 4 + n, 3, n, absent=[n])) for n in range(2)]
+    parts = [(colour_segmentor(3), make_images(tmp_path / f"fold{n}", 4 + n, 3, n, absent=[n])) for n in range(2)]
     pooled = get_hardness(tmp_path / "hardness.json", {}, iter(parts), 2, 1)
     sums, pixels = np.zeros(3), np.zeros(3)
     for segmentor, items in parts:
@@ -424,7 +424,7 @@ def test_hardness_of_folds_is_that_of_all_their_pixels(tmp_path):
 def test_fingerprint_follows_masks_weights_and_class_table(tmp_path):
     pytest.importorskip("mmseg")
     config, checkpoint = make_segmentor(tmp_path / "segmentor", table_of(3))
-    real = make_pictures(tmp_path / "real", 2, 3, 0)
+    real = make_images(tmp_path / "real", 2, 3, 0)
     first = fingerprint_of(config, checkpoint, table_of(3), real)
     assert fingerprint_of(config, checkpoint, table_of(3), real[::-1]) == first
 
@@ -443,7 +443,7 @@ def test_fingerprint_follows_masks_weights_and_class_table(tmp_path):
     assert changes() == {"segmentor_sha256", "real_pairs_sha256"}
 
 
-def test_identity_sees_every_byte_but_the_middle_of_large_compressed_pictures(tmp_path, monkeypatch):
+def test_identity_sees_every_byte_but_the_middle_of_large_compressed_images(tmp_path, monkeypatch):
     def is_seen(name):
         content = bytearray(np.random.default_rng(0).bytes(100_000))
         (tmp_path / name).write_bytes(content)
@@ -458,7 +458,7 @@ def test_identity_sees_every_byte_but_the_middle_of_large_compressed_pictures(tm
 
 
 def test_real_pairs_that_cannot_be_read_are_all_named(tmp_path):
-    real = make_pictures(tmp_path, 4, 3, 0)
+    real = make_images(tmp_path, 4, 3, 0)
     (tmp_path / "img/1.png").write_bytes((tmp_path / "img/1.png").read_bytes()[:100])
     (tmp_path / "label/3.png").unlink()
     with pytest.raises(UserError, match=r"2 of 4 pairs.*img/1\.png.*label/3\.png"):
@@ -471,7 +471,7 @@ def workspace(tmp_path_factory):
     pytest.importorskip("mmseg")
     root = tmp_path_factory.mktemp("filter")
     make_segmentor(root / "segmentor", table_of(5))
-    make_pictures(root / "real", 6, 5, 0, absent=[4])
+    make_images(root / "real", 6, 5, 0, absent=[4])
     return root
 
 
@@ -494,7 +494,7 @@ def contents(folder):
 
 
 def test_command_line_shards_and_settings(workspace, tmp_path):
-    make_pictures(tmp_path, 8, 5, 1, "{}_seed_7")
+    make_images(tmp_path, 8, 5, 1, "{}_seed_7")
     out = tmp_path / "out"
     assert main(flags(workspace, out, tmp_path, "--overlays", "2")) == 0
     report = json.loads((out / "report.json").read_text())
@@ -518,7 +518,7 @@ def test_command_line_shards_and_settings(workspace, tmp_path):
 
 
 def test_hardness_in_the_folder_is_used_again(workspace, tmp_path, monkeypatch):
-    make_pictures(tmp_path, 3, 5, 1, "{}_seed_7")
+    make_images(tmp_path, 3, 5, 1, "{}_seed_7")
     assert main(flags(workspace, tmp_path / "out", tmp_path)) == 0
     before = contents(tmp_path / "out")
 
@@ -536,8 +536,8 @@ def test_hardness_in_the_folder_is_used_again(workspace, tmp_path, monkeypatch):
 
 def test_class_means_of_pairs_that_were_not_trained_on(workspace, tmp_path):
     """--hardness_txt_file and --fold take the place of the training pairs, which need not be named then."""
-    make_pictures(tmp_path, 3, 5, 1, "{}_seed_7")
-    make_pictures(tmp_path / "val", 5, 5, 9)
+    make_images(tmp_path, 3, 5, 1, "{}_seed_7")
+    make_images(tmp_path / "val", 5, 5, 9)
     rows = [{"source": f"val/label/{n}.png", "target": f"val/img/{n}.png"} for n in range(5)]
     for name, part in (("val", rows), ("a", rows[:2]), ("b", rows[2:])):
         (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -564,8 +564,8 @@ def test_class_means_of_pairs_that_were_not_trained_on(workspace, tmp_path):
 def test_tables_with_numbers_of_their_own_on_disk_go_on_too(tmp_path, colours, monkeypatch):
     table = {"source_ids": {0: 0, 1: 1, 2: 2, 3: 3, 9: 255, 255: 255}}
     monkeypatch.setattr("post_processing.filter.load_segmentor", lambda *args: colour_segmentor(4, **table))
-    make_pictures(tmp_path / "real", 3, 4, 0)
-    make_pictures(tmp_path, 5, 4, 1, "{}_seed_7")
+    make_images(tmp_path / "real", 3, 4, 0)
+    make_images(tmp_path, 5, 4, 1, "{}_seed_7")
     for shard in ("0/2", "1/2", "0/1"):
         assert main(flags(tmp_path, tmp_path / "out", tmp_path, "--shard", shard)) == 0
     table["source_ids"] = {**table["source_ids"], 8: 255}
@@ -573,11 +573,11 @@ def test_tables_with_numbers_of_their_own_on_disk_go_on_too(tmp_path, colours, m
         main(flags(tmp_path, tmp_path / "out", tmp_path))
 
 
-def test_pictures_that_left_the_run_leave_the_reports(tmp_path, colours):
+def test_images_that_left_the_run_leave_the_reports(tmp_path, colours):
     from post_processing.resample import main as resample
 
-    make_pictures(tmp_path / "real", 3, 4, 0)
-    make_pictures(tmp_path, 6, 4, 1, "{}_seed_7")
+    make_images(tmp_path / "real", 3, 4, 0)
+    make_images(tmp_path, 6, 4, 1, "{}_seed_7")
     out = tmp_path / "out"
     assert main(flags(tmp_path, out, tmp_path)) == 0
     (tmp_path / "img/4_seed_7.png").unlink()
@@ -589,8 +589,8 @@ def test_pictures_that_left_the_run_leave_the_reports(tmp_path, colours):
                      "--valid-ratio", "0"]) == 0  # fmt: skip
 
 
-def test_faulty_pictures_are_set_aside_and_the_others_filtered(workspace, tmp_path):
-    make_pictures(tmp_path, 8, 5, 1, "{}_seed_7")
+def test_faulty_images_are_set_aside_and_the_others_filtered(workspace, tmp_path):
+    make_images(tmp_path, 8, 5, 1, "{}_seed_7")
     good = {path: path.read_bytes() for folder in ("img", "label") for path in (tmp_path / folder).iterdir()}
     image, label = tmp_path / "img", tmp_path / "label"
     (label / "0.png").unlink()
@@ -619,7 +619,7 @@ class Payload:
 
 
 def test_segmentors_that_do_not_fit_or_carry_code_stop_before_anything_is_written(workspace, tmp_path):
-    make_pictures(tmp_path, 2, 5, 1, "{}_seed_7")
+    make_images(tmp_path, 2, 5, 1, "{}_seed_7")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="trained on classes"):
         main(flags(workspace, out, tmp_path, "--classes", "mini"))
@@ -637,12 +637,12 @@ def test_segmentors_that_do_not_fit_or_carry_code_stop_before_anything_is_writte
 
 
 def test_a_run_of_inference_is_read_through_its_index(workspace, tmp_path):
-    items = make_pictures(tmp_path, 2, 5, 1)
+    items = make_images(tmp_path, 2, 5, 1)
     (tmp_path / "run/images").mkdir(parents=True)
     rows = []
     for row, item in enumerate(items):
-        picture = Image.open(item.image).resize((24, 20))
-        picture.save(tmp_path / f"run/images/{row}_x_seed_{row}.png")
+        image = Image.open(item.image).resize((24, 20))
+        image.save(tmp_path / f"run/images/{row}_x_seed_{row}.png")
         rows.append({"row": row, "copy": 0, "seed": row, "image": f"images/{row}_x_seed_{row}.png",
                      "mask": f"label/{row}.png", "reference": None, "width": 24, "height": 20})  # fmt: skip
     (tmp_path / "run/index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -666,7 +666,7 @@ def test_a_run_of_inference_is_read_through_its_index(workspace, tmp_path):
 
 
 def test_a_full_disk_is_reported_and_nothing_is_lost(workspace, tmp_path, monkeypatch, capsys):
-    make_pictures(tmp_path, 6, 5, 1, "{}_seed_7")
+    make_images(tmp_path, 6, 5, 1, "{}_seed_7")
     from post_processing.selection import rules as filtering
 
     write = filtering.atomic_write

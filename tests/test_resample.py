@@ -157,7 +157,7 @@ def slow_choice(root, policy, rare, losses):
 
 @pytest.mark.parametrize("count", [2, 7, 24, 150])
 @pytest.mark.parametrize("policy", ["rule", "hardness"])
-def test_kept_pictures_are_those_of_a_slow_loop_over_pixels(tmp_path, count, policy):
+def test_kept_images_are_those_of_a_slow_loop_over_pixels(tmp_path, count, policy):
     random = np.random.default_rng(count)
     masks = [random.integers(0, count - number % 2, SIZE).astype(np.uint8) for number in range(6)]  # odd: last missing
     masks[1][:, 3:] = 255
@@ -275,7 +275,7 @@ def test_a_failed_layout_leaves_the_old_one(filtered, monkeypatch):
     assert not [path for path in filtered.iterdir() if path.name.startswith(".")]
 
 
-def test_pictures_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
+def test_images_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"content")
 
     def refuse(*args):
@@ -354,7 +354,7 @@ def test_hardness_of_other_classes_is_refused(filtered):
     assert sorted(sum(f"images/{mask}_" in name for name in names) for mask in range(3)) == [2, 4, 4]
 
 
-def test_pictures_that_went_missing_are_named(filtered):
+def test_images_that_went_missing_are_named(filtered):
     (filtered / "img/1_seed_2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files of 12 images.*1_seed_2\.png"):
         run(filtered, "--rare", "none")

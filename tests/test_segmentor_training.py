@@ -36,7 +36,7 @@ def test_every_batch_has_the_ratio_whatever_the_sizes(ratio, of_eight):
         assert drawn.min() >= 0 and drawn.max() < sum(sizes)
 
 
-def test_draws_follow_from_the_seed_and_use_every_picture_alike():
+def test_draws_follow_from_the_seed_and_use_every_image_alike():
     first = draw(RatioSampler(Sizes(10, 7), 1, seed=3), 280)
     assert first == draw(RatioSampler(Sizes(10, 7), 1, seed=3), 280)
     assert first != draw(RatioSampler(Sizes(10, 7), 1, seed=4), 280)
@@ -46,7 +46,7 @@ def test_draws_follow_from_the_seed_and_use_every_picture_alike():
         RatioSampler(Sizes(10, 7), 0)
 
 
-def test_processes_share_the_pictures_and_each_has_the_ratio():
+def test_processes_share_the_images_and_each_has_the_ratio():
     samplers = [RatioSampler(Sizes(10, 6), 1, seed=3) for _ in range(2)]
     for rank, sampler in enumerate(samplers):
         sampler.rank, sampler.world_size = rank, 2

@@ -97,7 +97,7 @@ def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch):
     assert (tmp_path / "late" / "a.png").is_file()
 
 
-def test_a_folder_of_other_pictures_is_refused(tmp_path):
+def test_a_folder_of_other_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "holiday.png").touch()
     with pytest.raises(FileExistsError, match="no run.json"):

@@ -41,14 +41,14 @@ def main(argv: list[str]) -> None:
     if not isinstance(network, PatchAutoencoder):
         raise UserError(f"{args.config}: its autoencoder is a {type(network).__name__}. Expected a PatchAutoencoder.")
     paths = sorted({row.image for row in read_manifest(args.txt_file, args.data_root, check_files=False)})
-    pictures = [to_tensor(read_image(path)) for path in paths[::max(1, len(paths) // args.images)]]
-    sizes = {tuple(picture.shape[1:]) for picture in pictures}
+    images = [to_tensor(read_image(path)) for path in paths[::max(1, len(paths) // args.images)]]
+    sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise UserError(f"{args.txt_file}: images of {len(sizes)} sizes. Expected tiles of one size.")
-    kept = network.fit(normalize_batch({"image": torch.stack(pictures)}, "cpu")["image"], args.whitening)
+    kept = network.fit(normalize_batch({"image": torch.stack(images)}, "cpu")["image"], args.whitening)
     weights = {f"first_stage_model.{name}": value for name, value in network.state_dict().items()}
     save_safetensors(args.out, weights, OmegaConf.create({"model": model}))
-    print(f"{len(pictures)} images; {len(kept)} components keep {kept.sum():.2%} of the variance of "
+    print(f"{len(images)} images; {len(kept)} components keep {kept.sum():.2%} of the variance of "
           f"{network.downsampling} x {network.downsampling} patches; wrote {args.out}")
 
 

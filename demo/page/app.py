@@ -276,7 +276,7 @@ class Page:
                 with gr.Row():
                     runs = gr.Dropdown([], label=f"Finished runs below {self.runs}", elem_id="runs")
                     refresh = gr.Button("Look again", scale=0)
-                pictures = gr.Gallery(label="mask, image, reference or what was dropped (magenta)", columns=2,
+                images = gr.Gallery(label="mask, image, reference or what was dropped (magenta)", columns=2,
                                       object_fit="contain", height="auto", elem_id="run_gallery")
                 text = gr.Markdown(elem_id="run_text")
 
@@ -296,7 +296,7 @@ class Page:
             cancel.click(self.cancel, queue=False)
             tab.select(self.list_runs, None, runs)
             refresh.click(self.list_runs, None, runs)
-            runs.change(said(self.show_run), runs, [pictures, text])
+            runs.change(said(self.show_run), runs, [images, text])
         return page
 
     def start(self, host: str, port: int | None) -> gr.Blocks:

@@ -46,8 +46,8 @@ def view_folder(folder: Path) -> View:
         if (folder / "table.md").is_file():
             return View([], (folder / "table.md").read_text(encoding="utf-8"))
         if (folder / "summary.png").is_file():
-            with Image.open(folder / "summary.png") as picture:
-                return View([(np.asarray(picture.convert("RGB")), "class balance")],
+            with Image.open(folder / "summary.png") as image:
+                return View([(np.asarray(image.convert("RGB")), "class balance")],
                             (folder / "summary.md").read_text(encoding="utf-8"))
         if (folder / "items.jsonl").is_file():
             return view_filtered(folder)

@@ -318,50 +318,50 @@ def open_array(path: Path) -> tuple["ArraySource", ImageInfo]:
 def open_with_pillow(path: Path) -> tuple[Any, ImageInfo]:
     """Open an image by Pillow, or by rasterio where Pillow would drop bits or hold too much at once."""
     try:
-        picture = Image.open(path)
+        image = Image.open(path)
     except Image.DecompressionBombError:
         return rasters.open_raster(path)
     try:
-        mode = raw_mode(picture)
-        if ";16" in mode and picture.format in ("PNG", "TIFF", "PPM"):
-            picture.close()
+        mode = raw_mode(image)
+        if ";16" in mode and image.format in ("PNG", "TIFF", "PPM"):
+            image.close()
             return rasters.open_raster(path)
         # Pages of TIFFs were counted before; the further images of an MPO are views for its camera's display.
-        if picture.format not in ("MPO", "TIFF") and getattr(picture, "n_frames", 1) > 1:
-            raise UserError(f"{path}: {picture.n_frames} pages or frames. Expected one. Write the one that is meant to "
+        if image.format not in ("MPO", "TIFF") and getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"{path}: {image.n_frames} pages or frames. Expected one. Write the one that is meant to "
                             "a file of its own.")
-        if picture.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
-            raise UserError(f"{path}: an image of mode {picture.mode}, which has no 8-bit colours. {SCALE_HINT}")
-        turn = read_orientation(picture)
-        width, height = picture.size
-        if picture.width * picture.height > WHOLE_PIXELS and rasters.is_installed():
-            picture.close()
+        if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
+            raise UserError(f"{path}: an image of mode {image.mode}, which has no 8-bit colours. {SCALE_HINT}")
+        turn = read_orientation(image)
+        width, height = image.size
+        if image.width * image.height > WHOLE_PIXELS and rasters.is_installed():
+            image.close()
             return rasters.open_raster(path, orientation=turn)
     except BaseException:
-        picture.close()
+        image.close()
         raise
     if turn >= 5:
         width, height = height, width
-    has_alpha = picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info
-    is_grey = picture.mode in ("1", "L", "LA", "La")
+    has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    is_grey = image.mode in ("1", "L", "LA", "La")
     names = ("gray",) if is_grey else ("red", "green", "blue")
     alpha = len(names) if has_alpha else None
     info = ImageInfo(height, width, names + ("alpha",) * has_alpha, orientation=turn, alpha=alpha)
     target = ("LA" if has_alpha else "L") if is_grey else ("RGBA" if has_alpha else "RGB")
-    return PillowSource(picture, target, path, alpha), info
+    return PillowSource(image, target, path, alpha), info
 
 
-def read_orientation(picture: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Orientation tag of an opened image, 1..8; 1 for TIFFs, of which only upright ones come here, and beyond."""
-    if picture.format == "TIFF" or not EXIF_KEYS & set(picture.info):
+    if image.format == "TIFF" or not EXIF_KEYS & set(image.info):
         return 1
-    value = picture.getexif().get(ORIENTATION, 1)
+    value = image.getexif().get(ORIENTATION, 1)
     return value if value in UPRIGHT else 1
 
 
-def raw_mode(picture: Image.Image) -> str:
+def raw_mode(image: Image.Image) -> str:
     """Storage mode of an opened, not yet loaded image (Pillow's raw mode), for example `L;4` or `RGB;16B`."""
-    mode = picture.tile[0][3] if picture.tile else ""
+    mode = image.tile[0][3] if image.tile else ""
     return str(mode[0]) if isinstance(mode, tuple) and mode else str(mode)
 
 
@@ -385,7 +385,7 @@ class ArraySource:
 class PillowSource:
     """An image opened by Pillow, decoded as a whole at the first read."""
 
-    picture: Image.Image
+    image: Image.Image
     target: str
     path: Path
     alpha: int | None
@@ -403,7 +403,7 @@ class PillowSource:
 
     def soft_level(self) -> int | None:
         """A number of a TIFF's alpha band that is no mask's, or None; other formats say themselves that it is one."""
-        if self.alpha is None or self.picture.format != "TIFF":
+        if self.alpha is None or self.image.format != "TIFF":
             return None
         self._decode()
         return rasters.soft_level_of([self.array[:, :, self.alpha]])
@@ -411,12 +411,12 @@ class PillowSource:
     def _decode(self) -> None:
         if self.array is None:
             try:
-                before = read_orientation(self.picture)
-                self.picture.load()
-                if read_orientation(self.picture) != before:  # a PNG may tell after its pixels
+                before = read_orientation(self.image)
+                self.image.load()
+                if read_orientation(self.image) != before:  # a PNG may tell after its pixels
                     raise UserError(f"{self.path}: its orientation tag stands behind the pixels. Write the file again, "
                                     "upright.")
-                self.array = np.atleast_3d(np.asarray(self.picture.convert(self.target)))
+                self.array = np.atleast_3d(np.asarray(self.image.convert(self.target)))
             except UserError:
                 raise
             except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error ...
@@ -424,4 +424,4 @@ class PillowSource:
 
     def close(self) -> None:
         """Close the file."""
-        self.picture.close()
+        self.image.close()

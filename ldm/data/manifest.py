@@ -289,22 +289,22 @@ def check_rows(
     def probe_instances(file: Path) -> tuple[int, int] | str | None:
         return probe_mask_file(file, None) if file in counted else probe_existence(file)
 
-    def probe_picture(file: Path) -> tuple[int, int] | str | None:
+    def probe_image(file: Path) -> tuple[int, int] | str | None:
         return probe_image_file(file) if file in decoded[1] else probe_existence(file)
 
     masks = probe_all({row.mask for row in rows}, probe_mask)
     if table is not None:
         warn_of_binary(sum(notes.values(), Counter()), table)
-    pictures = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_picture)
+    images = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_image)
     instances = probe_all({row.instance for row in rows if row.instance}, probe_instances)
     for row in rows:
         found = {"mask": masks[row.mask]}
         if row.instance:
             found["instance"] = instances[row.instance]
         if row.image:
-            found["image"] = pictures[row.image]
+            found["image"] = images[row.image]
         if row.reference:
-            found["reference"] = pictures[row.reference]
+            found["reference"] = images[row.reference]
         problems += [(row.line, f"{word}: {result}") for word, result in found.items() if isinstance(result, str)]
         if not isinstance(found["mask"], tuple):
             continue

@@ -57,7 +57,7 @@ class OpenMask:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"mask file not found: {path}. Check the path and --data_root.")
-        self._picture: Image.Image | None = None
+        self._image: Image.Image | None = None
         self._raster: Any = None
         self._whole: Stored | None = None
         self.turn = 1
@@ -77,7 +77,7 @@ class OpenMask:
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
             self.close()
             raise self._damaged(error) from error
-        width, height = self._picture.size if self._picture else (self._raster.width, self._raster.height)
+        width, height = self._image.size if self._image else (self._raster.width, self._raster.height)
         self.height, self.width = (width, height) if self.turn >= 5 else (height, width)
         self.by_rows = self._raster is not None and self.turn == 1 and self._raster.driver == "GTiff"
         self.crs, self.transform = (None, None) if self._raster is None else rasters.place_of(self._raster)
@@ -90,7 +90,7 @@ class OpenMask:
 
     def close(self) -> None:
         """Close the file."""
-        for source in (self._picture, self._raster):
+        for source in (self._image, self._raster):
             if source is not None:
                 source.close()
 
@@ -109,39 +109,39 @@ class OpenMask:
 
     def _open_with_pillow(self) -> None:
         try:
-            self._picture = Image.open(self.path)
+            self._image = Image.open(self.path)
         except Image.DecompressionBombError:
-            self._picture = None
-        if self._picture is not None:
-            check_lossless(self._picture, self.path)
-            if getattr(self._picture, "n_frames", 1) > 1 and self._picture.format != "TIFF":
-                raise UserError(f"{self.path}: {self._picture.n_frames} frames. Expected one mask a file.")
-            self.turn = read_orientation(self._picture)
-            width, height = self._picture.size
-            if width * height <= WHOLE_PIXELS or self._picture.format != "PNG" or not rasters.is_installed():
+            self._image = None
+        if self._image is not None:
+            check_lossless(self._image, self.path)
+            if getattr(self._image, "n_frames", 1) > 1 and self._image.format != "TIFF":
+                raise UserError(f"{self.path}: {self._image.n_frames} frames. Expected one mask a file.")
+            self.turn = read_orientation(self._image)
+            width, height = self._image.size
+            if width * height <= WHOLE_PIXELS or self._image.format != "PNG" or not rasters.is_installed():
                 return
-            self._picture.close()
-            self._picture = None
+            self._image.close()
+            self._image = None
         self._raster = rasters.open_dataset(self.path)
         check_lossless_raster(self._raster, self.path)
 
     def _read_pillow(self) -> Stored:
-        picture, path = self._picture, self.path
+        image, path = self._image, self.path
         try:
-            raw = raw_mode(picture)
-            stretch = GREY_STRETCH.get(raw, 1) if picture.format == "PNG" else 1
-            picture.load()
-            if read_orientation(picture) != self.turn:
+            raw = raw_mode(image)
+            stretch = GREY_STRETCH.get(raw, 1) if image.format == "PNG" else 1
+            image.load()
+            if read_orientation(image) != self.turn:
                 raise UserError(f"{path}: its orientation tag stands behind the pixels. Write the file again, upright.")
-            if picture.mode == "RGB" and ";16" in raw:
+            if image.mode == "RGB" and ";16" in raw:
                 raise UserError(f"{path}: RGB of 16 bits. {EXPECTED}. Write the mask again.")
             palette = None
-            if picture.mode in ("P", "PA"):
-                palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            alpha = alpha_of(picture)
-            if picture.mode in ("LA", "PA", "RGBA", "RGBX"):
-                picture = picture.convert("RGB") if len(picture.getbands()) == 4 else picture.getchannel(0)
-            mode, values = picture.mode, np.asarray(picture)
+            if image.mode in ("P", "PA"):
+                palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            alpha = alpha_of(image)
+            if image.mode in ("LA", "PA", "RGBA", "RGBX"):
+                image = image.convert("RGB") if len(image.getbands()) == 4 else image.getchannel(0)
+            mode, values = image.mode, np.asarray(image)
         except UserError:
             raise
         except Exception as error:  # as in __init__
@@ -189,12 +189,12 @@ class OpenMask:
         return UserError(f"{self.path}: not readable as an image ({error}). Write the mask again.")
 
 
-def alpha_of(picture: Image.Image) -> np.ndarray | None:
+def alpha_of(image: Image.Image) -> np.ndarray | None:
     """Alpha of a loaded image, (h, w) uint8, or None if it has none."""
-    if picture.mode in ("LA", "PA", "RGBA"):
-        return np.asarray(picture.getchannel(len(picture.getbands()) - 1))
-    if "transparency" in picture.info:
-        return np.asarray(picture.convert("RGBA").getchannel(3))
+    if image.mode in ("LA", "PA", "RGBA"):
+        return np.asarray(image.getchannel(len(image.getbands()) - 1))
+    if "transparency" in image.info:
+        return np.asarray(image.convert("RGBA").getchannel(3))
     return None
 
 
@@ -220,14 +220,14 @@ def whole_numbers(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarra
     return whole.astype(np.int32), None if is_number.all() else is_number
 
 
-def check_lossless(picture: Image.Image, path: Path) -> None:
+def check_lossless(image: Image.Image, path: Path) -> None:
     """Raise UserError unless the opened image is stored without loss."""
-    is_jpeg = picture.format in ("JPEG", "MPO") or "jpeg" in str(picture.info.get("compression", "")).lower()
+    is_jpeg = image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression", "")).lower()
     if is_jpeg:
         raise UserError(f"{path}: a JPEG mask. JPEG changes pixel values, so class ids get lost. Expected a lossless "
                         "PNG; export the mask again from its source.")
-    if picture.format not in LOSSLESS_FORMATS:
-        raise UserError(f"{path}: a mask in {picture.format} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
+    if image.format not in LOSSLESS_FORMATS:
+        raise UserError(f"{path}: a mask in {image.format} format. Expected {', '.join(LOSSLESS_FORMATS)}.")
 
 
 def check_lossless_raster(dataset: Any, path: Path) -> None:

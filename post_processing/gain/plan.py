@@ -67,6 +67,8 @@ ARMS = {arm.name: arm for arm in (
         (*REAL, "--synthetic_txt_file", "{rectified}", *RATIO), ("rectified",)),
     Arm("dlc_filtered", "real + filtered and resampled, noise corrected", (*RESAMPLED, *CORRECTED), ("resample",)),
     Arm("self_training", "real, self-training on the references", (*REAL, *SELF_TRAINING), ("targets",)),
+    Arm("unfiltered_self_training", "real + unfiltered, self-training on the references",
+        (*UNFILTERED, *SELF_TRAINING), ("unfiltered", "targets")),
     Arm("dlc_self_training", "real + unfiltered, noise corrected, self-training",
         (*UNFILTERED, *CORRECTED, *SELF_TRAINING), ("unfiltered", "targets")),
     Arm("copy_paste", "real, with copy-paste", (*REAL, "--augment", "copy_paste")),

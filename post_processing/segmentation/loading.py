@@ -54,8 +54,8 @@ def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
     for folder in (image_folder, mask_folder):
         if not folder.is_dir():
             raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images. Check the path.")
-    images = sorted(path for path in image_folder.iterdir() if is_picture(path))
-    masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if is_picture(path)}
+    images = sorted(path for path in image_folder.iterdir() if is_image(path))
+    masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if is_image(path)}
     if not images:
         raise ValueError(f"{image_folder}: no images. Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
     pairs = []
@@ -70,7 +70,7 @@ def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
     return pairs
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether a directory entry is an image by its name; hidden files are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 

@@ -29,10 +29,10 @@ def balance_of(candidates: Sequence[Candidate], kept: Sequence[Candidate], table
     }
     classes: dict[str, Any] = {name: {} for name in table.names}
     for stage, rows in counts.items():
-        pixels, pictures = np.sum(rows, axis=0), np.sum([row > 0 for row in rows], axis=0)
+        pixels, images = np.sum(rows, axis=0), np.sum([row > 0 for row in rows], axis=0)
         for index, name in enumerate(table.names):
             share = round(float(pixels[index] / max(1, pixels.sum())), 6)
-            classes[name][stage] = {"pixels": int(pixels[index]), "share": share, "pictures": int(pictures[index])}
+            classes[name][stage] = {"pixels": int(pixels[index]), "share": share, "pictures": int(images[index])}
     masks, masks_kept = ({one.mask for one in ones} for ones in (candidates, kept))
     return {
         "pictures": {"painted": len(candidates), "filtered": len(candidates), "resampled": len(kept)},

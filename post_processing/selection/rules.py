@@ -81,11 +81,11 @@ def encode_mask(raw: np.ndarray, is_dropped: np.ndarray, table: ClassTable) -> b
         UserError: if the table has no number for ignored pixels.
     """
     ignored = table.ignore_colour if raw.ndim == 3 else table.ignored_value()
-    picture = np.where(is_dropped[..., None] if raw.ndim == 3 else is_dropped, ignored, raw)
+    values = np.where(is_dropped[..., None] if raw.ndim == 3 else is_dropped, ignored, raw)
     buffer = io.BytesIO()
     is_wide = raw.ndim == 2 and (raw.dtype != np.uint8 or ignored > 255)
     # Level 1: three times as fast as Pillow's default, and masks are small all the same.
-    Image.fromarray(picture.astype(np.uint16 if is_wide else np.uint8)).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(values.astype(np.uint16 if is_wide else np.uint8)).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -235,8 +235,7 @@ def write_tile(source: Source, name: str, corner: tuple[int, int], image: np.nda
         np.save(settings.root / image_name, np.ascontiguousarray(image))
     else:
         options = {"compress_level": 1} if settings.ext == "png" else {"quality": JPEG_QUALITY, "subsampling": 0}
-        picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
-        picture.save(settings.root / image_name, **options)
+        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(settings.root / image_name, **options)
     if mask_name is not None:
         Image.fromarray(mask).save(settings.root / mask_name)
     return Tile(source, image_name, mask_name, settings.table.prompt(mask), box, counts, place_of(source, box, info,
