@@ -41,15 +41,7 @@ class AllInAttentionBlock(BasicTransformerBlock):
             zero_module(self.attn01_ssl_trainable.to_out)
 
     def forward(self, x: Tensor, context: Tensor, hint: Tensor, reference: Tensor) -> Tensor:
-        """Transform the features.
-
-        Args:
-            x: (B, N, dim).
-            context: (B, L, context_dim).
-            hint, reference: feature maps of the two branches, (B, source_dim, h, w).
-        Returns:
-            (B, N, dim).
-        """
+        """Features (B, N, dim), text (B, L, context_dim), maps of two branches (B, source_dim, h, w) -> (B, N, dim)."""
         reference = self.reference_norm_trainable(reference.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
         hint = self.hint_norm_trainable(hint.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
         x = x + self.attn00_ls_trainable(self.norm00_trainable(x), reference)
@@ -83,31 +75,16 @@ class AllInAttentionUNet(UNet):
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Features, reference: Features,
                 look: Tensor | None = None) -> Tensor:
-        """Prediction under control.
+        """Prediction (see UNet) from the features of the mask branch and of the reference branch.
 
-        Args:
-            latent: (B, in_channels, h, w).
-            timestep: (B,) int64.
-            context: (B, L, context_dim).
-            hint, reference: features of the mask branch and of the reference branch.
-            look: (B, E), see UNetEncoder.embed_timestep.
-        Returns:
-            (B, out_channels, h, w).
+        `look`: (B, E), see UNetEncoder.embed_timestep.
         """
         embedding = self.embed_timestep(timestep, look)
         return self.decode(list(self.encode(latent, embedding, context)), embedding, context, hint, reference)
 
     def decode(self, skips: Sequence[Tensor], embedding: Tensor, context: Tensor | FixedContext, hint: Features,
                reference: Features) -> Tensor:
-        """Prediction from the features of the encoder, which `encode` yields.
-
-        Args:
-            skips: encoder features of every input block.
-            embedding: (B, E) of the timestep.
-            context, hint, reference: see forward.
-        Returns:
-            (B, out_channels, h, w).
-        """
+        """Prediction from the features of every input block, `skips`, which `encode` yields (see forward)."""
         skips = list(skips)
         hints, references = (list(f.raw if self.is_residual else f.projected) for f in (hint, reference))
         h = self.run(self.middle_block, skips[-1], embedding, context=context, hint=hints.pop(),

@@ -175,17 +175,7 @@ class CRFM(LatentDiffusion):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor,
                       mask_latent: Tensor) -> Tensor:
-        """Velocity.
-
-        Args:
-            latent: noised, (B, C, h, w).
-            timestep: (B,) float32 in (0, 1000].
-            context: (B, L, D) vectors of the prompts' tokens.
-            pooled: (B, P).
-            mask_latent: (B, C, h, w).
-        Returns:
-            (B, C, h, w).
-        """
+        """Velocity (see DiffusionMethod and `conditions`)."""
         tensors = latent, context, pooled, mask_latent
         if not torch.is_autocast_enabled(latent.device.type):  # weights may be of 16 bits, as their file is
             dtype = self.network.mask_proj.weight.dtype

@@ -90,11 +90,6 @@ class TISynth(LatentDiffusion):
             raise ValueError(f"autoencoder: downsampling {factor} is not possible here. Expected 1, 2, 4 or 8.")
         return tuple(2 if factor >= 2 ** (i + 1) else 1 for i in range(3))
 
-    @property
-    def text_encoder(self) -> nn.Module:
-        """The text encoder (its name in checkpoints is cond_stage_model)."""
-        return self.cond_stage_model
-
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """The groups named in `train`, without parameters that no gradient can reach.
 
@@ -177,12 +172,7 @@ class TISynth(LatentDiffusion):
 
     def null_conditions(self, conditions: Mapping[str, Tensor],
                         drops: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Conditions without some; those that stay are the same tensors.
-
-        Args:
-            conditions: from `conditions`.
-            drops: some of `prompt`, `mask`, `reference`; None = guidance_drops.
-        """
+        """Conditions without some of `prompt`, `mask`, `reference` (see DiffusionMethod); the others stay the same."""
         drops = self.guidance_drops if drops is None else drops
         null = dict(conditions)
         if "prompt" in drops:
@@ -235,18 +225,9 @@ class TISynth(LatentDiffusion):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                       reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
-        """Output of the network.
+        """Prediction of kind prediction_type (see DiffusionMethod and `conditions`).
 
-        Args:
-            latent: noised, (B, C, h, w).
-            timestep: (B,) int64.
-            context: (B, L, D) text embedding.
-            hint: (B, K, H, W) encoded mask.
-            reference_latent: (B, C, h, w) scaled.
-            look: (B, 3, E), what reference_statistics adds to the timestep embeddings of U-Net, mask branch and
-                reference branch.
-        Returns:
-            Prediction of kind prediction_type, (B, C, h, w).
+        `look` is what reference_statistics adds to the timestep embeddings of U-Net, mask and reference branch.
         """
         unet, mask, reference = (None, None, None) if look is None else look.unbind(1)
         context = self.control_model.join_context(context, self.ssl_stage_model, self.model.diffusion_model)
@@ -288,15 +269,7 @@ class PreparedTISynth:
         self.kept: tuple[Sequence[Tensor], ...] | None = None  # features: of the encoder, and two of each branch
 
     def __call__(self, latent: Tensor, timestep: Tensor, count: int) -> Tensor:
-        """Prediction of the last `count` branches (see ldm.sampling.guidance.guide).
-
-        Args:
-            latent: noised, (count * B, C, h, w).
-            timestep: (count * B,) int64.
-            count: number of branches.
-        Returns:
-            Prediction, (count * B, C, h, w).
-        """
+        """Prediction of the last `count` branches (see ldm.sampling.guidance.PredictBranches)."""
         rows = len(latent)
         context, embedding = self.context.last(rows), self.unet.embed_timestep(timestep, last(self.look, rows))
         # Guidance that sets in again wants branches that were not kept.

@@ -169,7 +169,7 @@ def test_autoencoder(method: TISynth, theirs: dict[str, nn.Module], record_prope
 @torch.no_grad()
 def test_text_encoder(method: TISynth, theirs: dict[str, nn.Module], record_property) -> None:
     ids = torch.randint(0, 1000, (3, 16), generator=torch.Generator().manual_seed(0))
-    found = difference(method.text_encoder(ids), theirs["text_encoder"](ids).last_hidden_state)
+    found = difference(method.cond_stage_model(ids), theirs["text_encoder"](ids).last_hidden_state)
     record_property("text", found)
     assert found <= 1e-4
 

@@ -104,8 +104,7 @@ class DiscretePath(Path):
         num_timesteps: T, at least 1.
         kind: `scaled_linear` (square roots of the betas equally spaced: Stable Diffusion), `linear` (betas equally
             spaced: DDPM) or `cosine` (which has no start and end and does not look at them).
-        start: first beta, in (0, 1).
-        end: last beta, in (0, 1).
+        start, end: first and last beta, in (0, 1).
 
     Attributes:
         betas: variance added at each timestep, (T,) float64 in (0, 1).
@@ -123,14 +122,9 @@ class DiscretePath(Path):
                  end: float = 0.012) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
-        self.betas = make_betas(num_timesteps, kind, start, end)
-        self._values = derive_vectors(self.betas)
+        self._values = derive_vectors(make_betas(num_timesteps, kind, start, end))
         self._tensors: dict[tuple[str, str], Tensor] = {}
-
-    @property
-    def alphas_cumprod(self) -> np.ndarray:
-        """Share of signal variance left at each timestep (see the class)."""
-        return self._values["alphas_cumprod"]
+        self.betas, self.alphas_cumprod = self._values["betas"], self._values["alphas_cumprod"]
 
     def vectors(self) -> dict[str, Tensor]:
         """The twelve vectors that checkpoints of latent diffusion carry, each (T,) float32."""

@@ -80,12 +80,7 @@ class FixedContext:
 
 
 class JointContext(FixedContext):
-    """A context whose keys and values of all layers are computed at once, for one training step.
-
-    Args:
-        context: (B, L, D).
-        layers: what attends to it.
-    """
+    """A context whose keys and values of all layers that attend to it are computed at once, for one training step."""
 
     def __init__(self, context: Tensor, layers: Sequence[CrossAttention]) -> None:
         super().__init__(context)
@@ -169,12 +164,7 @@ class SpatialTransformer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of a feature map, added to it; its weights are called as in diffusers' UNet2DModel.
-
-    Args:
-        channels: feature width.
-        head_dim: width of a head, divides channels.
-    """
+    """Self-attention of a feature map, added to it; its weights are called as in diffusers' UNet2DModel."""
 
     def __init__(self, channels: int, head_dim: int = 8) -> None:
         super().__init__()
@@ -193,12 +183,7 @@ class SelfAttention(nn.Module):
 
 
 class FusedSelfAttention(nn.Module):
-    """The same with one projection, as in ADM and SDM: a head's queries, keys and values lie side by side in `qkv`.
-
-    Args:
-        channels: feature width.
-        head_dim: width of a head, divides channels.
-    """
+    """The same with one projection, as in ADM and SDM: a head's queries, keys and values lie side by side in `qkv`."""
 
     def __init__(self, channels: int, head_dim: int = 64) -> None:
         super().__init__()

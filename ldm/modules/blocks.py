@@ -134,8 +134,7 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions with the timestep embedding brought in between and a skip connection.
 
     Args:
-        in_channels, out_channels: feature widths.
-        embedding_dim: width of the timestep embedding.
+        in_channels, out_channels, embedding_dim: widths of features and timestep embedding.
         use_scale_shift: the embedding scales and shifts the second norm's output instead of being added before it.
         resample: `down` or `up` changes the resolution in front of the first convolution, and of the skip; None = not.
     """

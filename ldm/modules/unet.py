@@ -148,15 +148,11 @@ class UNetEncoder(nn.Module):
 
     def encode(self, latent: Tensor, embedding: Tensor, context: Tensor | None,
                stem: Tensor | None = None) -> Iterator[Tensor]:
-        """Features of every input block in order.
+        """Features (B, feature_channels[i], h_i, w_i) of every input block in order (see UNet.forward).
 
         Args:
-            latent: (B, in_channels, h, w).
             embedding: (B, E) of the timestep.
-            context: (B, L, context_dim), None without transformers.
             stem: (B, model_channels, h, w), added behind the first convolution.
-        Yields:
-            (B, feature_channels[i], h_i, w_i).
         """
         h = latent
         for index, block in enumerate(self.input_blocks):

@@ -5,7 +5,7 @@ Import-light, so that a command line is parsed without waiting for torch.
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -218,12 +218,19 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
         ValueError: if a flag is out of range.
     """
     names = [field.name for field in fields(Sampling) if field.name not in ("method", "rectify")]
-    given = {name: getattr(args, name) for name in (*names, *METHOD_SETTINGS) if getattr(args, name) is not None}
+    given = given_flags(args, [*names, *METHOD_SETTINGS])
     modes = {name: keep_strengths(mode, own) for name, mode in MODES.items()}
     has_own = own != modes["exact"]
     name = args.mode or ("exact" if has_own or given.keys() & set(SAMPLER) else DEFAULT_MODE)
     mode = own if name == "exact" else modes[name]
     return replace(make_sampling(mode, given), rectify=choose_rectify(args))
+
+
+def given_flags(args: argparse.Namespace, names: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Values of the flags that were given, by name; intervals as tuples."""
+    values = {name: getattr(args, prefix + name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            if value is not None}
 
 
 def keep_strengths(mode: Sampling, own: Sampling) -> Sampling:
@@ -235,11 +242,10 @@ def keep_strengths(mode: Sampling, own: Sampling) -> Sampling:
 def choose_rectify(args: argparse.Namespace) -> Rectify | None:
     """Settings of rectifying of a command line, None without a guide; ValueError for flags that need one."""
     names = [field.name for field in fields(Rectify) if field.name != "rule"]
-    given = {name: getattr(args, f"rectify_{name}") for name in names if getattr(args, f"rectify_{name}") is not None}
+    given = given_flags(args, names, "rectify_")
     if not args.guide:
         if given or args.rectify_preset:
             raise ValueError(f"--rectify_{next(iter(given), 'preset')}: there is no guide to rectify with. Expected "
                              "--guide CONFIG WEIGHTS. Add it, or leave the flag out.")
         return None
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(PRESETS[args.rectify_preset or "default"], **given)

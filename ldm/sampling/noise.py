@@ -9,18 +9,10 @@ COPY_STRIDE = 10_000_000
 
 
 def sample_seed(seed: int, row: int, copy: int) -> int:
-    """Number that seeds one sample, and stands in its file name (`{stem}_seed_{number}`).
+    """Number that seeds one sample of a run, and stands in its file name (`{stem}_seed_{number}`).
 
-    Args:
-        seed: the run's seed, at least 0.
-        row: 0-based row of the manifest, below 10,000,000.
-        copy: 0-based copy of that row.
-
-    Returns:
-        seed + row + copy * 10,000,000, different for every (row, copy) of a run.
-
-    Raises:
-        ValueError: for a negative number, a row that is too large, or a sum beyond 63 bits.
+    It is different for every (row, copy) of a run, both counted from 0; ValueError for a negative number, a row that is
+    too large, or a sum beyond 63 bits.
     """
     number = seed + row + copy * COPY_STRIDE
     if seed < 0 or copy < 0 or not 0 <= row < COPY_STRIDE or number >= 2**63:
@@ -34,10 +26,6 @@ class SampleNoise:
     """One random stream per sample; the first draw is the sampler's start, later draws serve its random steps.
 
     Numbers are drawn on the CPU, so that every device starts from the same ones.
-
-    Args:
-        seeds: one seed per sample of the batch.
-        device: where the noise goes.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:

@@ -94,13 +94,9 @@ class Rectifier:
         return corrected
 
     def gradient(self, clean: Tensor, mask: Tensor, run: Run, with_gradient: bool = True) -> tuple[Tensor, Tensor]:
-        """Loss of each sample, (B,), and its gradient, like the latents; float32.
+        """Loss of each sample, (B,), and its gradient, like the clean latents (B, C, h, w); float32.
 
-        Args:
-            clean: clean latents, (B, C, h, w).
-            mask: (B, H, W) int64, 0..K-1 or 255.
-            run: gives the decoder.
-            with_gradient: False leaves the gradient zero.
+        The mask is (B, H, W) int64, 0..K-1 or 255. Without with_gradient the gradient is zero.
         """
         # A caller's inference mode or no_grad would leave the gradient out without a word, and tensors out of graphs.
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradient):

@@ -96,13 +96,10 @@ def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequen
 
 
 def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, averaged: str | None = None) -> None:
-    """Load trained weights for training, and their average for the callback that goes on with it.
+    """Load trained weights for training, and their average for the callback, of the trainer's, that goes on with it.
 
-    Args:
-        start: with the method to fill.
-        callbacks: of the trainer.
-        trained: weight file; of a checkpoint that keeps an average, too, the weights in training.
-        averaged: file of the average where it has one of its own.
+    `trained` is a weight file; of a checkpoint that keeps an average, too, the weights in training. `averaged` is the
+    file of the average where it has one of its own.
     """
     method, own = start.method, start.method.state_dict()
     files = open_whole(averaged or trained, own)
@@ -117,12 +114,7 @@ def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, avera
 
 
 def compile_training(method: nn.Module, **options: Any) -> None:
-    """Compile the repeated blocks; they get plain tensors then, since compiled code groups its products by itself.
-
-    Args:
-        method: to train.
-        options: of torch.compile.
-    """
+    """Compile the repeated blocks; they get plain tensors then, since compiled code groups its products by itself."""
     compile_blocks(method, **options)
     for part in method.modules():
         if isinstance(part, UNetEncoder):

@@ -121,14 +121,7 @@ def read_config(raw: Checkpoint) -> DictConfig | None:
 
 def save_safetensors(path: Path, weights: Mapping[str, Tensor], config: DictConfig | None = None,
                      metadata: Mapping[str, str] | None = None) -> None:
-    """Write weights with the config in the metadata, atomically.
-
-    Args:
-        path: file to write.
-        weights: tensors by key.
-        config: resolved config, kept as yaml under the metadata key `config`.
-        metadata: further strings.
-    """
+    """Write weights with the resolved config as yaml under the metadata key `config`, atomically."""
     from safetensors.torch import save_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,12 +133,10 @@ def save_safetensors(path: Path, weights: Mapping[str, Tensor], config: DictConf
 
 
 def describe_bases(origins: Mapping[str, str]) -> str:
-    """What a file says about the weights that it leaves out.
+    """What a file says about the weights that it leaves out: JSON, a list of `path`, `sha256` and `tensors` there.
 
     Args:
         origins: our name of a tensor -> file or folder that holds it.
-    Returns:
-        JSON: a list of `path`, `sha256` and the `tensors` taken from there.
     """
     return json.dumps([
         {"path": str(Path(path).absolute()), "sha256": hash_weights(path),
@@ -189,11 +180,7 @@ def open_whole(path: str | Path, known: Iterable[str] = (), **options: Any) -> l
 def find_bases(checkpoint: Checkpoint, is_checked: bool = False) -> list[tuple[dict[str, Any], Path]]:
     """What describe_bases wrote into a file, and where each base lies: at its old path, or beside the file.
 
-    Args:
-        checkpoint: the file; a whole one has no bases.
-        is_checked: compare hashes, which takes seconds.
-    Raises:
-        UserError: if the list is damaged, or a base is nowhere.
+    UserError if the list is damaged, or a base is nowhere; with is_checked hashes count, which takes seconds.
     """
     try:
         bases = [{"path": str(base["path"]), "sha256": str(base["sha256"]), "tensors": [*map(str, base["tensors"])]}

@@ -77,14 +77,14 @@ class StandIn:
     """Takes the place of an object in a pickle: swallows its arguments and its state, keeps and runs nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
-        """Swallow any arguments: a pickle may rebuild the object in several ways."""
+        """Take any arguments: a pickle may rebuild the object in several ways."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Swallow any arguments."""
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
+        pass
 
 
 class StandInDict:
@@ -170,33 +170,29 @@ class SafeFile:
 
 def read_safetensors(path: Path) -> Checkpoint:
     """Open a safetensors file (see read_file)."""
-    opened = SafeFile(path)
-    names = opened.file.keys()
-    check_count(path, len(names))
-    tensors = {}
-    for name in names:
+    opened, tensors = SafeFile(path), {}
+    check_count(path, len(opened.file.keys()))
+    for name in opened.file.keys():
         entry = opened.file.get_slice(name)
-        if entry.get_dtype() not in DTYPES:
-            raise UserError(f"checkpoint {path}: {name[:80]!r} is of type {entry.get_dtype()!r}. Expected one of "
+        dtype = entry.get_dtype()
+        if dtype not in DTYPES:
+            raise UserError(f"checkpoint {path}: {name[:80]!r} is of type {dtype!r}. Expected one of "
                             f"{', '.join(DTYPES)}. Convert it.")
-        tensors[name] = StoredTensor(tuple(entry.get_shape()), DTYPES[entry.get_dtype()],
-                                     lambda name=name: opened.read(name))
+        tensors[name] = StoredTensor(tuple(entry.get_shape()), DTYPES[dtype], lambda name=name: opened.read(name))
     metadata = dict(opened.file.metadata() or {})
     return Checkpoint(str(path), tensors, metadata.pop("config", None), metadata)
 
 
 def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> Checkpoint:
-    """Open a torch file through torch's restricted reader, with stand-ins for what Lightning files hold beside weights.
+    """Open a torch file (see read_file) with stand-ins for what Lightning files hold beside weights.
 
-    Args:
-        path: the file.
-        is_zip: whether it is of the format of torch 1.6 or later, which can be mapped instead of read.
-        drop_objects, entries: see read_file.
+    `is_zip`: it is of the format of torch 1.6 or later, which can be mapped instead of read.
     """
     allowed: list[Any] = []
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
-        refused = sorted(name for name in found if not (drop_objects or is_harmless(name)))
+        refused = sorted(name for name in found if name not in HARMLESS and not name.startswith(HARMLESS_PREFIXES)
+                         and not drop_objects)
         if refused:
             raise UserError(
                 f"checkpoint {path}: holds more than tensors: {', '.join(refused[:8])}. Nothing of it was run. "
@@ -226,11 +222,6 @@ def refusal(error: Exception) -> str:
     for advice in (" Check the documentation", " This is an internal miniz error", " In PyTorch 2.6"):
         text = text.partition(advice)[0]
     return text.rstrip(".")[:200] or type(error).__name__
-
-
-def is_harmless(name: str) -> bool:
-    """Whether a dotted name in a pickle is one that Lightning files are known to hold."""
-    return name in HARMLESS or name.startswith(HARMLESS_PREFIXES)
 
 
 def unwrap(path: Path, content: Any, entries: Sequence[str]) -> Checkpoint:
@@ -264,12 +255,7 @@ def check_count(path: Path, count: int) -> None:
 def read_folder(folder: Path) -> Checkpoint | None:
     """Open the weights that lie directly in a folder of diffusers or transformers, in one file or in several.
 
-    Args:
-        folder: holds diffusion_pytorch_model.* or model.* or pytorch_model.bin.
-    Returns:
-        Its tensors, or None if there are no weights.
-    Raises:
-        UserError: if an index names files that are missing or do not hold what it says.
+    None if there are none; UserError if an index names files that are missing or do not hold what it says.
     """
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin"):

@@ -273,10 +273,7 @@ def compare_schedule(file: Checkpoint, own: Mapping[str, Tensor]) -> list[str]:
 def find_copies(groups: Sequence[WeightGroup], own: Mapping[str, Tensor], chosen: Collection[str]) -> dict[str, str]:
     """Names of tensors that start as copies -> those that they are copies of (see WeightGroup.copy_of).
 
-    Args:
-        groups: of the network.
-        own: all its tensors.
-        chosen: names that a file has.
+    `own` are all tensors of the network, `chosen` those that a file has.
     """
     copies: dict[str, str] = {}
     for group in groups:

@@ -90,10 +90,7 @@ def add_name(names: dict[str, str], name: str, key: str) -> None:
 def rename_open_clip(names: dict[str, str]) -> str:
     """Give open_clip's text encoder the names of CLIP's, in place; the last block, which SD2 does not use, goes.
 
-    Args:
-        names: our name -> name in the file. The three parts of a joint projection have the same name in the file.
-    Returns:
-        A note, empty if there is none in the file.
+    The three parts of a joint projection have the same name in the file. Returns a note, empty if there is none.
     """
     found = {name[len(OPEN_CLIP):]: names.pop(name) for name in list(names) if name.startswith(OPEN_CLIP)}
     last, left_out = largest(found, r"transformer\.resblocks\.(\d+)\."), 0
@@ -136,14 +133,8 @@ def add_prefixes(names: Mapping[str, str]) -> dict[str, str]:
 def merge_ema(names: dict[str, str], averaged: dict[str, str], known: Iterable[str], use_ema: bool) -> str:
     """Put averaged weights in the place of the plain ones where asked or where there are no plain ones.
 
-    Latent diffusion's averages are called `model_ema.` and the name of the parameter without its dots.
-
-    Args:
-        names: our name -> name in the file; changed.
-        averaged: the same of the averages.
-        known, use_ema: see to_our_names.
-    Returns:
-        A note.
+    Latent diffusion's averages are called `model_ema.` and the name of the parameter without its dots. `names` (our
+    name -> name in the file) is changed; returns a note.
     """
     if not use_ema and any(name.startswith(PARTS["unet"]) for name in names):
         return (f"set aside {len(averaged)}: averaged weights (the plain ones are taken; convert_checkpoint.py --ema "

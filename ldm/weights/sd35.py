@@ -30,13 +30,7 @@ CRFM_NAMES = (
 
 
 def adopt(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Give weights of the two kinds our names and shapes; others come back as they are.
-
-    Args:
-        tensors: by the names in the file.
-    Returns:
-        Tensors, and notes on what was set aside.
-    """
+    """Give weights of the two kinds our names and shapes, others come back as they are; and notes."""
     if any(name.startswith("mmdit_blocks.") for name in tensors):
         return from_crfm(tensors)
     if any(name.startswith(SIGN) for name in tensors):
@@ -57,14 +51,9 @@ def from_sd35(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def split_table(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a table of positions apart.
+    """Take a table of positions (1, S * S, D) apart into columns and rows, (S, D / 2) each.
 
-    Args:
-        table: (1, S * S, D); the first half of a vector follows from the column, the other from the row.
-    Returns:
-        Columns and rows, (S, D / 2) each.
-    Raises:
-        UserError: if it is not made of the two.
+    The first half of a vector follows from the column, the other from the row; UserError if they do not.
     """
     side, half = math.isqrt(table.shape[1]), table.shape[-1] // 2
     grid = table[0, :side * side].unflatten(0, (side, side))  # (row, column, D)
