@@ -19,81 +19,62 @@ EXIT_DAMAGED = 3
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line of inference.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--ckpt", help="weights: .safetensors or .ckpt; needed to generate")
-    model.add_argument("--config", default=None, help="model yaml; only needed if the checkpoint has no config inside")
-    model.add_argument("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that "
-                       "the config may name, once or more often; else networks of this project only")  # fmt: skip
-    model.add_argument(
-        "--tokenizer_dir", default=None, help="local folder of CLIP's tokenizer; default: the model's, else open_clip's"
-    )
-    model.add_argument(
-        "--vectors", default=None,
-        help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the training's",
-    )  # fmt: skip
-    model.add_argument("--prompt_pieces", type=positive_int, default=None, help="read prompts that are longer than the "
-                       "text encoder's limit in up to so many pieces (of 75 tokens for CLIP); default: the model's own")
-    model.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
-    model.add_argument(
-        "--precision", choices=["auto", "full", "autocast"], default="auto",
-        help="full = float32, autocast = bfloat16 where it is safe; auto = autocast on CUDA, full elsewhere",
-    )  # fmt: skip
-    model.add_argument("--compile", action="store_true", help="compile the blocks of the network; for long runs")
-    model.add_argument("--C", type=positive_int, default=None, help="latent channels; checked against the model")
-    model.add_argument("--f", type=positive_int, default=None, help="pixels per latent; checked against the model")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", help="weights: .safetensors or .ckpt; needed to generate")
+    add("--config", help="model yaml; only needed if the checkpoint has no config inside")
+    add("--allow_modules", action="append", default=[], metavar="MODULE", help="module of your own that the config may "
+        "name, once or more often; else networks of this project only")
+    add("--tokenizer_dir", help="local folder of CLIP's tokenizer; default: the model's, else open_clip's")
+    add("--vectors", help="folder of the prompts' vectors (scripts/encode_prompts.py), for CRFM; default: the "
+        "training's")
+    add("--prompt_pieces", type=positive_int, help="read prompts that are longer than the text encoder's limit in up "
+        "to so many pieces (of 75 tokens for CLIP); default: the model's own")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
+    add("--precision", choices=["auto", "full", "autocast"], default="auto", help="full = float32, autocast = bfloat16 "
+        "where it is safe; auto = autocast on CUDA, full elsewhere")
+    add("--compile", action="store_true", help="compile the blocks of the network; for long runs")
+    add("--C", type=positive_int, help="latent channels; checked against the model")
+    add("--f", type=positive_int, help="pixels per latent; checked against the model")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
-    data.add_argument(
-        "--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to generate"
-    )
-    add_classes(data.add_argument, "of masks with other ids on disk than the model's", dest="dataset")
-    data.add_argument("--H", type=positive_int, default=None, help="height to generate; default: the mask's")
-    data.add_argument("--W", type=positive_int, default=None, help="width to generate; default: the mask's")
-    data.add_argument(
-        "--bad_rows", choices=["stop", "skip"], default="stop",
-        help="stop: one error lists all bad rows before the model is loaded; skip: they go to failures.jsonl",
-    )  # fmt: skip
-    data.add_argument("--follow_links", action="store_true", help="files may be links that lead out of --data_root")
-    data.add_argument(
-        "--num_workers", type=natural, default=None, help="processes that read images, 0 = the main one; 4 on CUDA"
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data_root", default=".", help="folder that the manifest's paths are relative to")
+    add("--txt_file", "--train_txt_file", help="manifest: JSON lines with source, prompt, ref_image; needed to "
+        "generate")
+    add_classes(add, "of masks with other ids on disk than the model's", dest="dataset")
+    add("--H", type=positive_int, help="height to generate; default: the mask's")
+    add("--W", type=positive_int, help="width to generate; default: the mask's")
+    add("--bad_rows", choices=["stop", "skip"], default="stop", help="stop: one error lists all bad rows before the "
+        "model is loaded; skip: they go to failures.jsonl")
+    add("--follow_links", action="store_true", help="files may be links that lead out of --data_root")
+    add("--num_workers", type=natural, help="processes that read images, 0 = the main one; 4 on CUDA")
 
     sampling = parser.add_argument_group("sampling")
     add_sampling_flags(sampling)
-    sampling.add_argument("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
-    sampling.add_argument("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")
-    sampling.add_argument("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
-    sampling.add_argument(
-        "--batch_size", type=positive_int, default=8,
-        help="images at once on a GPU, halved if memory ends; a CPU generates 2 at once, whatever this says",
-    )  # fmt: skip
+    add = sampling.add_argument
+    add("--seed", type=natural, default=42, help="a sample's noise follows from seed, row and copy")
+    add("--fixed_code", action="store_true", help="the same noise, that of --seed, for every sample")
+    add("--num_per_mask", type=positive_int, default=1, help="images per row, each with own noise")
+    add("--batch_size", type=positive_int, default=8, help="images at once on a GPU, halved if memory ends; a CPU "
+        "generates 2 at once, whatever this says")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--outdir", default="outputs", help="folder for images/, index.jsonl and run.json")
-    output.add_argument("--ext", choices=["png", "jpg"], default="png", help="png is lossless, jpg is q95 4:4:4")
-    output.add_argument("--format", choices=["folder"], default="folder", help=argparse.SUPPRESS)
-    output.add_argument("--overwrite", action="store_true", help="generate finished images again, do not skip them")
-    output.add_argument("--status", action="store_true", help="say how far the run in --outdir is, and stop")
-    output.add_argument(
-        "--verify", action="store_true", help="check sizes and hashes in --outdir, requeue what is damaged, and stop"
-    )
-    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("output").add_argument
+    add("--outdir", default="outputs", help="folder for images/, index.jsonl and run.json")
+    add("--ext", choices=["png", "jpg"], default="png", help="png is lossless, jpg is q95 4:4:4")
+    add("--format", choices=["folder"], default="folder", help=argparse.SUPPRESS)
+    add("--overwrite", action="store_true", help="generate finished images again, do not skip them")
+    add("--status", action="store_true", help="say how far the run in --outdir is, and stop")
+    add("--verify", action="store_true", help="check sizes and hashes in --outdir, requeue what is damaged, and stop")
+    add("--debug", action="store_true", help="show the traceback of an error")
 
-    scale = parser.add_argument_group("several processes")
-    scale.add_argument(
-        "--shard", type=shard, default=None,
-        help="i/n: generate shards i, i+n, ... (i from 0); default: from torchrun, srun or the SLURM array, else all",
-    )  # fmt: skip
-    scale.add_argument(
-        "--shard_size", type=positive_int, default=None,
-        help="rows a shard; default: 512, or fewer where not all processes would have one",
-    )  # fmt: skip
-    scale.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
-    scale.add_argument("--ray_workers", type=positive_int, default=None, help="actors; default: one a GPU, else 1")
+    add = parser.add_argument_group("several processes").add_argument
+    add("--shard", type=shard, help="i/n: generate shards i, i+n, ... (i from 0); default: from torchrun, srun or the "
+        "SLURM array, else all")
+    add("--shard_size", type=positive_int, help="rows a shard; default: 512, or fewer where not all processes would "
+        "have one")
+    add("--engine", choices=["local", "ray"], default="local", help="ray: actors on a Ray cluster")
+    add("--ray_workers", type=positive_int, help="actors; default: one a GPU, else 1")
     return parser
 
 

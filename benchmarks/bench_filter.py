@@ -115,8 +115,8 @@ def run_ours(
     hardness = measure_hardness({}, segmentor, real, batch_size, 1)
     middle, middle_network = time.process_time(), segmentor.seconds
     (out / "work").mkdir()
-    table = segmentor.class_table
-    PixelFilter(segmentor, hardness.limits(1.25), table, out, out / "work", batch_size, 1).run(synthesized)
+    pixel_filter = PixelFilter(hardness.limits(1.25), segmentor.class_table, out, batch_size, 1)
+    pixel_filter.run(segmentor, out / "work", synthesized)
     ended = time.process_time()
     return middle - begun - (middle_network - network), ended - middle - (segmentor.seconds - middle_network)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ldm.files import describe_failure
 
@@ -169,9 +168,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
                 f"config file not found: {file}. Give a yaml such as configs/model/tisynth_mini.yaml.")
         try:
             config = OmegaConf.merge(config, OmegaConf.load(file))
-        except (OmegaConfBaseException, ValueError, OSError) as error:
-            raise UserError(f"config file {file}: not valid yaml ({error}).") from error
-        except Exception as error:  # yaml's own exceptions share no public base below Exception in omegaconf's API
+        except Exception as error:  # yaml's own and omegaconf's share no base below it
             raise UserError(f"config file {file}: not valid yaml ({error}).") from error
     for override in overrides:
         apply_override(config, override)

@@ -22,16 +22,15 @@ from ldm import ray_pool
 from ldm.cli import add_classes, choose_device, markdown_table, natural, positive_float, positive_int, shard
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.images import Pair
-from ldm.data.manifest import read_manifest
 from ldm.files import Record, atomic_write, lock, write_json
 from ldm.run_folder import RunFolder
 from ldm.util import UserError, run_entry_point
 from post_processing.run_index import read_run
-from post_processing.segmentation.dataset import match_folders
+from post_processing.segmentation.dataset import list_pairs
 from post_processing.segmentation.loading import find_generated
 from post_processing.segmentation.segmentor import Segmentor, load_segmentor
 from post_processing.selection.hardness import Hardness, fingerprint_of, get_hardness
-from post_processing.selection.rules import PixelFilter, draw_overlay, is_finished
+from post_processing.selection.rules import PixelFilter, draw_overlay, failure_of, is_finished
 
 logger = logging.getLogger(__name__)
 
@@ -94,108 +93,93 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_filter(args: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit code."""
+    """Read all inputs, open the folder that belongs to them, filter, report; returns the exit code."""
     check_arguments(args)
-    number, count = args.shard
     items, run, images = find_synthesized(args)
-    is_resized = any(run.get("settings", {}).get(key) is not None for key in ("H", "W"))
-    parts = find_judged(args)
+    judges = find_judges(args)
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else None
     given = ClassTable.load(args.classes) if args.classes else run_table
     segmentor = load_segmentor(args.config, args.checkpoint, choose_device(args.device), given)
-    table = run_table or segmentor.class_table  # of the synthetic masks; the real ones may have other numbers on disk
-    if not same_names(table.names, segmentor.class_table.names):
+    own_table = segmentor.class_table
+    table = run_table or own_table  # of the synthetic masks; the real ones may have other numbers on disk
+    if not same_names(table.names, own_table.names):
         raise UserError(
-            f"--classes: {segmentor.class_table.name} has other classes than the run, {', '.join(table.names)}. "
+            f"--classes: {own_table.name} has other classes than the run, {', '.join(table.names)}. "
             "Expected the same ones. Leave --classes out."
         )
-    own_table = segmentor.class_table
-    real = [pair for *_, pairs in parts for pair in pairs]
+    real = [pair for *_, pairs in judges for pair in pairs]
     fingerprint = fingerprint_of(args.config, args.checkpoint, own_table, real)
     if args.fold:
-        fingerprint["folds"] = [fingerprint_of(*part[:2], own_table, part[2]) for part in parts]
-    settings = {
-        "images": str(images.absolute()),
-        "class_table": table.to_dict(),
-        "tolerance_margin": args.tolerance_margin,
-        **fingerprint,
-    }
-    run_folder = output_folder(args, settings)
-    folder, part = run_folder.folder, f".shard-{number}-of-{count}"
-    run_folder.open(lambda _: {"pictures": len(items)})  # by which resample.py sees an end
-    with run_folder.claim(part) as held:
+        fingerprint["folds"] = [fingerprint_of(*files, own_table, pairs) for *files, pairs in judges]
+    folder = RunFolder(Path(args.filtered_mask_path), {
+        "images": str(images.absolute()), "class_table": table.to_dict(), "tolerance_margin": args.tolerance_margin,
+        **fingerprint}, "--filtered-mask-path", "filter.json")  # fmt: skip
+    folder.open(lambda _: {"pictures": len(items)})  # by which resample.py sees an end
+    number, count = args.shard
+    part = f".shard-{number}-of-{count}"
+    with folder.claim(part) as held:
         if held is None:
-            raise FileExistsError(f"--shard: another process filters {number}/{count} of {folder}. Expected one a "
-                                  "shard. Wait for it, or give every process its own --shard.")
-        hardness = get_hardness(
-            Path(args.hardness or folder / "hardness.json"), fingerprint, load_parts(parts, args, segmentor),
-            args.batch_size, args.num_workers,
-        )  # fmt: skip
-        warn_of_unknown(hardness, args.tolerance_margin)
-        records, work = run_folder.done(), run_folder.work(part)
-        own = items[number::count]
-        todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder)]
+            raise FileExistsError(f"--shard: another process filters {number}/{count} of {folder.folder}. Expected one "
+                                  "a shard. Wait for it, or give every process its own --shard.")
+        means = Path(args.hardness or folder.folder / "hardness.json")
+        hardness = get_hardness(means, fingerprint, load_judges(judges, args, segmentor), args.batch_size,
+                                args.num_workers)
+        say_limits(hardness, args.tolerance_margin)
+        is_resized = any(run.get("settings", {}).get(key) is not None for key in ("H", "W"))
+        pixel_filter = PixelFilter(hardness.limits(args.tolerance_margin), table, folder.folder.absolute(),
+                                   args.batch_size, args.num_workers, is_resized)
+        records, own = folder.done(), items[number::count]
+        todo = [item for item in own if not is_finished(records.get(item.image.name, {}), item, folder.folder)]
         logger.info("%d images, %d of them finished", len(own), len(own) - len(todo))
-        limits = hardness.limits(args.tolerance_margin)
+        work = folder.work(part).absolute()
         if args.engine == "ray":
-            config, checkpoint = os.path.abspath(args.config), os.path.abspath(args.checkpoint)
-            absolute = folder.absolute()
-
-            def build(place: Path) -> PixelFilter:  # without the segmentor, which each actor loads
-                judge = load_segmentor(config, checkpoint, choose_device(args.device), own_table)
-                return PixelFilter(judge, limits, table, absolute, place, args.batch_size, args.num_workers,
-                                   is_resized)  # fmt: skip
-
-            todo = [replace(item, image=item.image.absolute(), mask=item.mask.absolute()) for item in todo]
-            failures = filter_on_ray(args, todo, build, work.absolute()) if todo else []
+            files = os.path.abspath(args.config), os.path.abspath(args.checkpoint)
+            failures = filter_on_ray(
+                args, pixel_filter, lambda: load_segmentor(*files, choose_device(args.device), own_table), work, todo)
         else:
-            worker = PixelFilter(segmentor, limits, table, folder, work, args.batch_size, args.num_workers,
-                                 is_resized)  # fmt: skip
-            failures = worker.run(todo)
-    failed = run_folder.finish([item.image.name for item in items], failures)
-    records = run_folder.done()
-    write_report(folder, records, failed, hardness, args.tolerance_margin)
-    draw_overlays(folder, items[: args.overlays], records, table)
+            failures = pixel_filter.run(segmentor, work, todo)
+    failed = folder.finish([item.image.name for item in items], failures)
+    records = folder.done()
+    write_report(folder.folder, records, failed, hardness, args.tolerance_margin)
+    for item in items[: args.overlays]:
+        if item.image.name in records:
+            draw_overlay(records[item.image.name], item, folder.folder, table)
     return EXIT_FAILED if failures else 0
 
 
-def output_folder(args: argparse.Namespace, settings: dict[str, Any]) -> RunFolder:
-    """The folder of filtered masks, with lists of what is judged and what could not be."""
-    return RunFolder(Path(args.filtered_mask_path), settings, "--filtered-mask-path", "filter.json")
-
-
-def filter_on_ray(args: argparse.Namespace, items: Sequence[Pair], build: Callable[[Path], PixelFilter],
-                  work: Path) -> list[Record]:  # fmt: skip
+def filter_on_ray(args: argparse.Namespace, pixel_filter: PixelFilter, load: Callable[[], Segmentor], work: Path,
+                  pairs: Sequence[Pair]) -> list[Record]:  # fmt: skip
     """Let actors filter images; returns the failures.
 
     Args:
         args: of the command line.
-        items: to filter.
-        build: makes the filter, given a folder for unfinished files.
-        work: where each actor makes that folder of its own; absolute, as all paths.
+        pixel_filter: what they do.
+        load: gives an actor its segmentor.
+        work: where each actor makes a folder of its own for unfinished files; absolute.
+        pairs: to filter.
     """
+    if not pairs:
+        return []
     ray = ray_pool.connect()
     failures: list[Record] = []
 
+    def build() -> Callable[[Sequence[Pair]], list[Record]]:
+        own = work / f"{os.uname().nodename}-{os.getpid()}"
+        own.mkdir(exist_ok=True)
+        return partial(pixel_filter.run, load(), own)
+
     def give_up(unit: Sequence[Pair], reason: str) -> None:
-        failures.extend({"image": item.image.name, "mask": str(item.mask), "reason": reason} for item in unit)
+        failures.extend(failure_of(pair, reason) for pair in unit)
 
     try:
         gpus = ray_pool.count_gpus(args.device, ray.cluster_resources())
         size = args.batch_size * BATCHES_A_TASK
-        units = [items[start : start + size] for start in range(0, len(items), size)]
+        pairs = [replace(pair, image=pair.image.absolute(), mask=pair.mask.absolute()) for pair in pairs]
+        units = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         actors = min(ray_pool.count_actors(args.ray_workers, gpus), len(units))
-        pool = ray_pool.ActorPool(ray, partial(build_in_actor, build, work), actors, gpus > 0)
-        return sum(pool.run(units, give_up), failures)
+        return sum(ray_pool.ActorPool(ray, build, actors, gpus > 0).run(units, give_up), failures)
     finally:
         ray.shutdown()
-
-
-def build_in_actor(build: Callable[[Path], PixelFilter], work: Path) -> Callable[[Sequence[Pair]], list[Record]]:
-    """The filter of a process of Ray's, with a folder of its own for unfinished files."""
-    own = work / f"{os.uname().nodename}-{os.getpid()}"
-    own.mkdir(exist_ok=True)
-    return build(own).run
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -243,36 +227,30 @@ def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, An
     return items, run, images
 
 
-def find_judged(args: argparse.Namespace) -> list[tuple[str, str, list[Pair]]]:
+def find_judges(args: argparse.Namespace) -> list[tuple[str, str, list[Pair]]]:
     """Config, checkpoint and real pairs of every segmentor whose losses make the class means."""
+
+    def read(manifest: str) -> list[Pair]:  # which files are sound shows when they are read
+        return list_pairs(None, manifest=manifest, data_root=args.data_root or Path(manifest).parent, check_files=False)
+
     if args.fold:
-        return [(*fold, read_pairs(manifest, args.data_root)) for *fold, manifest in args.fold]
+        return [(*files, read(manifest)) for *files, manifest in args.fold]
     manifest = args.hardness_txt_file or args.real_txt_file
-    if manifest:
-        return [(args.config, args.checkpoint, read_pairs(manifest, args.data_root))]
-    pairs = [Pair(*pair) for pair in match_folders(Path(args.real_img_path), Path(args.real_mask_path))]
-    if not pairs:
-        raise UserError(f"--real-img-path: no images in {args.real_img_path}. Expected the real training images.")
+    pairs = read(manifest) if manifest else list_pairs(
+        None, image_folder=args.real_img_path, mask_folder=args.real_mask_path)  # fmt: skip
     return [(args.config, args.checkpoint, pairs)]
 
 
-def read_pairs(manifest: str, root: str | None) -> list[Pair]:
-    """Real pairs of a manifest, each once; which files are sound shows when they are read."""
-    rows = read_manifest(manifest, root or Path(manifest).parent, need=("image",), check_files=False)
-    pairs = dict.fromkeys((row.image, row.mask) for row in rows)  # rows may differ in the reference only
-    return [Pair(image, mask) for image, mask in pairs]
-
-
-def load_parts(parts: Sequence[tuple[str, str, list[Pair]]], args: argparse.Namespace,
-               segmentor: Segmentor) -> Iterator[tuple[Segmentor, list[Pair]]]:
-    """The segmentors of find_judged, one at a time, with their pairs; the one that filters is there already."""
-    for config, checkpoint, pairs in parts:
+def load_judges(judges: Sequence[tuple[str, str, list[Pair]]], args: argparse.Namespace,
+                segmentor: Segmentor) -> Iterator[tuple[Segmentor, list[Pair]]]:
+    """The segmentors of find_judges, one at a time, with their pairs; the one that filters is there already."""
+    for config, checkpoint, pairs in judges:
         is_own = (config, checkpoint) == (args.config, args.checkpoint)
         yield segmentor if is_own else load_segmentor(
-            config, checkpoint, choose_device(args.device), segmentor.class_table), pairs
+            config, checkpoint, segmentor.device, segmentor.class_table), pairs
 
 
-def warn_of_unknown(hardness: Hardness, margin: float) -> None:
+def say_limits(hardness: Hardness, margin: float) -> None:
     """Say which classes have no statistics, and the limits of the others."""
     unknown = [name for name, pixels in zip(hardness.names, hardness.pixels, strict=True) if not pixels]
     if unknown:
@@ -315,16 +293,6 @@ def write_report(
         write_json(folder / "report.json", report)
         atomic_write(folder / "report.md", text)
     logger.info("%s\nwritten to %s", text, folder)
-
-
-def draw_overlays(folder: Path, items: Sequence[Pair], records: dict[str, Record], table: ClassTable) -> None:
-    """Draw overlays/{stem}.png for images that are finished."""
-    for item in items:
-        if item.image.name in records:
-            (folder / "overlays").mkdir(exist_ok=True)
-            draw_overlay(records[item.image.name], item, folder, table).save(
-                folder / "overlays" / f"{item.image.stem}.png"
-            )
 
 
 if __name__ == "__main__":

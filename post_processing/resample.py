@@ -233,16 +233,14 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
 
 def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float | None]:
     """IoU of every class on a manifest of real pairs, by the metric of mmseg."""
-    from ldm.cli import choose_device
-    from ldm.data.manifest import read_manifest
     from post_processing.evaluation.scores import score_pairs
-    from post_processing.segmentation.segmentor import load_segmentor
+    from post_processing.segmentation.dataset import list_pairs
+    from post_processing.segmentation.segmentor import segmentor_of
 
     if not args.iou_txt_file:
         raise UserError("--segmentor: needs real pairs to measure its IoU on. Expected --iou_txt_file MANIFEST.")
-    segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
-    rows = read_manifest(args.iou_txt_file, Path(args.iou_txt_file).parent, need=("image",), table=table)
-    return score_pairs(segmentor, [(row.image, row.mask) for row in rows], 16, 4)["IoU"]
+    pairs = list_pairs(table, manifest=args.iou_txt_file, data_root=Path(args.iou_txt_file).parent)
+    return score_pairs(segmentor_of(args, table), pairs, 16, 4)["IoU"]
 
 
 def write_out(

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import Pair
+from ldm.files import Record
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
 from post_processing.segmentation.loading import Loaded, load_batches
@@ -23,9 +24,11 @@ class Sample(Pair):
 
     Attributes:
         size: (height, width) of the image.
+        record: its line of the index.
     """
 
     size: tuple[int, int] = (0, 0)
+    record: Record = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_run(
@@ -86,6 +89,7 @@ def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
         name=Path(record["image"]).stem,
         reference=root / reference if reference else None,
         size=(int(record["height"]), int(record["width"])),
+        record=record,
     )
 
 

@@ -51,43 +51,41 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     classes = argparse.ArgumentParser(add_help=False)
     classes.add_argument("--classes", help="class table of the masks (default: export --run: that of the run; else "
-                         "oam_building)")  # fmt: skip
+                         "oam_building)")
     classes.add_argument("--building", default="building", help="its class of buildings (default: %(default)s)")
     classes.add_argument("--out", type=Path, required=True, help="output folder; must not exist or be empty")
+    coco = argparse.ArgumentParser(add_help=False)
+    coco.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
+                      "one)")
+    coco.add_argument("--crowds_are_objects", action="store_true", help="take regions with iscrowd 1 for single "
+                      "buildings: some tools, such as CVAT, set it on every RLE")
 
-    crowds = argparse.ArgumentParser(add_help=False)
-    crowds.add_argument("--crowds_are_objects", action="store_true", help="take regions with iscrowd 1 for single "
-                        "buildings: some tools, such as CVAT, set it on every RLE")  # fmt: skip
-    masks = commands.add_parser("coco_to_masks", parents=[common, classes, crowds], help="COCO annotations to masks")
+    masks = commands.add_parser("coco_to_masks", parents=[common, classes, coco], help="COCO annotations to masks")
     masks.add_argument("--coco", type=Path, required=True, help="COCO file")
-    masks.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
-                       "one)")  # fmt: skip
     masks.add_argument("--background", default="background", help="class of all other pixels, or `ignore` (default: "
-                       "%(default)s)")  # fmt: skip
+                       "%(default)s)")
     masks.set_defaults(run_command=coco_to_masks)
 
     export = commands.add_parser("export", parents=[common, classes], help="masks or pairs to COCO and YOLO-seg")
-    export.add_argument("--run", dest="run_folder", type=Path, help="--outdir of inference.py")
-    export.add_argument("--txt_file", type=Path, help="manifest of pairs (source, target), as filtered and resampled")
-    export.add_argument("--masks", type=Path, help="folder of masks without images: COCO only")
-    export.add_argument("--data_root", type=Path, help="where the paths of the run's masks or of the manifest start "
-                        "(default: as noted in the run; the folder of the manifest)")  # fmt: skip
-    export.add_argument("--instances", type=Path, help="instances/ of coco_to_masks, by stems of masks: keeps "
-                        "touching buildings apart (default: connected regions of the masks)")  # fmt: skip
-    export.add_argument("--min_area", type=int, default=1, help="smallest connected region in pixels (default: "
-                        "%(default)s)")  # fmt: skip
-    export.add_argument("--val_fraction", type=float, default=0.0, help="share of the masks whose pairs data.yaml "
-                        "validates on (default: 0 = on the images that it trains on)")  # fmt: skip
-    export.add_argument("--seed", type=int, default=0, help="seed of the draw of those masks (default: %(default)s)")
     export.set_defaults(run_command=export_pairs)
+    add = export.add_argument
+    add("--run", dest="run_folder", type=Path, help="--outdir of inference.py")
+    add("--txt_file", type=Path, help="manifest of pairs (source, target), as filtered and resampled")
+    add("--masks", type=Path, help="folder of masks without images: COCO only")
+    add("--data_root", type=Path, help="where the paths of the run's masks or of the manifest start (default: as noted "
+        "in the run; the folder of the manifest)")
+    add("--instances", type=Path, help="instances/ of coco_to_masks, by stems of masks: keeps touching buildings apart "
+        "(default: connected regions of the masks)")
+    add("--min_area", type=int, default=1, help="smallest connected region in pixels (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.0, help="share of the masks whose pairs data.yaml validates on "
+        "(default: 0 = on the images that it trains on)")
+    add("--seed", type=int, default=0, help="seed of the draw of those masks (default: %(default)s)")
 
-    score = commands.add_parser("score", parents=[common, crowds], help="F1 of predicted instances")
+    score = commands.add_parser("score", parents=[common, coco], help="F1 of predicted instances")
     score.add_argument("--truth", type=Path, required=True, help="COCO file")
     score.add_argument("--predicted", type=Path, required=True, help="COCO file, or a COCO list of results")
-    score.add_argument("--categories", nargs="+", default=[], help="categories that are buildings (default: the only "
-                       "one)")  # fmt: skip
     score.add_argument("--iou", type=float, default=0.5, help="IoU from which a prediction is right (default: "
-                       "%(default)s)")  # fmt: skip
+                       "%(default)s)")
     score.set_defaults(run_command=score_predictions)
     return parser
 
@@ -168,23 +166,16 @@ def read_instance_layers(folder: Path, stem: str) -> list[np.ndarray]:
     return layers
 
 
-def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bring an integer array (h, w) to a size (height, width) as inference.py does with masks."""
-    if values.shape == tuple(size):
-        return values
-    image = Image.fromarray(values.astype(np.int32))
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.NEAREST))
-
-
 def read_scene(image: Path | None, mask: Path, table: ClassTable, args: argparse.Namespace) -> Scene:
     """Buildings of a pair, at the size of its image."""
+    from ldm.data.transforms import resize_mask
+
     values = read_mask(mask, table)
-    size = values.shape
-    if image is not None:
-        size = image_size(image)
-    inside = resize_nearest(values, size) == find_class(table, args.building, "--building")
+    size = values.shape if image is None else image_size(image)
+    inside = resize_mask(values, size) == find_class(table, args.building, "--building")
     if args.instances:
-        layers = [resize_nearest(layer, size) for layer in read_instance_layers(args.instances, mask.stem)]
+        layers = [resize_mask(layer.astype(np.int32), size) for layer in
+                  read_instance_layers(args.instances, mask.stem)]
         found = from_layers(layers, inside)
     else:
         found = find_components(inside, args.min_area)

@@ -254,8 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.window < 64 or 2 * args.overlap > args.window:
         raise UserError(f"--window {args.window} --overlap {args.overlap}: expected windows of 64 pixels or more "
                         "that share at most half.")
-    from ldm.cli import choose_device
-    from post_processing.segmentation.segmentor import load_segmentor
+    from post_processing.segmentation.segmentor import segmentor_of
 
     args.choices = make_reading(args, "--scale_from and the folder that prepare_dataset.py wrote for the segmentor's "
                                 "training, or --scale_range MIN MAX of that training")
@@ -263,8 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--scale_percentiles: the segmentor needs the scale of its training. Expected --scale_from "
                         "with the folder that prepare_dataset.py wrote for it, or --scale_range.")
     targets, infos = list_targets(args)
-    given = ClassTable.load(args.classes) if args.classes else None
-    segmentor = load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
+    segmentor = segmentor_of(args)
     table = (ClassTable.load(args.map_to) if args.map_to else segmentor.class_table).without_source_ids()
     open_folder(args, table)
     predict_missing(args, segmentor, table, targets, infos)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,110 +13,77 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import positive_int
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import read_image
-from ldm.files import Record, atomic_write, read_lines
-from ldm.run_folder import RunFolder
+from ldm.files import atomic_write
 from ldm.sheet import Cell, draw_sheet
-from ldm.util import UserError, run_entry_point
+from ldm.util import run_entry_point
+from post_processing.run_index import Sample, read_run
 
 logger = logging.getLogger(__name__)
 
 
-
 def build_parser() -> argparse.ArgumentParser:
     """Command line of preview.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("folder", help="output folder of inference.py (with index.jsonl and run.json)")
-    parser.add_argument("--out", default=None, help="PNG to write; default: contact_sheet.png in the folder")
-    parser.add_argument("--rows", type=positive_int, default=8, help="most rows of the sheet")
-    parser.add_argument(
-        "--columns", type=positive_int, default=8, help="most references (grid) or results (list) side by side"
-    )
-    parser.add_argument("--tile", type=positive_int, default=160, help="width of a tile in pixels")
-    parser.add_argument("--data_root", default=None, help="folder of masks and references; default: that of the run")
-    parser.add_argument(
-        "--layout", choices=["auto", "grid", "list"], default="auto",
-        help="grid: a row per mask, a column per reference; list: a row per pair; auto: grid if most pairs exist",
-    )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("folder", help="output folder of inference.py (with index.jsonl and run.json)")
+    add("--out", help="PNG to write; default: contact_sheet.png in the folder")
+    add("--rows", type=positive_int, default=8, help="most rows of the sheet")
+    add("--columns", type=positive_int, default=8, help="most references (grid) or results (list) side by side")
+    add("--tile", type=positive_int, default=160, help="width of a tile in pixels")
+    add("--data_root", help="folder of masks and references; default: that of the run")
+    add("--layout", choices=["auto", "grid", "list"], default="auto", help="grid: a row per mask, a column per "
+        "reference; list: a row per pair; auto: grid if most pairs exist")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-class Sources:
-    """Reads the images that an index names.
-
-    Args:
-        folder: output folder of inference.py.
-        data_root: folder of masks and references; None = the one that the run used.
-
-    Raises:
-        FileNotFoundError: if the folder has no run.json.
-    """
-
-    def __init__(self, folder: Path, data_root: str | None) -> None:
-        run = RunFolder(folder).read()
-        if not run:
-            raise FileNotFoundError(f"{folder}: no run.json. Expected a folder that inference.py wrote. Check it.")
-        self.folder = folder
-        self.data_root = Path(data_root or run["data_root"])
-        self.table = ClassTable.load(run["class_table"])
-
-    def mask(self, record: Record) -> Cell:
-        """Mask in class colours."""
-        mask = read_mask(self.data_root / record["mask"], self.table)
-        return Cell(self.table.colourise(mask), Path(record["mask"]).stem, is_mask=True)
-
-    def reference(self, record: Record) -> Cell:
-        """Reference as it is; an empty tile where the method takes none."""
-        if record["reference"] is None:
-            return Cell(None)
-        return Cell(read_image(self.data_root / record["reference"], None), Path(record["reference"]).stem)
-
-    def result(self, record: Record | None, label: str) -> Cell:
-        """Generated image; an empty tile if there is none."""
-        return Cell(None if record is None else read_image(self.folder / record["image"], None), label)
-
-    def legend(self, records: list[Record]) -> list[tuple[str, tuple[int, int, int]]]:
-        """Names and colours of the classes in the masks of these records."""
-        paths = {self.data_root / record["mask"] for record in records}
-        present = set().union(*(np.unique(read_mask(path, self.table)).tolist() for path in paths))
-        rows = zip(self.table.ids, self.table.names, self.table.colours, strict=True)
-        return [(name, colour) for index, name, colour in rows if index in present]
+def show_mask(sample: Sample, table: ClassTable) -> Cell:
+    """Mask in class colours."""
+    return Cell(table.colourise(read_mask(sample.mask, table)), sample.mask.stem, is_mask=True)
 
 
-def plan_grid(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:
+def show_reference(sample: Sample) -> list[Cell]:
+    """Reference as it is; none where the method takes none."""
+    return [Cell(read_image(sample.reference, None), sample.reference.stem)] if sample.reference else []
+
+
+def show_result(sample: Sample | None) -> Cell:
+    """Generated image; an empty tile if there is none."""
+    if sample is None:
+        return Cell(None, "not generated")
+    return Cell(read_image(sample.image, None), f"seed {sample.record['seed']}")
+
+
+def list_classes(samples: Sequence[Sample], table: ClassTable) -> list[tuple[str, tuple[int, int, int]]]:
+    """Names and colours of the classes in the masks of samples."""
+    masks = {sample.mask for sample in samples}
+    present = set().union(*(np.unique(read_mask(path, table)).tolist() for path in masks))
+    rows = zip(table.ids, table.names, table.colours, strict=True)
+    return [(name, colour) for index, name, colour in rows if index in present]
+
+
+def plan_grid(samples: Sequence[Sample], table: ClassTable, rows: int, columns: int) -> list[list[Cell]]:
     """Masks down, references across, copies of a pair side by side."""
-    masks = list({record["mask"]: record for record in reversed(records)}.values())[::-1][:rows]
-    references = list({record["reference"]: record for record in reversed(records)}.values())[::-1][:columns]
-    copies = sorted({record["copy"] for record in records})
-    found = {(record["mask"], record["reference"], record["copy"]): record for record in records}
-    blank = [Cell(np.full((1, 1, 3), 255, np.uint8))] * (len(copies) - 1)
-    head = [Cell(np.full((1, 1, 3), 255, np.uint8), "mask / reference")]
-    for record in references:
-        head += [sources.reference(record), *blank]
-    sheet = [head]
-    for mask in masks:
-        line = [sources.mask(mask)]
-        for reference in references:
-            for copy in copies:
-                record = found.get((mask["mask"], reference["reference"], copy))
-                line.append(sources.result(record, f"seed {record['seed']}" if record else "not generated"))
-        sheet.append(line)
-    return sheet
+    masks = list({sample.mask: sample for sample in reversed(samples)}.values())[::-1][:rows]
+    references = list({sample.reference: sample for sample in reversed(samples)}.values())[::-1][:columns]
+    copies = sorted({sample.record["copy"] for sample in samples})
+    found = {(sample.mask, sample.reference, sample.record["copy"]): sample for sample in samples}
+    white = np.full((1, 1, 3), 255, np.uint8)
+    head = [Cell(white, "mask / reference")]
+    for sample in references:
+        head += [*(show_reference(sample) or [Cell(None)]), *[Cell(white)] * (len(copies) - 1)]
+    return [head, *([show_mask(mask, table), *(show_result(found.get((mask.mask, reference.reference, copy)))
+                                               for reference in references for copy in copies)] for mask in masks)]
 
 
-def plan_list(records: list[Record], sources: Sources, rows: int, columns: int) -> list[list[Cell]]:
+def plan_list(samples: Sequence[Sample], table: ClassTable, rows: int, columns: int) -> list[list[Cell]]:
     """A row per row of the manifest: mask, reference if it has one, then its copies."""
-    groups: dict[int, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["row"], []).append(record)
-    sheet = []
-    for group in list(groups.values())[:rows]:
-        results = [sources.result(record, f"seed {record['seed']}") for record in group[:columns]]
-        references = [sources.reference(group[0])] if group[0]["reference"] else []
-        sheet.append([sources.mask(group[0]), *references, *results])
-    return sheet
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.record["row"], []).append(sample)
+    return [[show_mask(group[0], table), *show_reference(group[0]), *map(show_result, group[:columns])]
+            for group in list(groups.values())[:rows]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,18 +96,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.debug:
         logging.getLogger().setLevel(logging.DEBUG)
     folder = Path(args.folder)
-    records = list(read_lines(folder / "index.jsonl", "row", "copy").values())
-    if not records:
-        raise UserError(f"{folder}: index.jsonl is missing or empty. Expected the output of a finished inference.py.")
-    sources = Sources(folder, args.data_root)
-    pairs = {(record["mask"], record["reference"]) for record in records}
+    samples, run = read_run(folder, args.data_root, check_files=False)
+    table = ClassTable.load(run["class_table"])
+    pairs = {(sample.mask, sample.reference) for sample in samples}
     possible = len({mask for mask, _ in pairs}) * len({reference for _, reference in pairs})
-    has_references = any(record["reference"] for record in records)
-    is_grid = args.layout == "grid" or (args.layout == "auto" and has_references and 2 * len(pairs) > possible)
-    plan = plan_grid if is_grid else plan_list
-    sheet = plan(records, sources, args.rows, args.columns)
+    is_full = samples[0].reference is not None and 2 * len(pairs) > possible
+    is_grid = args.layout == "grid" or (args.layout == "auto" and is_full)
+    sheet = (plan_grid if is_grid else plan_list)(samples, table, args.rows, args.columns)
     shown = {line[0].label for line in sheet}
-    legend = sources.legend([record for record in records if Path(record["mask"]).stem in shown])
+    legend = list_classes([sample for sample in samples if sample.mask.stem in shown], table)
     image = draw_sheet(sheet, args.tile, legend)
     out = Path(args.out) if args.out else folder / "contact_sheet.png"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,8 @@ def train_guide(args: argparse.Namespace) -> None:
     pairs = list_pairs(table, manifest=args.train_txt_file, data_root=args.data_root, image_folder=args.image_folder,
                        mask_folder=args.mask_folder)
     steps = {name: getattr(args, name) for name in ("max_steps", "batch_size", "learning_rate")}
-    train_latent_guide(args.on_latents, pairs, table, out, **{k: v for k, v in steps.items() if v is not None},
+    files = [(pair.image, pair.mask) for pair in pairs]
+    train_latent_guide(args.on_latents, files, table, out, **{k: v for k, v in steps.items() if v is not None},
                        seed=args.seed, num_workers=args.num_workers,
                        device="cuda" if torch.cuda.is_available() else "cpu")
 

@@ -106,8 +106,8 @@ def test_masks_equal_a_slow_reimplementation_and_upstream(tmp_path, count):
 
     out = tmp_path / "out"
     (out / "work").mkdir(parents=True)
-    worker = PixelFilter(segmentor, hardness.limits(1.25), segmentor.class_table, out, out / "work", 3, 2)
-    assert worker.run(synthesized) == []
+    pixel_filter = PixelFilter(hardness.limits(1.25), segmentor.class_table, out, 3, 2)
+    assert pixel_filter.run(segmentor, out / "work", synthesized) == []
     records = read_lines(out / "items.jsonl", "image")
     upstream = upstream_filter(segmentor, real, synthesized, 1.25)
     dropped = 0
@@ -136,22 +136,24 @@ def test_masks_equal_a_slow_reimplementation_and_upstream(tmp_path, count):
 
 
 def test_loss_of_a_sigmoid_head_is_binary_cross_entropy():
-    logits, mask = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 4, 5))
-    expected = F.binary_cross_entropy_with_logits(logits[:, 0], mask.float(), reduction="none")
-    torch.testing.assert_close(pixel_loss(logits, mask), expected)
+    segmentor, mask = Segmentor(ColourModel(2, channels=1), table_of(2)), torch.randint(0, 2, (2, 4, 5))
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    score = segmentor.model.inference(images.flip(1).float() / 128 - 1, [])
+    expected = F.binary_cross_entropy_with_logits(score[:, 0], mask.float(), reduction="none")
+    torch.testing.assert_close(pixel_loss(segmentor.logits(images), mask), expected)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.8])
 def test_a_sigmoid_head_predicts_at_its_own_threshold(threshold):
     segmentors = pytest.importorskip("mmseg.models.segmentors")
     model = ColourModel(2, channels=1)
-    model.decode_head.threshold, model.align_corners = threshold, False
+    model.decode_head.threshold, model.decode_head.out_channels, model.align_corners = threshold, 1, False
     segmentor = Segmentor(model, table_of(2))
     images = torch.randint(0, 256, (2, 3, 9, 11), dtype=torch.uint8)
-    found = segmentors.EncoderDecoder.postprocess_result(model, segmentor.logits(images))
+    found = segmentors.EncoderDecoder.postprocess_result(model, segmentor.logits(images)[:, 1:])
     expected = torch.stack([one.pred_sem_seg.data[0] for one in found])
     assert torch.equal(segmentor.predict(images), expected.to(torch.uint8)) and 0 < expected.mean() < 1
-    assert not torch.equal(expected, (segmentor.logits(images)[:, 0] > 0).float())
+    assert not torch.equal(expected, (segmentor.logits(images)[:, 1] > 0).float())
 
 
 class SmallMemory(Segmentor):
@@ -271,8 +273,8 @@ filtering.atomic_write = write_or_die
 segmentor = colour_segmentor(4)
 (out / ".shard-0-of-1.partial").mkdir(parents=True)
 limits = torch.full((256,), 1.0)
-worker = filtering.PixelFilter(segmentor, limits, segmentor.class_table, out, out / ".shard-0-of-1.partial", 2, 1)
-worker.run(find_generated(folder / "img", folder / "label"))
+pairs = find_generated(folder / "img", folder / "label")
+filtering.PixelFilter(limits, segmentor.class_table, out, 2, 1).run(segmentor, out / ".shard-0-of-1.partial", pairs)
 """
 
 
@@ -287,7 +289,7 @@ def test_a_killed_filter_leaves_whole_masks_and_goes_on(tmp_path):
         folder = RunFolder(out)
         with folder.claim(".shard-0-of-1"):
             work = folder.work(".shard-0-of-1")
-            PixelFilter(segmentor, limits, segmentor.class_table, out, work, 2, 1).run(todo)
+            PixelFilter(limits, segmentor.class_table, out, 2, 1).run(segmentor, work, todo)
 
     run(tmp_path / "whole", items)
     out = tmp_path / "killed"
@@ -365,18 +367,16 @@ def test_ray_actors_make_the_same_masks(tmp_path, monkeypatch):
     items = make_images(tmp_path / "syn", 20, 4, 1, "{}_seed_5")
     (tmp_path / "syn/label/7.png").unlink()
 
-    def build(work):
-        segmentor = colour_segmentor(4)
-        return PixelFilter(segmentor, torch.full((256,), 1.0), segmentor.class_table, work.parent.parent, work, 2, 1)
-
     failures = []
     for name in ("local", "ray"):
         (tmp_path / name).mkdir()
         with RunFolder(tmp_path / name).claim("part"):
             work = tmp_path / name / "part.partial"
             (work / "own").mkdir()
-            failures.append(filter_on_ray(args, items, build, work) if name == "ray"
-                            else build(work / "own").run(items))  # fmt: skip
+            pixel_filter = PixelFilter(torch.full((256,), 1.0), table_of(4), tmp_path / name, 2, 1)
+            failures.append(
+                filter_on_ray(args, pixel_filter, lambda: colour_segmentor(4), work, items) if name == "ray"
+                else pixel_filter.run(colour_segmentor(4), work / "own", items))  # fmt: skip
     assert failures[0] == failures[1] and len(failures[0]) == 1
     assert contents(tmp_path / "ray").keys() == contents(tmp_path / "local").keys()
     assert read_lines(tmp_path / "ray/items.jsonl", "image") == read_lines(tmp_path / "local/items.jsonl", "image")

@@ -74,7 +74,7 @@ def test_consistency_of_runs(tmp_path, monkeypatch):
     make_pairs(tmp_path, 6)
     images = [np.asarray(Image.open(tmp_path / f"img/{number}.png")) for number in range(6)]
     segmentor = Segmentor.__new__(Segmentor)
-    segmentor.class_table, segmentor.device = table, torch.device("cpu")
+    segmentor.class_table, segmentor.device, segmentor.head = table, torch.device("cpu"), None
     monkeypatch.setattr("post_processing.segmentation.segmentor.Segmentor.logits", nearest_colour)
     monkeypatch.setattr("post_processing.segmentation.segmentor.load_segmentor", lambda *_, **__: segmentor)
 

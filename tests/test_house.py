@@ -151,6 +151,7 @@ READERS = {"inference.py": [f"ldm/generation/{name}.py" for name in ("plan", "ge
            "scripts/train_segmentor.py": ["post_processing/segmentation/training.py",
                                           "post_processing/segmentation/dlc_training.py",
                                           "post_processing/segmentation/self_training.py"],
+           "post_processing/resample.py": ["post_processing/segmentation/segmentor.py"],
            "scripts/measure_gain.py": [f"post_processing/gain/{name}.py" for name in ("plan", "report", "sets")]}
 ENTRIES = ["train.py", "inference.py", "post_processing/filter.py", "post_processing/resample.py",
            "scripts/measure_gain.py", "scripts/train_segmentor.py"]  # fmt: skip

@@ -27,6 +27,7 @@ from PIL import Image
 from pixel import TINY, config, make
 
 import inference
+from ldm.data.classes import ClassTable
 from ldm.generation.generator import BatchGenerator, generate
 from ldm.generation.machine import compile_blocks
 from ldm.generation.plan import make_plan
@@ -214,7 +215,7 @@ def test_samples_that_are_not_finite_are_listed_not_written(workspace, tmp_path,
 
     def broken(batch_generator, batch, seeds, chosen, use_autocast):
         images = whole(batch_generator, batch, seeds, chosen, use_autocast)
-        images[[batch["slot"][i] == 2 for i in chosen], 0, 0, 0] = torch.nan
+        images[[batch["job"][i].row.index == 2 for i in chosen], 0, 0, 0] = torch.nan
         return images
 
     monkeypatch.setattr(synthesis, "sample_images", broken)
@@ -382,6 +383,7 @@ def test_contact_sheet_shows_every_result(finished, tmp_path, layout):
     assert sheet.shape[1] == 12 + 70 * columns
     # The first mask, enlarged, in class colours near the left edge.
     top = 6 + (70 + 18 if layout == "grid" else 0)
-    palette = {colour for _, colour in preview.Sources(finished, None).legend(read_lines(finished / "index.jsonl"))}
+    samples, record = read_run(finished)
+    palette = {colour for _, colour in preview.list_classes(samples, ClassTable.load(record["class_table"]))}
     corner = sheet[top : top + 64, 6:70].reshape(-1, 3)
     assert palette & set(map(tuple, corner.tolist()))

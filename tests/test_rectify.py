@@ -24,6 +24,7 @@ from ldm.sampling.modes import PRESETS, Rectify, Sampling
 from ldm.sampling.noise import SampleNoise, sample_noise
 from ldm.sampling.rectify import Rectifier, choose_levels
 from ldm.sampling.samplers import sample
+from ldm.util import say_once
 from ldm.weights.checkpoint import save_safetensors
 from ldm.weights.load import load_method, read_model_config
 
@@ -266,6 +267,41 @@ def test_guides_that_do_not_fit_are_refused_before_anything_is_written(workspace
     for flags, message in cases:
         assert run(workspace, tmp_path / "out", *flags) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_guide_that_knows_more_classes_drops_them(workspace: Path, tmp_path: Path, capsys, caplog):
+    """A foreign segmentor has one output more, and its class names, in mmseg's place, say which are shared."""
+    from ldm.generation.guide import load_guide
+    from post_processing.segmentation.guide import SegmentorGuide
+    from post_processing.segmentation.segmentor import read_checkpoint
+
+    config, weights = make_segmentor(tmp_path / "foreign", table_of(6))
+    content = read_checkpoint(weights)
+
+    def rename(names: list[str], **meta: object) -> list[str]:
+        torch.save({"state_dict": content["state_dict"], "meta": {"dataset_meta": {"classes": names}, **meta}}, weights)
+        return [str(config), str(weights)]
+
+    method = load_method(workspace / "tiny.safetensors", read_model_config(workspace / "tiny.safetensors"), "cpu")
+    images, shared = torch.rand(2, 3, 16, 16), [name.title() for name in MINI.names]
+    for names in ([*shared, "background"], [shared[1], "background", shared[0], *shared[2:]]):
+        files = rename(names)
+        say_once.cache_clear()
+        caplog.clear()
+        guide = load_guide(files, method, "cpu")
+        expected = SegmentorGuide(*files)(images)[:, [names.index(name) for name in shared]]
+        assert torch.equal(guide(images), expected) and expected.shape[1] == 5
+        lines = [line for line in caplog.messages if line.startswith("--guide")]
+        assert len(lines) == 1 and "its outputs background are no classes of the model" in lines[0]
+    steps = ("--num_steps", "2", "--rectify_window", "0", "1")
+    assert run(workspace, tmp_path / "out", *steps, "--guide", *files) == 0
+    capsys.readouterr()
+    stored = {"class_table": table_of(6).to_dict()}
+    for names, meta, message in (([*shared[:4], "lake", "background"], {}, "trained on the classes"),
+                                 (shared, {}, "it has 6 classes"), ([], {}, "no class table inside"),
+                                 (list(table_of(6).names), stored, "trained on the classes class 0")):
+        assert run(workspace, tmp_path / "no", *steps, "--guide", *rename(names, **meta)) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_another_guide_is_another_run(workspace: Path, finished: Path, tmp_path: Path, capsys):

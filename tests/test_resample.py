@@ -212,14 +212,14 @@ def test_layout_is_a_training_set_and_is_the_same_every_time(filtered):
     out = filtered / "out"
     pairs = list_pairs(table_of(COUNT), manifest=out / "train_set_items.json", data_root=out)
     assert 2 < len(pairs) < 12
-    for image, mask in pairs:
+    for image, mask in [(pair.image, pair.mask) for pair in pairs]:
         assert image.read_bytes() == (filtered / "img" / image.name).read_bytes()
         assert mask.read_bytes() == (filtered / "filtered" / mask.name).read_bytes()
         assert os.stat(image).st_ino == os.stat(filtered / "img" / image.name).st_ino
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pictures"] == {"painted": 12, "filtered": 12, "resampled": len(pairs)}
     shown = summary["classes"]["class 4"]
-    kept = [np.asarray(Image.open(mask)) for _, mask in pairs]
+    kept = [np.asarray(Image.open(pair.mask)) for pair in pairs]
     assert shown["resampled"]["pixels"] == sum((mask == 4).sum() for mask in kept)
     assert shown["resampled"]["pictures"] == sum((mask == 4).any() for mask in kept)
     assert shown["painted"]["pixels"] == 4 * sum(

@@ -86,13 +86,12 @@ class Page:
         """Value of the canvas for a mask file."""
         if path is None:
             return gr.skip()
-        mask = read_mask(path, self.table)
-        return encode_canvas(self.fit(mask))
+        return encode_canvas(self.fit(read_mask(path, self.table)))
 
-    def choose_mask(self, name: str) -> str:
+    def choose_mask(self, name: str | None) -> str:
         """Value of the canvas for a name of the list."""
         if name not in self.masks:
-            return encode_canvas(np.full((self.size, self.size), 0, np.uint8))
+            return encode_canvas(np.zeros((self.size, self.size), np.uint8))
         return self.load_mask(self.masks[name])
 
     def fit(self, mask: np.ndarray) -> np.ndarray:
@@ -118,7 +117,8 @@ class Page:
         small.thumbnail((184, 184))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)
-        return {"key": key, "name": name, "thumbnail": data_url(buffer.getvalue(), "image/jpeg")}
+        thumbnail = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return {"key": key, "name": name, "thumbnail": thumbnail}
 
     def upload_references(self, files: list[str] | None, picker: str) -> str:
         """Picker with uploaded images in front, chosen; images that cannot be read are named."""
@@ -135,10 +135,6 @@ class Page:
         if problems:
             gr.Warning(" ".join(problems))
         return json.dumps(state | {"from": "page"})
-
-    def first_picker(self) -> str:
-        """The picker as the page opens: all of the gallery, the first two chosen."""
-        return json.dumps({"items": self.gallery, "chosen": [item["key"] for item in self.gallery[:2]], "from": "page"})
 
     # Jobs
 
@@ -218,20 +214,17 @@ class Page:
         folder = find_folders(self.runs).get(name or "")
         if folder is None:
             return [], f"No finished run below {self.runs}. inference.sh, filter.sh, resample.sh and gain.sh make them."
-        try:
-            view = view_folder(folder)
-        except UserError as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+        view = view_folder(folder)
         return view.images, view.text
 
     def build(self) -> gr.Blocks:
         """Lay the page out."""
         method, own = self.studio.method, self.studio.method.own_sampling
         first = next(iter(self.masks), None)
-        canvas_value = (encode_canvas(self.fit(read_mask(self.masks[first], self.table))) if first else
-                        encode_canvas(np.zeros((self.size, self.size), np.uint8)))  # fmt: skip
+        canvas_value = self.choose_mask(first)
         worded = self.table.prompt(decode_canvas(canvas_value, self.table))
         takes_reference = "reference" in method.takes
+        choice = {"items": self.gallery, "chosen": [item["key"] for item in self.gallery[:2]], "from": "page"}
         with gr.Blocks(title="TISynth", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             gr.Markdown(TITLE)
             with gr.Tab("Generate"), gr.Row():
@@ -247,7 +240,7 @@ class Page:
                                         elem_id="prompt", visible="prompt" in method.takes)
                 with gr.Column(scale=1, min_width=360):
                     with gr.Column(visible=takes_reference):
-                        picker = drawing("picker", self.first_picker())
+                        picker = drawing("picker", json.dumps(choice))
                         reference_files = gr.File(label="References of your own", file_count="multiple", height=120,
                                                   file_types=IMAGE_TYPES, elem_id="reference_files")
                     with gr.Row():
@@ -382,8 +375,3 @@ def shrink(image: np.ndarray) -> np.ndarray:
     small = Image.fromarray(image)
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     return np.asarray(small)
-
-
-def data_url(content: bytes, kind: str) -> str:
-    """A file inside a page."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,14 +1,18 @@
 """The page's look into folders of finished work: what inference.py, filter.py, resample.py and the gain wrote."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
+from ldm.data.images import read_image
+from ldm.run_folder import RunFolder
 from ldm.util import UserError
+from post_processing.run_index import read_mask_at, read_run
 
 MAGENTA = np.array([255, 0, 255], np.float32)
 SHOWN = 24
@@ -59,34 +63,27 @@ def view_folder(folder: Path) -> View:
 
 def view_generated(folder: Path) -> View:
     """Images of inference.py, each between its mask and its reference."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    table, root = ClassTable.load(from_json(run["class_table"])), Path(run["data_root"])
-    lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-    images = []
-    for record in map(json.loads, spread(lines)):
-        image = read_rgb(folder / record["image"])
-        size = image.shape[1::-1]
-        mask = Image.fromarray(table.colourise(read_mask(root / record["mask"], table)))
-        parts = [np.asarray(mask.resize(size, Image.Resampling.NEAREST)), image]
-        if record["reference"]:
-            parts.append(np.asarray(Image.fromarray(read_rgb(root / record["reference"])).resize(size)))
-        images.append((np.concatenate(parts, axis=1), f"{Path(record['mask']).stem}, seed {record['seed']}"))
+    samples, run = read_run(folder, check_files=False)
+    table, images = ClassTable.load(run["class_table"]), []
+    for sample in spread(samples):
+        image = read_image(sample.image)
+        parts = [table.colourise(read_mask_at(sample.mask, table, sample.size)), image]
+        if sample.reference:
+            parts.append(np.asarray(Image.fromarray(read_image(sample.reference)).resize(sample.size[::-1])))
+        images.append((np.concatenate(parts, axis=1), f"{sample.mask.stem}, seed {sample.record['seed']}"))
     settings = run["sampling"]
-    return View(images, f"**{len(lines)} images**, of which {len(images)} are shown: mask, image, reference. "
+    return View(images, f"**{len(samples)} images**, of which {len(images)} are shown: mask, image, reference. "
                 f"{settings['solver']}, {settings['num_steps']} steps, guidance {settings['guidance_scale']}.")
 
 
 def view_filtered(folder: Path) -> View:
     """Images of filter.py: mask, image, and in magenta what was dropped."""
-    lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
-    settings = json.loads((folder / "filter.json").read_text(encoding="utf-8"))["settings"]
-    table, images_root = ClassTable.load(from_json(settings["class_table"])), Path(settings["images"])
-    images = []
-    for record in map(json.loads, spread(lines)):
-        mask, kept = read_mask(record["mask"], table), read_mask(folder / record["file"], table)
-        image = read_rgb(images_root / record["image"])
-        if mask.shape != kept.shape:
-            mask = np.asarray(Image.fromarray(mask).resize(kept.shape[::-1], Image.Resampling.NEAREST))
+    run = RunFolder(folder, record="filter.json")
+    settings, images = run.read()["settings"], []
+    table = ClassTable.load(settings["class_table"])
+    for record in spread(list(run.done().values())):
+        kept, image = read_mask(folder / record["file"], table), read_image(Path(settings["images"]) / record["image"])
+        mask = read_mask_at(Path(record["mask"]), table, kept.shape)
         dropped = (kept == IGNORE_INDEX) & (mask != IGNORE_INDEX)
         marked = np.where(dropped[..., None], 0.4 * image + 0.6 * MAGENTA, image).round().astype(np.uint8)
         parts = np.concatenate([table.colourise(mask), image, marked], axis=1)
@@ -95,21 +92,7 @@ def view_filtered(folder: Path) -> View:
     return View(images, report.read_text(encoding="utf-8") if report.is_file() else "")
 
 
-def spread(lines: list[str]) -> list[str]:
-    """At most SHOWN lines, evenly from all."""
-    count = min(SHOWN, len(lines))
-    return [lines[i * len(lines) // count] for i in range(count)]
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """An image, (H, W, 3) uint8."""
-    from ldm.data.images import read_image
-
-    return read_image(path)
-
-
-def from_json(table: dict) -> dict:
-    """A class table out of JSON, which has no whole numbers as keys."""
-    if table.get("source_ids"):
-        table["source_ids"] = {int(raw): own for raw, own in table["source_ids"].items()}
-    return table
+def spread(items: Sequence[Any]) -> list[Any]:
+    """At most SHOWN items, evenly from all."""
+    count = min(SHOWN, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,8 +17,9 @@ from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.manifest import Row, read_manifest
 from ldm.diffusion.path import Level
-from ldm.generation.generator import BatchGenerator, ConditionDataset, Job, Request, collate
+from ldm.generation.generator import BatchGenerator, ConditionDataset, generate_batches, make_loader
 from ldm.generation.guide import load_guide
+from ldm.generation.plan import Job
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.guidance import Run
 from ldm.sampling.modes import Sampling, add_sampling_flags, choose_sampling
@@ -123,7 +123,7 @@ class Studio:
             for copy in range(order.samples):
                 number = sample_seed(order.seed, row.index, copy)
                 record = {"image": f"{row.index:02d}_seed_{number}.png", "height": height, "width": width}
-                jobs.append(Job(row, row.index, order.seed if is_fixed else number, record))
+                jobs.append(Job(row, order.seed if is_fixed else number, record))
         done = evaluations = 0
 
         def count() -> None:
@@ -134,28 +134,19 @@ class Studio:
         watch = Watch(count, Rectifier(sampling.rectify, self.guide) if sampling.rectify else None)
         batch_generator = BatchGenerator(self.method, sampling, self.device, self.use_autocast, BATCH_SIZE,
                                          rectifier=watch)
-        dataset = ConditionDataset(rows, self.table, None, self.method.image_channels)
-        parts = [jobs[i:i + batch_generator.batch_size] for i in range(0, len(jobs), batch_generator.batch_size)]
-        evaluations = max(1, round(sampling.num_steps * sampling.strength)) * len(parts)
-
+        batch_size = batch_generator.batch_size
+        batches = -(-len(jobs) // batch_size)
+        evaluations = max(1, round(sampling.num_steps * sampling.strength)) * batches
+        loader = make_loader(ConditionDataset(self.method, self.table, None))
         (folder / "images").mkdir()
-        for number, part in enumerate(parts):
-            batch = collate([dataset[Request(job.position, slot, order.mask.shape)] for slot, job in enumerate(part)])
-            if batch["errors"]:
-                raise UserError("; ".join(sorted(set(batch["errors"].values()))))
-            done = number * evaluations // len(parts)
-            images = batch_generator.generate(batch, [job.noise_seed for job in part])
-            yield from self.save(images, [folder / "images" / job.record["image"] for job in part])
-
-    def save(self, images: Any, paths: Sequence[Path]) -> list[Path]:
-        """Write images (B, C, H, W) in [-1, 1] as PNG, as inference.py does; UserError for one that is not finite."""
-        from ldm.data.transforms import to_uint8
-
-        if not bool(images.isfinite().all()):
-            raise UserError("the network gave values that are not finite, in float32 too. Choose a smaller guidance.")
-        for values, path in zip(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), paths, strict=True):
-            Image.fromarray(values if values.shape[2] == 3 else values[..., 0]).save(path)
-        return list(paths)
+        for number, results in enumerate(generate_batches(batch_generator, loader, jobs, batch_size), start=1):
+            if reasons := {result.reason for result in results if result.pixels is None}:
+                raise UserError("; ".join(sorted(reasons)) + ". Choose a smaller guidance, or other files.")
+            for job, pixels, _ in results:
+                path = folder / "images" / job.record["image"]
+                Image.fromarray(pixels).save(path)
+                yield path
+            done = number * evaluations // batches
 
     def write_inputs(self, order: Order, folder: Path, sampling: Sampling) -> list[Row]:
         """Write the manifest of an order with its files and the command; returns its checked rows."""

@@ -1,26 +1,18 @@
 """Class tables (ids, names, colours, wording of prompts) and the exact reading of masks."""
-import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ldm.data.masks import OpenMask, Stored, colour_codes, colour_lookup, count_ids, short_list
-from ldm.data.tables import (
-    CLASS_KEYS,
-    IGNORE_INDEX,
-    TABLE_KEYS,
-    check_keys,
-    find_table_file,
-    find_table_problems,
-    to_plain,
-)
+from ldm.data.masks import OpenMask, Stored, colour_codes, colour_lookup, count_ids, id_lookup, short_list
+from ldm.data.tables import IGNORE_INDEX, find_table_problems, read_table, suggest_source_ids
 from ldm.util import UserError, say_once
+
+NEAR_PALETTE = 8  # colours of a palette that are so near to the table's (Euclidean, 0..441) look like them
 
 
 @dataclass(frozen=True)
@@ -89,19 +81,7 @@ class ClassTable:
             FileNotFoundError: if there is no such table or file.
             UserError: for unreadable yaml/json, unknown keys, ids that are not 0..K-1, doubled names or colours.
         """
-        if isinstance(spec, ClassTable):
-            return spec
-        if isinstance(spec, Mapping):
-            return table_from_mapping(to_plain(spec), where="class table")
-        path = find_table_file(spec)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of yaml
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not readable as yaml or json ({error}). Expected a class table.") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: a {type(content).__name__} at the top. Expected the keys name and classes.")
-        content.setdefault("name", path.parent.name if path.stem == "classes" else path.stem)
-        return table_from_mapping(content, where=str(path))
+        return spec if isinstance(spec, ClassTable) else ClassTable(**read_table(spec))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict (yaml- and json-ready) that load takes back."""
@@ -194,48 +174,6 @@ def same_names(names: Iterable[str], others: Iterable[str]) -> bool:
     return [name_key(name) for name in names] == [name_key(name) for name in others]
 
 
-def table_from_mapping(content: dict[str, Any], where: str) -> ClassTable:
-    """Turn the content of a table file into a ClassTable; UserError naming `where` when its form is wrong.
-
-    `classes` is a list of {id, name, colour, prompt (optional)} or a mapping id -> {name, colour, prompt}.
-    """
-    check_keys(content, TABLE_KEYS, {"name", "classes"}, where)
-    classes = content["classes"]
-    if isinstance(classes, dict):
-        classes = [{"id": key, **value} if isinstance(value, dict) else value for key, value in classes.items()]
-    if not isinstance(classes, list) or not classes:
-        raise UserError(f"{where}: classes is {classes!r}. Expected a list of {{id, name, colour}}.")
-    for position, entry in enumerate(classes):
-        if not isinstance(entry, dict):
-            raise UserError(f"{where}: class number {position} is {entry!r}. Expected {{id, name, colour}}.")
-        check_keys(entry, CLASS_KEYS, {"id", "name", "colour"}, f"{where}: class number {position}")
-    optional = {key: content[key] for key in ("prompt_template", "prompt_joiner", "prompt_empty") if key in content}
-    try:
-        classes = sorted(classes, key=lambda entry: int(entry["id"]))
-        source_ids = content.get("source_ids")
-        return ClassTable(
-            name=str(content["name"]),
-            ids=tuple(int(entry["id"]) for entry in classes),
-            names=tuple(str(entry["name"]) for entry in classes),
-            colours=tuple(tuple(int(value) for value in entry["colour"]) for entry in classes),
-            prompt_names=tuple(str(entry.get("prompt", str(entry["name"]).replace("_", " "))) for entry in classes),
-            ignore_index=int(content.get("ignore_index", content.get("ignore", IGNORE_INDEX))),
-            ignore_colour=tuple(int(value) for value in content.get("ignore_colour", (0, 0, 0))),
-            source_ids=None if source_ids is None else {int(raw): int(to) for raw, to in dict(source_ids).items()},
-            mappings=None if content.get("mappings") is None else {k: dict(v) for k, v in content["mappings"].items()},
-            **optional,
-        )
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{where}: a value has the wrong form ({error}). See configs/classes/ for examples.") from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{where}: {error}. Expected integers for ids and colours.") from error
-
-
-NEAR_PALETTE = 8  # colours of a palette that are so near to the table's (Euclidean, 0..441) look like them
-
-
 @dataclass(frozen=True)
 class MaskRules:
     """How masks are decoded where their files leave a choice.
@@ -251,7 +189,10 @@ class MaskRules:
     ignore_strays: bool = False
 
 
-def read_mask(path: str | Path, table: ClassTable, rules: MaskRules | None = None,
+AS_STORED = MaskRules()
+
+
+def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
               notes: Counter | None = None) -> np.ndarray:
     """Read a mask exactly, as ids of a class table.
 
@@ -260,8 +201,8 @@ def read_mask(path: str | Path, table: ClassTable, rules: MaskRules | None = Non
             image (the indices are the ids, unless its colours are the table's in another order), or RGB in the table's
             colours, or with ids in three equal channels.
         table: the classes; its source_ids, if any, turn ids on disk into ids of the table.
-        rules: choices; None = MaskRules().
-        notes: if given, gets counts (see decode).
+        rules: choices.
+        notes: if given, gets counts (see decode_values).
     Returns:
         (H, W) uint8, 0..K-1, or 255 where there is no class: by number, nodata tag, alpha 0 or NaN.
     Raises:
@@ -277,7 +218,7 @@ def read_raw_mask(path: str | Path, table: ClassTable | None = None) -> np.ndarr
 
     Args:
         path: see read_mask.
-        table: if given, the result is what decode_ids or decode_colours takes: colours for a palette mask that is read
+        table: if given, the result is what decode_values takes: colours for a palette mask that is read
             by colour, ids for three equal channels, and the table's number for ignored pixels where there is no data.
     Raises:
         FileNotFoundError: if there is no such file.
@@ -285,43 +226,50 @@ def read_raw_mask(path: str | Path, table: ClassTable | None = None) -> np.ndarr
     """
     with OpenMask(path) as mask:
         stored = mask.read()
-    return stored.values if table is None else settle(stored, table, path, MaskRules(), Counter())
+    return stored.values if table is None else settle(stored, table, path, AS_STORED, Counter())
 
 
-def decode(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules | None = None,
+def decode(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules = AS_STORED,
            notes: Counter | None = None) -> np.ndarray:
-    """Turn rows of a mask file into ids of a table, (h, w) uint8.
+    """Turn rows of a mask file, from OpenMask.read, into ids of a table (see decode_values)."""
+    notes = Counter() if notes is None else notes
+    return decode_values(settle(stored, table, path, rules, notes), table, path, rules, notes)
+
+
+def decode_values(raw: np.ndarray, table: ClassTable, path: str | Path, rules: MaskRules = AS_STORED,
+                  notes: Counter | None = None) -> np.ndarray:
+    """Turn ids on disk (h, w), or colours (h, w, 3) uint8, into ids of a table, (h, w) uint8.
 
     Args:
-        stored: from OpenMask.read.
+        raw: as read_raw_mask gives it for the table.
         table: the classes.
         path: named in errors.
-        rules: choices; None = MaskRules().
+        rules: choices.
         notes: if given, gets counts: pixels of every id on disk under that number and of every class read by colour
             under `class N`; pixels `nearest_colour`, `stray_colours`, `nodata`; files `palette_by_colour`,
             `ids_in_three_channels`, `grey_by_colour` (colour masks without a colour), `palette_by_id`.
+    Raises:
+        UserError: naming the ids or colours that are not the table's.
     """
-    rules, notes = rules or MaskRules(), Counter() if notes is None else notes
-    raw = settle(stored, table, path, rules, notes)
-    if raw.ndim == 3:
-        return decode_colours(raw, table, path, rules, notes)
-    return decode_ids(raw, table, path, notes)
+    notes = Counter() if notes is None else notes
+    return decode_colours(raw, table, path, rules, notes) if raw.ndim == 3 else decode_ids(raw, table, path, notes)
 
 
 def settle(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules, notes: Counter) -> np.ndarray:
     """Numbers (h, w) or colours (h, w, 3) to decode; pixels without data get the table's number for ignored ones."""
     raw, palette = stored.values, stored.palette
     if palette is not None and rules.kind != "ids":
-        by_colour = rules.kind == "colours" or is_palette_of(table, palette, np.flatnonzero(count_ids(raw)), path,
-                                                                   rules.nearest_colour)
+        used = np.flatnonzero(count_ids(raw))
+        by_colour = rules.kind == "colours" or is_palette_of(table, palette, used, path, rules.nearest_colour)
         notes["palette_by_colour" if by_colour else "palette_by_id"] += 1
         if by_colour:
             raw = np.concatenate([palette, np.zeros((256, 3), np.uint8)])[raw]
     elif raw.ndim == 3 and rules.kind != "colours":
         is_grey = bool((raw[..., 0] == raw[..., 1]).all() and (raw[..., 0] == raw[..., 2]).all())
         known = colour_lookup(table.colours, table.ignore_colour)
-        if is_grey and (rules.kind == "ids" or (
-                (known[colour_codes(raw)] < 0).any() and has_likely_ids(raw[..., 0], table))):
+        likely = {*(table.source_ids or table.ids), table.num_classes, IGNORE_INDEX}  # one more: ids from 1
+        if is_grey and (rules.kind == "ids" or ((known[colour_codes(raw)] < 0).any() and likely.issuperset(
+                np.flatnonzero(count_ids(raw[..., 0])).tolist()))):
             raw = raw[..., 0]
             notes["ids_in_three_channels"] += 1
         elif is_grey:
@@ -343,12 +291,6 @@ def settle(stored: Stored, table: ClassTable, path: str | Path, rules: MaskRules
                     np.array(table.ignore_colour if raw.ndim == 3 else table.ignored_value(), raw.dtype), raw)
 
 
-def has_likely_ids(raw: np.ndarray, table: ClassTable) -> bool:
-    """Whether greys are ids rather than colours: those of the table, one more (ids from 1), or 255."""
-    allowed = {*(table.source_ids or table.ids), table.num_classes, IGNORE_INDEX}
-    return set(np.flatnonzero(count_ids(raw)).tolist()) <= allowed
-
-
 def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path: str | Path,
                   nearest_colour: float = 0) -> bool:
     """Whether the indices of a palette mask mean the table's colours, not its ids.
@@ -361,10 +303,10 @@ def is_palette_of(table: ClassTable, palette: np.ndarray, used: np.ndarray, path
             are within NEAR_PALETTE of the table's, at other ids.
     """
     exact, named = find_classes(table, palette), used[used < len(palette)]
-    if (exact[named] >= 0).all() or (palette[named] == named[:, None]).all():  # a grey ramp is no choice of colours
-        return has_colours(table, palette, exact, used, path)
-    if nearest_colour:
-        return has_colours(table, palette, find_classes(table, palette, nearest_colour), used, path)
+    is_clear = (exact[named] >= 0).all() or (palette[named] == named[:, None]).all()  # a grey ramp is no choice
+    if is_clear or nearest_colour:
+        classes = exact if is_clear else find_classes(table, palette, nearest_colour)
+        return has_colours(table, palette, classes, used, path)
     near = find_classes(table, palette, NEAR_PALETTE)
     is_alike = len(named) == len(used) and (near[named] >= 0).all() and len(set(near[named])) == len(named)
     if is_alike and has_colours(table, palette, near, used, path):
@@ -413,8 +355,8 @@ def has_colours(table: ClassTable, palette: np.ndarray, classes: np.ndarray, use
                     "(or colours) in scripts/prepare_dataset.py.")
 
 
-def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path, notes: Counter | None = None) -> np.ndarray:
-    """Turn ids on disk (H, W) into ids of the table, uint8; UserError naming file and ids outside it."""
+def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path, notes: Counter) -> np.ndarray:
+    """Turn ids on disk into ids of the table (see decode_values)."""
     lookup = id_lookup(tuple((table.source_ids or {index: index for index in table.ids}).items()))
     counts = count_ids(raw)
     present = np.flatnonzero(counts)
@@ -426,40 +368,13 @@ def decode_ids(raw: np.ndarray, table: ClassTable, path: str | Path, notes: Coun
         raise UserError(f"{path}: ids {short_list(outside)} are not in class table {table.name}. Expected "
                         f"{min(allowed)}..{max(allowed)} or 255 (ignore). "
                         f"{suggest_source_ids(table, present, outside)}")
-    if notes is not None:
-        notes.update({int(value): int(counts[value]) for value in present})
+    notes.update({int(value): int(counts[value]) for value in present})
     return lookup.astype(np.uint8)[raw]
 
 
-@functools.lru_cache(maxsize=8)
-def id_lookup(source_ids: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Id of every number on disk, (65536,) int32; -1 = not of the table."""
-    lookup = np.full(65536, -1, np.int32)
-    lookup[IGNORE_INDEX] = IGNORE_INDEX
-    for number, target in source_ids:
-        lookup[number] = target
-    return lookup
-
-
-def suggest_source_ids(table: ClassTable, present: Iterable[int], outside: Sequence[int]) -> str:
-    """What may be wrong with ids on disk that the table lacks: ids from 1, grey levels, or another table."""
-    levels = sorted({int(value) for value in present} | set(outside) - {IGNORE_INDEX})
-    guess = None
-    if table.source_ids is None and outside == [table.num_classes]:
-        guess = {0: 255} | {index + 1: index for index in table.ids}
-        start = "The ids seem to count from 1. If so, add this to the table"
-    elif table.source_ids is None and min(levels) >= 0 and len(levels) <= table.num_classes:
-        guess = dict(zip(levels, table.ids, strict=False))
-        start = "If these numbers stand for the classes in order, add this to the table"
-    if guess is None:
-        return "Choose the right table (--classes) or add source_ids to it."
-    return f"{start}: source_ids: {guess}. Or choose another table (--classes)."
-
-
-def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: MaskRules | None = None,
-                   notes: Counter | None = None) -> np.ndarray:
-    """Turn RGB colours (H, W, 3) uint8 into ids of the table, uint8; UserError naming file and unknown colours."""
-    rules, notes = rules or MaskRules(), Counter() if notes is None else notes
+def decode_colours(raw: np.ndarray, table: ClassTable, path: str | Path, rules: MaskRules,
+                   notes: Counter) -> np.ndarray:
+    """Turn RGB colours into ids of the table (see decode_values)."""
     codes = colour_codes(raw)
     ids = colour_lookup(table.colours, table.ignore_colour)[codes]
     is_unknown = ids < 0

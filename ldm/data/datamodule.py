@@ -122,10 +122,11 @@ class DataModule(LightningDataModule):
         self.table = ClassTable.load(class_table)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.size = None if size is None else (int(size[0]), int(size[1]))
-        self.flip, self.random_crop, self.colour_jitter = flip, random_crop, colour_jitter
+        self.random_crop = random_crop
+        self.changes = {"flip": flip, "colour_jitter": colour_jitter, "target_share": target_share,
+                        "recolour_share": recolour_share}  # at random, in training
         self.takes, self.channels, self.reference = takes, channels, reference if "reference" in takes else "none"
         self.size_factor, self.check_files = size_factor, check_files
-        self.target_share, self.recolour_share = target_share, recolour_share
         self.train_set: PairDataset | None = None
         self.val_set: PairDataset | None = None
 
@@ -150,12 +151,8 @@ class DataModule(LightningDataModule):
         rows = read_manifest(manifest, self.data_root, need=need, table=self.table, size_factor=self.size_factor,
                              size=self.size, check_files=self.check_files and is_rank_zero())
         return PairDataset(rows, self.table, size=self.size, reference=self.reference, seed=self.seed,
-                           channels=self.channels,
-                           flip=self.flip if is_training else 0.0, random_crop=self.random_crop and is_training,
-                           colour_jitter=self.colour_jitter if is_training else 0.0,
-                           target_share=self.target_share if is_training else 0.0,
-                           recolour_share=self.recolour_share if is_training else 0.0,
-                           centre_crop=self.random_crop and not is_training)
+                           channels=self.channels, random_crop=self.random_crop and is_training,
+                           centre_crop=self.random_crop and not is_training, **(self.changes if is_training else {}))
 
     def prompts(self) -> set[str]:
         """Distinct prompts of all rows."""

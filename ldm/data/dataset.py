@@ -123,26 +123,27 @@ class PairDataset(Dataset):
         """
         if self.latents is not None:
             return collate_batch([self.cached_item(index) for index in indices])
-        loaded = [self.load(index) for index in indices]
-        check_sizes([(row.mask.stem, tiles["mask"].shape) for row, tiles, _ in loaded])
-        rows = [row for row, _, _ in loaded]
+        drawn = [self.draw_row(index) for index in indices]
+        rows = [row for row, _ in drawn]
+        loaded = [self.load(*pair) for pair in drawn]
+        check_sizes([(row.mask.stem, tiles["mask"].shape) for row, (tiles, _) in zip(rows, loaded, strict=True)])
         batch: dict[str, Any] = {"prompt": [row.prompt for row in rows], "name": [row.mask.stem for row in rows],
                                  "row": torch.tensor([row.index for row in rows])}
-        for key in loaded[0][1]:
-            stacked = torch.from_numpy(np.stack([tiles[key] for _, tiles, _ in loaded]))
-            batch[key] = stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked
-        if self.flip:
-            batch["flip"] = torch.tensor([draws["flip"] for _, _, draws in loaded])
-        for key, is_used in (("colour", self.colour_jitter), ("recolour", self.recolour_share)):
+        batch |= {key: stack([tiles[key] for tiles, _ in loaded]) for key in loaded[0][0]}
+        for key, is_used in (("flip", self.flip), ("colour", self.colour_jitter), ("recolour", self.recolour_share),
+                             ("own_reference", self.reference == "target" or self.target_share)):
             if is_used:
-                batch[key] = torch.from_numpy(np.stack([draws[key] for _, _, draws in loaded]))
-        if self.reference == "target" or self.target_share:
-            batch["own_reference"] = torch.tensor([draws["own_reference"] for _, _, draws in loaded])
+                batch[key] = torch.from_numpy(np.stack([draws[key] for _, draws in loaded]))
         return batch
 
-    def load(self, index: int | tuple[int, ...]) -> tuple[Row, dict[str, np.ndarray], dict[str, Any]]:
-        """Row, its windows of mask, image, reference and instance (H, W[, C]), and the draws of its pixels."""
-        row, random = self.draw_row(index)
+    def load(self, row: Row, random: np.random.Generator | None = None) -> tuple[dict[str, np.ndarray],
+                                                                               dict[str, Any]]:
+        """Windows of a row's mask, image, reference and instance (H, W[, C]), and the draws of its pixels.
+
+        Args:
+            row: of this dataset, or of any other where nothing is drawn.
+            random: source of the draws; None where nothing is drawn.
+        """
         mask = self.tile(("mask", str(row.mask), None))
         size = self.size or mask.shape
         position = random if self.random_crop else None
@@ -159,7 +160,7 @@ class PairDataset(Dataset):
         if self.colour_jitter:
             is_changed = random.random() < 0.5
             draws["colour"] = draw_colour_change(random, self.colour_jitter if is_changed else 0.0)
-        return row, tiles, draws
+        return tiles, draws
 
     def draw_reference(self, row: Row, tiles: dict[str, np.ndarray], draws: dict[str, Any], size: tuple[int, int],
                        random: np.random.Generator) -> None:
@@ -257,6 +258,12 @@ def read_instances(path: Path) -> np.ndarray:
     if numbers.ndim != 2:
         raise UserError(f"{path}: an instance map in RGB. Expected one number a pixel: grey PNG of 8 or 16 bit.")
     return numbers.astype(np.int32)
+
+
+def stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """Arrays (H, W) or (H, W, C) of one shape as a tensor (B, H, W), or (B, C, H, W) in channels_last memory."""
+    stacked = torch.from_numpy(np.stack(arrays))
+    return stacked.permute(0, 3, 1, 2) if stacked.ndim == 4 else stacked
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:

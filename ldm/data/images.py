@@ -218,7 +218,7 @@ def open_source(path: Path) -> tuple[Any, ImageInfo]:
     """Open a file by the reader that can hold all of it; errors as open_image."""
     if not path.is_file():
         raise FileNotFoundError(f"image file not found: {path}. Check the path and --data_root.")
-    try:
+    with rasters.reading(path):
         if path.suffix.lower() == ".npy":
             return open_array(path)
         kind = rasters.sniff(path)
@@ -231,10 +231,6 @@ def open_source(path: Path) -> tuple[Any, ImageInfo]:
         if rasters.is_cmyk(pages[0]) or (rasters.is_plain(pages[0]) and not rasters.is_installed()):
             return open_with_pillow(path)
         return rasters.open_raster(path, rasters.orientation_of(pages[0], path))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, bomb errors ...
-        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
 
 
 def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Found:
@@ -359,6 +355,14 @@ def read_orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
+def load_upright(image: Image.Image, path: Path) -> None:
+    """Decode an opened image; UserError if its orientation tag came after its pixels, as in a PNG it may."""
+    turn = read_orientation(image)
+    image.load()
+    if read_orientation(image) != turn:
+        raise UserError(f"{path}: its orientation tag stands behind the pixels. Write the file again, upright.")
+
+
 def raw_mode(image: Image.Image) -> str:
     """Storage mode of an opened, not yet loaded image (Pillow's raw mode), for example `L;4` or `RGB;16B`."""
     mode = image.tile[0][3] if image.tile else ""
@@ -410,17 +414,9 @@ class PillowSource:
 
     def _decode(self) -> None:
         if self.array is None:
-            try:
-                before = read_orientation(self.image)
-                self.image.load()
-                if read_orientation(self.image) != before:  # a PNG may tell after its pixels
-                    raise UserError(f"{self.path}: its orientation tag stands behind the pixels. Write the file again, "
-                                    "upright.")
+            with rasters.reading(self.path):
+                load_upright(self.image, self.path)
                 self.array = np.atleast_3d(np.asarray(self.image.convert(self.target)))
-            except UserError:
-                raise
-            except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error ...
-                raise UserError(f"{self.path}: not readable as an image ({error}). Write the file again.") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -1,21 +1,22 @@
 """Manifests: JSON-lines files that pair masks with images, prompts and references."""
-import difflib
 import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask, read_raw_mask
 from ldm.data.images import image_size, read_image
 from ldm.files import atomic_write
-from ldm.util import UserError, say_once
+from ldm.util import UserError, nearest, say_once
 
 # The names on disk are those of existing data sets; this table is the only place that translates them.
 DISK_KEYS = {"mask": "source", "image": "target", "prompt": "prompt", "reference": "ref_image", "instance": "instance"}
@@ -23,6 +24,7 @@ WEIGHT, MOST_WEIGHT = "weight", 1000  # how often a training sees the row in an 
 # Where a tile lies: name of its scene, (top, left, height, width) in it, coordinate reference system, and the affine
 # transform (a, b, c, d, e, f) of the tile's own pixels.
 PLACE_KEYS = ("scene", "window", "crs", "transform")
+KEYS = (*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS)
 NEEDS = ("image", "reference", "prompt", "instance")
 # The public code of CRFM writes its manifests anew: `prompts` for `prompt`, and `index`, the row's number, which is not
 # used, since it is wrong as soon as rows are left out.
@@ -78,6 +80,13 @@ class Row:
     instance: Path | None = None
     weight: int = 1
     place: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def files(self) -> dict[str, tuple[str, Path]]:
+        """Kind (`mask`, `image` or `instance`) and path of the files that its reader asked for, by what they are."""
+        named = (("mask", "mask", self.mask), ("image", "image", self.image), ("reference", "image", self.reference),
+                 ("instance", "instance", self.instance))
+        return {word: (kind, file) for word, kind, file in named if file}
 
 
 def read_manifest(
@@ -161,43 +170,27 @@ def parse_rows(path: Path, data_root: Path, need: set[str], problems: list[tuple
             found = find_entry_problems(entry, need)
             problems += [(line, text) for text in found]
             if not found:
-                rows.append(make_row(entry, index, line, data_root, need))
+                files = {word: data_root / entry[DISK_KEYS[word]] if word in ("mask", *need) else None
+                         for word in ("mask", "image", "reference", "instance")}  # fmt: skip
+                place = {key: entry[key] for key in PLACE_KEYS if key in entry}
+                rows.append(Row(index, line, prompt=entry.get("prompt", ""), mask_name=entry["source"],
+                                weight=entry.get(WEIGHT, 1), place=place, **files))
                 entries.append((line, entry))
         index += 1
     find_duplicates(entries, problems)
     return rows
 
 
-def make_row(entry: dict[str, str], index: int, line: int, data_root: Path, need: set[str]) -> Row:
-    """Turn a checked entry of a manifest into a Row."""
-    return Row(
-        index=index,
-        line=line,
-        mask=data_root / entry["source"],
-        image=data_root / entry["target"] if "image" in need else None,
-        prompt=entry.get("prompt", ""),
-        reference=data_root / entry["ref_image"] if "reference" in need else None,
-        mask_name=entry["source"],
-        instance=data_root / entry["instance"] if "instance" in need else None,
-        weight=entry.get(WEIGHT, 1),
-        place={key: entry[key] for key in PLACE_KEYS if key in entry},
-    )
-
-
 def find_entry_problems(entry: Any, need: set[str]) -> list[str]:
     """List what is wrong with one parsed line, files not considered."""
     if not isinstance(entry, dict):
         return [f"a JSON {type(entry).__name__}. Expected an object with the keys source, target, prompt, ref_image."]
-    known = (*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS)
     problems = find_place_problems(entry)
     weight = entry.get(WEIGHT, 1)
     if type(weight) is not int or not 1 <= weight <= MOST_WEIGHT:
         problems.append(f"{WEIGHT} is {str(weight)[:80]!a}. Expected a whole number, 1 to {MOST_WEIGHT}.")
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            problems.append(f"unknown key {key!r}. Expected {', '.join(known)}.{hint}")
+    problems += [f"unknown key {key!r}. Expected {', '.join(KEYS)}.{nearest(key, KEYS)}"
+                 for key in entry if key not in KEYS]  # fmt: skip
     for word, key in DISK_KEYS.items():
         is_needed = word == "mask" or word in need
         if key not in entry:
@@ -241,19 +234,14 @@ def is_outside(name: str) -> bool:
 def leave_out_links(rows: list[Row], data_root: Path, problems: list[tuple[int, str]]) -> list[Row]:
     """Rows whose files, links followed, lie below the data root; the others go to `problems`."""
     root = data_root.resolve()
-    files = {file for row in rows for file in files_of(row)}
+    files = {file for row in rows for _, file in row.files.values()}
     outside = {file: target for file in files if not (target := file.resolve()).is_relative_to(root)}
-    if not outside:
-        return rows
-    problems += [(row.line, f"{file} is a link out of the data root, to {outside[file]}. Expected a file below it. "
-                            "Copy it, or add --follow_links.")
-                 for row in rows for file in files_of(row) if file in outside]
-    return [row for row in rows if not outside.keys() & files_of(row)]
-
-
-def files_of(row: Row) -> list[Path]:
-    """The files that a row names and its reader asked for."""
-    return [file for file in (row.mask, row.image, row.reference, row.instance) if file]
+    found = [(row.line, f"{file} is a link out of the data root, to {outside[file]}. Expected a file below it. Copy "
+                        "it, or add --follow_links.")
+             for row in rows for _, file in row.files.values() if file in outside]
+    problems += found
+    bad = {line for line, _ in found}
+    return [row for row in rows if row.line not in bad]
 
 
 def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tuple[int, str]]) -> None:
@@ -278,59 +266,54 @@ def check_rows(
 
     Files of rows for which `decode` is false need only exist.
     """
-    whole = [row for row in rows if decode(row.index)]
-    decoded = {row.mask for row in whole}, {file for row in whole for file in (row.image, row.reference) if file}
-    counted = {row.instance for row in whole}
-    notes = {file: Counter() for file in decoded[0]}  # one a file: threads must not share a counter
-
-    def probe_mask(file: Path) -> tuple[int, int] | str | None:
-        return probe_mask_file(file, table, notes[file]) if file in notes else probe_existence(file)
-
-    def probe_instances(file: Path) -> tuple[int, int] | str | None:
-        return probe_mask_file(file, None) if file in counted else probe_existence(file)
-
-    def probe_image(file: Path) -> tuple[int, int] | str | None:
-        return probe_image_file(file) if file in decoded[1] else probe_existence(file)
-
-    masks = probe_all({row.mask for row in rows}, probe_mask)
+    is_decoded: dict[tuple[str, Path], bool] = {}  # by kind (a reference is an image) and file
+    for row in rows:
+        is_whole = decode(row.index)
+        for key in row.files.values():
+            is_decoded[key] = is_decoded.get(key, False) or is_whole
+    notes = {file: Counter() for kind, file in is_decoded if kind == "mask"}  # threads must not share a counter
+    readers = {"mask": lambda file: read_raw_mask(file) if table is None else read_mask(file, table, notes=notes[file]),
+               "instance": read_raw_mask, "image": lambda file: read_image(file, None)}  # fmt: skip
+    keys = sorted(is_decoded)
+    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 2)) as pool:  # Pillow decodes in parallel
+        found = dict(zip(keys, pool.map(
+            lambda key: probe_file(key[1], readers[key[0]] if is_decoded[key] else None), keys), strict=True))
     if table is not None:
         warn_of_binary(sum(notes.values(), Counter()), table)
-    images = probe_all({file for row in rows for file in (row.image, row.reference) if file}, probe_image)
-    instances = probe_all({row.instance for row in rows if row.instance}, probe_instances)
     for row in rows:
-        found = {"mask": masks[row.mask]}
-        if row.instance:
-            found["instance"] = instances[row.instance]
-        if row.image:
-            found["image"] = images[row.image]
-        if row.reference:
-            found["reference"] = images[row.reference]
-        problems += [(row.line, f"{word}: {result}") for word, result in found.items() if isinstance(result, str)]
-        if not isinstance(found["mask"], tuple):
+        results = {word: found[key] for word, key in row.files.items()}
+        problems += [(row.line, f"{word}: {result}") for word, result in results.items() if isinstance(result, str)]
+        if not isinstance(results["mask"], tuple):
             continue
-        height, width = found["mask"]
+        height, width = results["mask"]
         for word, file in (("image", row.image), ("instance", row.instance)):
-            if isinstance(found.get(word), tuple) and found[word] != found["mask"]:
-                problems.append((row.line, f"{word} {file} is {found[word][0]}x{found[word][1]}, its mask "
-                                           f"{height}x{width} (height x width). Expected equal sizes."))
+            size = results.get(word)
+            if isinstance(size, tuple) and size != (height, width):
+                problems.append((row.line, f"{word} {file} is {size[0]}x{size[1]}, its mask {height}x{width} (height x "
+                                           "width). Expected equal sizes."))
         if size_factor and (height % size_factor or width % size_factor):
             problems.append((row.line, f"mask {row.mask} is {height}x{width} (height x width). Expected multiples of "
                                        f"{size_factor}; cut it, or give --H and --W."))
 
 
-def probe_all(files: set[Path], probe: Callable[[Path], Any]) -> dict[Path, Any]:
-    """Run a probe on every file in threads (Pillow decodes outside the interpreter lock)."""
-    ordered = sorted(files)
-    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 2)) as pool:
-        return dict(zip(ordered, pool.map(probe, ordered), strict=True))
-
-
-def probe_existence(file: Path) -> str | None:
-    """Problem text if there is no such file, else None."""
+def probe_file(file: Path, read: Callable[[Path], np.ndarray] | None) -> tuple[int, int] | str | None:
+    """Size (height, width) of what `read` decodes, None where it need only exist, or what is wrong as text."""
     try:
-        return None if file.is_file() else f"file not found: {file}."
+        if not file.is_file():
+            return f"file not found: {file}."
     except OSError as error:  # a name that is too long, a folder that must not be read
         return f"file not found: {file} ({error.strerror})."
+    if read is None:
+        return None
+    with warnings.catch_warnings(), suppress(UserError):  # of no image: `read` says so
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+        height, width = image_size(file)
+        if width * height > MOST_PIXELS:
+            return f"{file}: {height}x{width} pixels. Expected at most {MOST_PIXELS:,}; cut it into tiles."
+    try:
+        return read(file).shape[:2]
+    except UserError as error:
+        return str(error)
 
 
 def warn_of_binary(notes: Counter, table: ClassTable) -> None:
@@ -340,42 +323,6 @@ def warn_of_binary(notes: Counter, table: ClassTable) -> None:
         share = numbers[IGNORE_INDEX] / sum(numbers.values())
         say_once(f"all masks hold only 0 and 255 ({share:.1%} of the pixels), and 255 is read as no class. If it is a "
                  f"class of table {table.name}, add source_ids: {{0: 0, 255: 1}} to the table.")
-
-
-def probe_mask_file(file: Path, table: ClassTable | None, notes: Counter | None = None) -> tuple[int, int] | str:
-    """Size (height, width) of a mask whose content is sound, else the problem as text."""
-    problem = probe_existence(file) or probe_pixels(file)
-    if problem:
-        return problem
-    try:
-        mask = read_raw_mask(file) if table is None else read_mask(file, table, notes=notes)
-    except UserError as error:
-        return str(error)
-    return mask.shape[0], mask.shape[1]
-
-
-def probe_pixels(file: Path) -> str | None:
-    """Problem text if the header of an image, which is all that is read, claims too many pixels, else None."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            height, width = image_size(file)
-    except UserError:  # not an image: whoever decodes it says so
-        return None
-    if width * height <= MOST_PIXELS:
-        return None
-    return f"{file}: {height}x{width} pixels. Expected at most {MOST_PIXELS:,}; cut it into tiles."
-
-
-def probe_image_file(file: Path) -> tuple[int, int] | str:
-    """Size (height, width) of an image that decodes completely, else the problem as text."""
-    problem = probe_existence(file) or probe_pixels(file)
-    if problem:
-        return problem
-    try:
-        return read_image(file, None).shape[:2]
-    except UserError as error:
-        return str(error)
 
 
 def format_ranges(numbers: list[int]) -> str:
@@ -400,7 +347,7 @@ def write_manifest(path: str | Path, rows: Iterable[dict[str, str]]) -> None:
     """
     lines = []
     for row in rows:
-        unknown = sorted(set(row) - {*DISK_KEYS.values(), WEIGHT, *PLACE_KEYS})
+        unknown = sorted(set(row) - set(KEYS))
         if unknown:
             raise UserError(f"{path}: keys {unknown} to be written. Expected {', '.join(DISK_KEYS.values())}, "
                             f"{WEIGHT}.")

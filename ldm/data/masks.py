@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data import rasters
-from ldm.data.images import UPRIGHT, WHOLE_PIXELS, raw_mode, read_orientation
+from ldm.data.images import UPRIGHT, WHOLE_PIXELS, load_upright, raw_mode, read_orientation
 from ldm.util import UserError
 
 LOSSLESS_FORMATS = ("PNG", "TIFF", "BMP")
@@ -62,21 +62,19 @@ class OpenMask:
         self._whole: Stored | None = None
         self.turn = 1
         try:
-            pages = rasters.read_pages(self.path) if rasters.sniff(self.path) == "GTiff" else []
-            if pages:
-                rasters.check_pages(self.path, pages)
-            if pages and (rasters.is_installed() or not rasters.is_plain(pages[0])):
-                self.turn = rasters.orientation_of(pages[0], self.path)
-                self._raster = rasters.open_dataset(self.path)
-                check_lossless_raster(self._raster, self.path)
-            else:
-                self._open_with_pillow()
+            with rasters.reading(self.path):
+                pages = rasters.read_pages(self.path) if rasters.sniff(self.path) == "GTiff" else []
+                if pages:
+                    rasters.check_pages(self.path, pages)
+                if pages and (rasters.is_installed() or not rasters.is_plain(pages[0])):
+                    self.turn = rasters.orientation_of(pages[0], self.path)
+                    self._raster = rasters.open_dataset(self.path)
+                    check_lossless_raster(self._raster, self.path)
+                else:
+                    self._open_with_pillow()
         except UserError:
             self.close()
             raise
-        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error, bomb errors ...
-            self.close()
-            raise self._damaged(error) from error
         width, height = self._image.size if self._image else (self._raster.width, self._raster.height)
         self.height, self.width = (width, height) if self.turn >= 5 else (height, width)
         self.by_rows = self._raster is not None and self.turn == 1 and self._raster.driver == "GTiff"
@@ -127,12 +125,10 @@ class OpenMask:
 
     def _read_pillow(self) -> Stored:
         image, path = self._image, self.path
-        try:
+        with rasters.reading(path):
             raw = raw_mode(image)
             stretch = GREY_STRETCH.get(raw, 1) if image.format == "PNG" else 1
-            image.load()
-            if read_orientation(image) != self.turn:
-                raise UserError(f"{path}: its orientation tag stands behind the pixels. Write the file again, upright.")
+            load_upright(image, path)
             if image.mode == "RGB" and ";16" in raw:
                 raise UserError(f"{path}: RGB of 16 bits. {EXPECTED}. Write the mask again.")
             palette = None
@@ -142,10 +138,6 @@ class OpenMask:
             if image.mode in ("LA", "PA", "RGBA", "RGBX"):
                 image = image.convert("RGB") if len(image.getbands()) == 4 else image.getchannel(0)
             mode, values = image.mode, np.asarray(image)
-        except UserError:
-            raise
-        except Exception as error:  # as in __init__
-            raise self._damaged(error) from error
         if mode == "F":
             return Stored(*whole_numbers(values, path))
         if mode not in ("1", "L", "P", "I", "RGB") and not mode.startswith("I;16"):
@@ -184,9 +176,6 @@ class OpenMask:
             for number, colour in colours.items():
                 palette[number] = colour[:3]
         return Stored(np.ascontiguousarray(values), valid, palette, dataset.nodata)
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(f"{self.path}: not readable as an image ({error}). Write the mask again.")
 
 
 def alpha_of(image: Image.Image) -> np.ndarray | None:
@@ -261,6 +250,16 @@ def colour_lookup(colours: tuple[tuple[int, int, int], ...], ignore: tuple[int, 
     lookup = np.full(1 << 24, -1, np.int16)
     lookup[colour_codes(np.array(ignore, np.uint8))] = 255
     lookup[colour_codes(np.array(colours, np.uint8))] = np.arange(len(colours))
+    return lookup
+
+
+@functools.lru_cache(maxsize=8)
+def id_lookup(source_ids: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Id of every number on disk, (65536,) int32; -1 = not of the table."""
+    lookup = np.full(65536, -1, np.int32)
+    lookup[255] = 255
+    for number, target in source_ids:
+        lookup[number] = target
     return lookup
 
 

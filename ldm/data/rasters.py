@@ -7,7 +7,8 @@ import importlib.util
 import logging
 import struct
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +45,18 @@ def load_rasterio() -> Any:
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
     logging.getLogger("rasterio").setLevel(logging.WARNING)
     return rasterio
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What libraries raise about a damaged file becomes a UserError that names it."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # OSError, SyntaxError, struct.error, zlib.error, bomb errors; rasterio's have a cause
+        raise UserError(f"{path}: not readable as an image ({error.__cause__ or error}). Write the file again."
+                        ) from error
 
 
 def sniff(path: Path) -> str:
@@ -153,11 +166,8 @@ def open_dataset(path: Path) -> Any:
     if not driver:
         raise UserError(f"{path}: too large or of a kind that only TIFF, JPEG 2000, PNG and JPEG are read for. Convert "
                         "it to TIFF.")
-    try:
-        with rasterio.Env(**OPTIONS):
-            return rasterio.open(path, driver=driver)
-    except (rasterio.errors.RasterioError, ValueError) as error:
-        raise UserError(f"{path}: not readable as an image ({error}). Write the file again.") from error
+    with reading(path), rasterio.Env(**OPTIONS):
+        return rasterio.open(path, driver=driver)
 
 
 def open_raster(path: Path, orientation: int = 1) -> tuple["RasterSource", ImageInfo]:
@@ -231,16 +241,13 @@ class RasterSource:
         window = Window(0, top, self.dataset.width, bottom - top)
         stored = [1] if self.palette is not None else [number + 1 for number in numbers]
         flags = self.dataset.mask_flag_enums[stored[0] - 1]
-        try:
-            with rasterio.Env(**OPTIONS):
-                values = self.dataset.read(stored, window=window)
-                valid = None
-                if self.alpha is not None and self.alpha not in numbers:
-                    valid = self.dataset.read(self.alpha + 1, window=window) > 0
-                elif MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
-                    valid = self.dataset.read_masks(stored[0], window=window) > 0
-        except (rasterio.errors.RasterioError, ValueError) as error:  # ValueError: bands of several types
-            raise damaged(self.path, error) from error
+        with reading(self.path), rasterio.Env(**OPTIONS):
+            values = self.dataset.read(stored, window=window)
+            valid = None
+            if self.alpha is not None and self.alpha not in numbers:
+                valid = self.dataset.read(self.alpha + 1, window=window) > 0
+            elif MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags:
+                valid = self.dataset.read_masks(stored[0], window=window) > 0
         nodata = self.dataset.nodata
         if nodata is not None and not np.isnan(nodata):
             valid = both(valid, (values != nodata).any(0))
@@ -258,11 +265,6 @@ class RasterSource:
         self.dataset.close()
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """The error for a file that rasterio cannot read; the first of a chain of rasterio's errors says why."""
-    return UserError(f"{path}: not readable as an image ({error.__cause__ or error}). Write the file again.")
-
-
 @functools.lru_cache(maxsize=4096)
 def find_soft_level(path: Path, alpha: int, stamp: int) -> int | float | None:
     """A number of an alpha band that is no mask's, or None (see soft_level_of).
@@ -273,14 +275,11 @@ def find_soft_level(path: Path, alpha: int, stamp: int) -> int | float | None:
         stamp: time of its last change, so that a changed file is looked at again.
     """
     rasterio = load_rasterio()
-    try:
-        with rasterio.Env(**OPTIONS), open_dataset(path) as dataset:
-            rows = max(dataset.block_shapes[alpha][0], 256)
-            windows = (rasterio.windows.Window(0, top, dataset.width, min(rows, dataset.height - top))
-                       for top in range(0, dataset.height, rows))
-            return soft_level_of(dataset.read(alpha + 1, window=window) for window in windows)
-    except rasterio.errors.RasterioError as error:
-        raise damaged(path, error) from error
+    with reading(path), rasterio.Env(**OPTIONS), open_dataset(path) as dataset:
+        rows = max(dataset.block_shapes[alpha][0], 256)
+        windows = (rasterio.windows.Window(0, top, dataset.width, min(rows, dataset.height - top))
+                   for top in range(0, dataset.height, rows))
+        return soft_level_of(dataset.read(alpha + 1, window=window) for window in windows)
 
 
 def soft_level_of(blocks: Iterable[np.ndarray]) -> int | float | None:

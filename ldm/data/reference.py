@@ -10,19 +10,10 @@ from torch import Tensor, nn
 # Decomposition low-pass of the wavelet sym6 (PyWavelets): orthonormal to its own even shifts, so that up- and
 # downsampling by two with it give the input back.
 SYM6 = (
-    0.015404109327027373,
-    0.0034907120842174702,
-    -0.11799011114819057,
-    -0.048311742585633,
-    0.4910559419267466,
-    0.787641141030194,
-    0.3379294217276218,
-    -0.07263752278646252,
-    -0.021060292512300564,
-    0.04472490177066578,
-    0.0017677118642428036,
-    -0.007800708325034148,
-)
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+    0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
 # Where the filter puts smooth content, in samples of the fine grid: fine sample m lies at pixel (m - DELAY) / 2.
 DELAY = sum(index * tap for index, tap in enumerate(SYM6)) / sum(SYM6)
 # Pixels beyond the border in which fine samples are computed, not mirrored: what the downsampling filter reaches.
@@ -58,24 +49,13 @@ class ReferenceAugment(nn.Module):
     Source: Karras et al. 2020, "Training generative adversarial networks with limited data", appendix B (operations).
     """
 
-    def __init__(
-        self,
-        p: float = 0.12,
-        translate_int_max: float = 0.125,
-        rotate_frac_max: float = 0.1,
-        scale_std: float = 0.2,
-        translate_frac_std: float = 0.125,
-        colour_jitter: float | tuple[float, float, float] = 0.0,
-        flip: bool = False,
-    ):
+    def __init__(self, p: float = 0.12, translate_int_max: float = 0.125, rotate_frac_max: float = 0.1,
+                 scale_std: float = 0.2, translate_frac_std: float = 0.125,
+                 colour_jitter: float | tuple[float, float, float] = 0.0, flip: bool = False) -> None:
         super().__init__()
         jitter = (colour_jitter,) * 3 if isinstance(colour_jitter, int | float) else tuple(colour_jitter)
-        ranges = {
-            "translate_int_max": translate_int_max,
-            "rotate_frac_max": rotate_frac_max,
-            "scale_std": scale_std,
-            "translate_frac_std": translate_frac_std,
-        }
+        ranges = {"translate_int_max": translate_int_max, "rotate_frac_max": rotate_frac_max, "scale_std": scale_std,
+                  "translate_frac_std": translate_frac_std}
         if not 0 <= p <= 1:
             raise ValueError(f"reference augmentation: p is {p}. Expected a probability in [0, 1].")
         for name, value in ranges.items():
@@ -111,19 +91,16 @@ class ReferenceAugment(nn.Module):
             )
         image = image.float()  # the filters lose the finest detail in half precision
         if self.flip:
-            image = flip_randomly(image, self._uniform(image, 3, generator) < 0.5)
+            image = flip_randomly(image, self._draw(torch.rand, image, 3, generator) < 0.5)
         if self.p > 0:
             image = self._move(image, generator)
         if any(self.colour_jitter):
-            image = jitter_colours(image, (2 * self._uniform(image, 3, generator) - 1), self.colour_jitter)
+            image = jitter_colours(image, (2 * self._draw(torch.rand, image, 3, generator) - 1), self.colour_jitter)
         return image
 
     def extra_repr(self) -> str:
         """Settings for the printed module."""
         return f"p={self.p}, colour_jitter={self.colour_jitter}, flip={self.flip}"
-
-    def _uniform(self, image: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-        return self._draw(torch.rand, image, count, generator)
 
     def _draw(self, kind: Callable[..., Tensor], image: Tensor, count: int,
               generator: torch.Generator | None) -> Tensor:
@@ -132,8 +109,8 @@ class ReferenceAugment(nn.Module):
 
     def _move(self, image: Tensor, generator: torch.Generator | None) -> Tensor:
         height, width = image.shape[2:]
-        is_on = self._uniform(image, 4, generator) < self.p
-        uniform = 2 * self._uniform(image, 3, generator) - 1
+        is_on = self._draw(torch.rand, image, 4, generator) < self.p
+        uniform = 2 * self._draw(torch.rand, image, 3, generator) - 1
         normal = self._draw(torch.randn, image, 3, generator)
         size = torch.tensor([width, height], device=image.device)
 

@@ -1,8 +1,10 @@
 """Files of class tables: where they lie, which keys they have, and what can be wrong with their values."""
-import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
 
 from ldm.util import UserError, nearest
 
@@ -13,11 +15,55 @@ TABLE_KEYS = {"name", "classes", "ignore_index", "ignore", "ignore_colour", "sou
 CLASS_KEYS = {"id", "name", "colour", "prompt"}
 
 
-def to_plain(spec: Mapping) -> dict[str, Any]:
-    """Copy a mapping to plain dicts and lists (OmegaConf nodes resolved)."""
-    from omegaconf import OmegaConf
+def read_table(spec: str | Path | Mapping) -> dict[str, Any]:
+    """Arguments of a ClassTable from a name, a file or a mapping; errors as ClassTable.load, naming where it is from.
 
-    return OmegaConf.to_container(spec, resolve=True) if OmegaConf.is_config(spec) else dict(spec)
+    `classes` is a list of {id, name, colour, prompt (optional)} or a mapping id -> {name, colour, prompt}.
+    """
+    if isinstance(spec, Mapping):
+        where = "class table"
+        content = OmegaConf.to_container(spec, resolve=True) if OmegaConf.is_config(spec) else spec
+    else:
+        path = find_table_file(spec)
+        where = str(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of yaml
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: not readable as yaml or json ({error}). Expected a class table.") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: a {type(content).__name__} at the top. Expected the keys name and classes.")
+        content.setdefault("name", path.parent.name if path.stem == "classes" else path.stem)
+    check_keys(content, TABLE_KEYS, {"name", "classes"}, where)
+    classes = content["classes"]
+    if isinstance(classes, dict):
+        classes = [{"id": key, **value} if isinstance(value, dict) else value for key, value in classes.items()]
+    if not isinstance(classes, list) or not classes:
+        raise UserError(f"{where}: classes is {classes!r}. Expected a list of {{id, name, colour}}.")
+    for position, entry in enumerate(classes):
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: class number {position} is {entry!r}. Expected {{id, name, colour}}.")
+        check_keys(entry, CLASS_KEYS, {"id", "name", "colour"}, f"{where}: class number {position}")
+    words = {key: content[key] for key in ("prompt_template", "prompt_joiner", "prompt_empty") if key in content}
+    source_ids, mappings = content.get("source_ids"), content.get("mappings")
+    try:
+        if wrong := [key for key, value in words.items() if not isinstance(value, str)]:
+            raise TypeError(f"{wrong[0]} is no text")
+        classes = sorted(classes, key=lambda entry: int(entry["id"]))
+        return words | {
+            "name": str(content["name"]),
+            "ids": tuple(int(entry["id"]) for entry in classes),
+            "names": tuple(str(entry["name"]) for entry in classes),
+            "colours": tuple(tuple(int(value) for value in entry["colour"]) for entry in classes),
+            "prompt_names": tuple(str(entry.get("prompt", str(entry["name"]).replace("_", " "))) for entry in classes),
+            "ignore_index": int(content.get("ignore_index", content.get("ignore", IGNORE_INDEX))),
+            "ignore_colour": tuple(int(value) for value in content.get("ignore_colour", (0, 0, 0))),
+            "source_ids": None if source_ids is None else {int(raw): int(to) for raw, to in dict(source_ids).items()},
+            "mappings": None if mappings is None else {source: dict(names) for source, names in mappings.items()},
+        }
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: a value has the wrong form ({error}). See configs/classes/ for examples.") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}. Expected integers for ids and colours.") from error
 
 
 def find_table_file(spec: str | Path) -> Path:
@@ -28,10 +74,8 @@ def find_table_file(spec: str | Path) -> Path:
     if path.is_file():
         return path
     known = sorted(file.stem for file in TABLE_DIR.glob("*.yaml"))
-    near = difflib.get_close_matches(str(spec), known, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise FileNotFoundError(f"class table not found: {spec}. {hint}Expected one of {', '.join(known)}, or a path to a "
-                            ".yaml or .json file.")
+    raise FileNotFoundError(f"class table not found: {spec}.{nearest(str(spec), known)} Expected one of "
+                            f"{', '.join(known)}, or a path to a .yaml or .json file.")
 
 
 def check_keys(content: dict[str, Any], known: set[str], needed: set[str], where: str) -> None:
@@ -80,3 +124,18 @@ def find_table_problems(table: Any) -> list[str]:
         if wrong:
             problems.append(f"mappings.{source} leads to unknown classes {', '.join(wrong)}")
     return problems
+
+
+def suggest_source_ids(table: Any, present: Iterable[int], outside: Sequence[int]) -> str:
+    """What may be wrong with ids on disk that the table lacks: ids from 1, grey levels, or another table."""
+    levels = sorted({int(value) for value in present} | set(outside) - {IGNORE_INDEX})
+    guess = None
+    if table.source_ids is None and outside == [table.num_classes]:
+        guess = {0: 255} | {index + 1: index for index in table.ids}
+        start = "The ids seem to count from 1. If so, add this to the table"
+    elif table.source_ids is None and min(levels) >= 0 and len(levels) <= table.num_classes:
+        guess = dict(zip(levels, table.ids, strict=False))
+        start = "If these numbers stand for the classes in order, add this to the table"
+    if guess is None:
+        return "Choose the right table (--classes) or add source_ids to it."
+    return f"{start}: source_ids: {guess}. Or choose another table (--classes)."

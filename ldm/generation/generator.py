@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
-from ldm.data.dataset import PairDataset
-from ldm.data.manifest import Row
+from ldm.data.dataset import PairDataset, stack
 from ldm.data.transforms import normalize_batch, to_uint8
 from ldm.generation.guide import load_guide
 from ldm.generation.machine import compile_blocks, in_parts
 from ldm.generation.plan import Job, Plan, size_of
+from ldm.methods.base import Method
 from ldm.sampling.modes import Sampling
 from ldm.sampling.noise import SampleNoise
 from ldm.sampling.rectify import Rectifier
@@ -28,7 +28,6 @@ from ldm.weights.load import load_method
 logger = logging.getLogger(__name__)
 
 TENSOR_KEYS = ("mask", "image", "reference", "instance")  # of these, what the method takes
-LIST_KEYS = ("prompt", "reference_key", "slot")
 # On a CPU larger batches are not faster; with a fixed one, --batch_size does not change a bit of the images.
 CPU_BATCH = 2
 LOADERS_PER_GPU = 4
@@ -42,94 +41,61 @@ class Result(NamedTuple):
     reason: str = ""
 
 
-class Request(NamedTuple):
-    """What a loader is asked for: the row at a position of the list, for the job of this number, at this size."""
-
-    position: int
-    slot: int
-    size: tuple[int, int]
-
-
 class ConditionDataset(Dataset):
-    """Conditions of jobs: mask, reference, instance map, prompt, `reference_key` and `slot`, the number of the job.
+    """Conditions of a job: what its row has of mask, reference, instance map (int32) and image to start from (uint8).
 
-    References, instance maps and images to start from are there if the rows have them. All but the maps (int32) are
-    uint8.
-
-    A file that cannot be read gives `slot` and `error` instead: one bad file does not end a run.
+    A job whose files cannot be read gives its Result instead: one bad file does not end a run.
 
     Args:
-        rows: of the manifest.
+        method: what it takes is read.
         table: class table that the masks are read with.
         size: (height, width) to resize to; None keeps each mask's own.
-        channels: of the images to start from.
     """
 
-    def __init__(self, rows: Sequence[Row], table: ClassTable, size: tuple[int, int] | None, channels: int = 3) -> None:
-        reference = "manifest" if rows and rows[0].reference else "none"
-        self.pairs = PairDataset(rows, table, size=size, reference=reference, channels=channels)
+    def __init__(self, method: Method, table: ClassTable, size: tuple[int, int] | None) -> None:
+        reference = "manifest" if "reference" in method.takes else "none"
+        self.pairs = PairDataset([], table, size=size, reference=reference, channels=method.image_channels)
 
-    def __getitem__(self, request: Request) -> dict[str, Any]:
-        """Conditions for one request (see PairDataset for shapes and ranges)."""
-        row = self.pairs.rows[request.position]
+    def __getitem__(self, job: Job) -> dict[str, Any] | Result:
+        """The job and its conditions, as arrays (see PairDataset.load)."""
         try:
-            item = self.pairs[request.position]
+            conditions, _ = self.pairs.load(job.row)
         except (OSError, ValueError) as error:
-            return {"slot": request.slot, "error": str(error)}
-        if tuple(item["mask"].shape) != request.size:
-            return {"slot": request.slot, "error": f"{row.mask}: its size changed since the run began"}
-        return {"slot": request.slot, "prompt": row.prompt, "reference_key": str(row.reference),
-                **{key: item[key] for key in TENSOR_KEYS if key in item}}  # fmt: skip
+            return Result(job, None, str(error))
+        if conditions["mask"].shape != job.size:
+            return Result(job, None, f"{job.row.mask}: its size changed since the run began")
+        return {"job": job, **conditions}
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the good items of a batch; `errors` maps the slots of the others to what is wrong."""
-    good = [item for item in items if "error" not in item]
-    batch = {"errors": {item["slot"]: item["error"] for item in items if "error" in item}}
-    batch |= {key: [item[key] for item in good] for key in LIST_KEYS}
-    present = [key for key in TENSOR_KEYS if good and key in good[0]]
-    return batch | {key: default_collate([item[key] for item in good]) for key in present}
+def collate(items: list[dict[str, Any] | Result]) -> dict[str, Any]:
+    """Stack the good items of a batch as tensors, images channels first; `failed` has the Results of the others."""
+    good = [item for item in items if not isinstance(item, Result)]
+    jobs = [item["job"] for item in good]
+    batch = {"job": jobs, "failed": [item for item in items if isinstance(item, Result)],
+             "prompt": [job.row.prompt for job in jobs], "reference_key": [str(job.row.reference) for job in jobs]}
+    return batch | {key: stack([item[key] for item in good]) for key in TENSOR_KEYS if good and key in good[0]}
 
 
-class BatchPlan:
-    """Batch sampler whose batches are set before each pass, so that a loader keeps its processes between shards."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Request]] = []
-
-    def __iter__(self) -> Iterator[list[Request]]:
-        """The batches."""
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self.batches)
-
-
-def make_loader(dataset: ConditionDataset, num_workers: int, is_cuda: bool) -> DataLoader:
-    """Loader of conditions; its `batch_sampler` is a BatchPlan."""
+def make_loader(dataset: ConditionDataset, num_workers: int = 0, is_cuda: bool = False) -> DataLoader:
+    """Loader of conditions; its `batch_sampler` is the list of the batches, lists of jobs, of the next pass."""
     return DataLoader(
-        dataset, batch_sampler=BatchPlan(), collate_fn=collate, num_workers=num_workers, pin_memory=is_cuda,
+        dataset, batch_sampler=[], collate_fn=collate, num_workers=num_workers, pin_memory=is_cuda,
         persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_main,
     )  # fmt: skip
 
 
 def plan_batches(jobs: Sequence[Job], batch_size: int,
-                 kind: Callable[[str], Hashable] = lambda prompt: None) -> list[list[Request]]:
+                 kind: Callable[[str], Hashable] = lambda prompt: None) -> list[list[Job]]:
     """Split jobs into batches whose images have one size, in the order of the jobs within each size.
 
     Args:
-        jobs: to generate.
+        jobs: to generate; each comes in exactly one batch.
         batch_size: most jobs in a batch.
         kind: of a prompt; a batch has prompts of one kind (see Method.batch_kind).
-
-    Returns:
-        Requests, each job in exactly one batch.
     """
-    groups: dict[Hashable, list[Request]] = {}
-    for slot, job in enumerate(jobs):
-        size = job.record["height"], job.record["width"]
-        groups.setdefault((size, kind(job.row.prompt)), []).append(Request(job.position, slot, size))
+    groups: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.size, kind(job.row.prompt)), []).append(job)
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
@@ -147,14 +113,13 @@ def generate_batches(batch_generator: "BatchGenerator", loader: DataLoader, jobs
         What became of the jobs of a batch; each job comes once. A file that cannot be read and an image that is not
         finite are no error, they have a reason.
     """
-    loader.batch_sampler.batches = plan_batches(jobs, batch_size, batch_generator.method.batch_kind)
+    loader.batch_sampler[:] = plan_batches(jobs, batch_size, batch_generator.method.batch_kind)
     for batch in loader:
-        results = [Result(jobs[slot], None, error) for slot, error in batch["errors"].items()]
-        if batch["slot"]:
-            chosen = [jobs[slot] for slot in batch["slot"]]
-            finite, pixels = to_pixels(batch_generator.generate(batch, [job.noise_seed for job in chosen]))
+        results = list(batch["failed"])
+        if batch["job"]:
+            finite, pixels = to_pixels(batch_generator.generate(batch, [job.noise_seed for job in batch["job"]]))
             results += [Result(job, image) if is_finite else Result(job, None, "the model returned NaN or infinity")
-                        for job, image, is_finite in zip(chosen, pixels, finite, strict=True)]
+                        for job, image, is_finite in zip(batch["job"], pixels, finite, strict=True)]
         yield results
 
 
@@ -197,7 +162,7 @@ class Generator:
             method, plan.sampling, self.device, plan.use_autocast, settings.batch_size, settings.compile, rectifier)
         default = min(LOADERS_PER_GPU, len(os.sched_getaffinity(0))) if is_cuda else 0
         num_workers = default if settings.num_workers is None else settings.num_workers
-        dataset = ConditionDataset(plan.rows, plan.table, size_of(settings), method.image_channels)
+        dataset = ConditionDataset(method, plan.table, size_of(settings))
         self.loader = make_loader(dataset, num_workers, is_cuda)
         if num_workers:
             list(self.loader)  # starts its processes now: later they would inherit a lock and could outlive us with it

@@ -63,6 +63,8 @@ def load_guide(arguments: Sequence[str], method: Method, device: torch.device | 
     """
     target, files = find_guide(arguments, allow_modules)
     guide = locate(target)(*files, device=device)
+    if hasattr(guide, "keep_classes"):  # a segmentor may know more classes, and by their names which are the model's
+        guide.keep_classes(method.class_table)
     names, expected = list(guide.class_table.names), list(method.class_table.names)
     if not same_names(names, expected):
         raise UserError(f"--guide: it was trained on the classes {', '.join(names)}. Expected those of the model: "

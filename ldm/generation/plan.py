@@ -7,13 +7,14 @@ from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable
 from ldm.data.images import image_size
-from ldm.data.manifest import Row, files_of, read_manifest
+from ldm.data.manifest import Row, read_manifest
 from ldm.files import Record, file_sha256
 from ldm.generation.guide import guide_fingerprint, load_guide
 from ldm.generation.machine import find_share
@@ -36,15 +37,18 @@ class Job:
 
     Args:
         row: row of the manifest.
-        position: of the row in the list of rows.
         noise_seed: seed of the sample's own random stream.
         record: its line of the index; has `row, copy, seed, image, height, width` among others.
     """
 
     row: Row
-    position: int
     noise_seed: int
     record: Record
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.record["height"], self.record["width"]
 
 
 @dataclass(frozen=True)
@@ -103,41 +107,27 @@ class Plan:
             for every copy of the other rows, among them those whose mask was lost since the run began.
         """
         first, end = self.bounds(number)
-        sizes: dict[Path, tuple[int, int] | str] = {}
+        read_size = cache(image_size)
         jobs, bad = [], [record for record in self.bad_rows if first <= record["row"] < end]
-        for position in range(*find_positions(self.rows, first, end)):
-            row = self.rows[position]
-            if row.mask not in sizes:
-                sizes[row.mask] = read_size(row.mask)
-            size = sizes[row.mask]
-            if isinstance(size, str):
-                bad.append({"row": row.index, "copy": 0, "line": row.line, "reason": size})
-                logger.warning("row %d: no image: %s", row.index, size)
+        begin, stop = (bisect_left(self.rows, bound, key=lambda row: row.index) for bound in (first, end))
+        for row in self.rows[begin:stop]:
+            try:
+                size = read_size(row.mask)
+            except (UserError, FileNotFoundError) as error:
+                reason = f"{row.mask}: cannot be read any more ({error}). Bring it back and start this again."
+                bad.append({"row": row.index, "copy": 0, "line": row.line, "reason": reason})
+                logger.warning("row %d: no image: %s", row.index, reason)
                 continue
             for copy in range(copies):
                 record = make_record(self.settings, row, copy, size)
                 record["checkpoint_sha256"] = self.fingerprint["checkpoint_sha256"]
-                jobs.append(Job(row, position, self.settings.seed if self.settings.fixed_code else record["seed"],
-                                record))  # fmt: skip
+                jobs.append(Job(row, self.settings.seed if self.settings.fixed_code else record["seed"], record))
         return jobs, [record | {"copy": copy} for record in bad for copy in range(copies)]
 
     def details(self) -> dict[str, Any]:
         """What run.json keeps beside the settings."""
         return {"arguments": vars(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
                 "data_root": os.path.abspath(self.settings.data_root), "class_table": self.table.to_dict()}  # fmt: skip
-
-
-def find_positions(rows: Sequence[Row], first: int, end: int) -> tuple[int, int]:
-    """Where rows with first <= index < end stand in a list that is sorted by index."""
-    return bisect_left(rows, first, key=lambda row: row.index), bisect_left(rows, end, key=lambda row: row.index)
-
-
-def read_size(mask: Path) -> tuple[int, int] | str:
-    """(height, width) in the header of a mask, or what is wrong with the file."""
-    try:
-        return image_size(mask)
-    except (UserError, FileNotFoundError) as error:
-        return f"{mask}: cannot be read any more ({error}). Bring it back and start this again."
 
 
 def make_record(settings: Namespace, row: Row, copy: int, own_size: tuple[int, int]) -> Record:
@@ -203,7 +193,10 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
         logger.info("%s does not look at the manifest's %s", type(method).__name__, " and ".join(ignored))
     table = choose_table(settings.dataset, method.class_table)
     layout = plan_layout(settings, processes)
-    numbers = find_unfinished(settings, layout)
+    store = ShardStore(Path(settings.outdir))
+    numbers = [number for number in range(settings.shard[0], -(-layout["rows"] // layout["shard_size"]),
+                                          settings.shard[1])
+               if settings.overwrite or store.is_unfinished(number, layout["copies"])]  # fmt: skip
     need = (*method.takes, *(["image"] if sampling.strength < 1 else []))
     rows, bad_rows = read_rows(settings, table, method, need, numbers, layout)
     if "prompt" in method.takes:
@@ -273,20 +266,6 @@ def plan_layout(settings: Namespace, processes: int = 1) -> dict[str, int]:
             "copies": max(settings.num_per_mask, old.get("copies", 0))}  # fmt: skip
 
 
-def find_unfinished(settings: Namespace, layout: dict[str, int]) -> list[int]:
-    """Shards of this process that lack an image."""
-    first, step = settings.shard
-    store = ShardStore(Path(settings.outdir))
-    count = -(-layout["rows"] // layout["shard_size"])
-    return [number for number in range(first, count, step)
-            if settings.overwrite or is_unfinished(store.statistics(number), layout["copies"])]
-
-
-def is_unfinished(statistics: Record | None, copies: int) -> bool:
-    """Whether a shard with these statistics lacks images: never generated, failed samples, or fewer copies."""
-    return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
-
-
 def read_rows(settings: Namespace, table: ClassTable, method: Method, need: Sequence[str],
               numbers: Sequence[int], layout: dict[str, int]) -> tuple[list[Row], list[Record]]:
     """Rows of the manifest with what they need; the files of those that this process generates are checked.
@@ -304,10 +283,7 @@ def read_rows(settings: Namespace, table: ClassTable, method: Method, need: Sequ
     if not problems:
         return rows, []
     lines = Path(settings.txt_file).read_bytes().splitlines()
-    index_of, index = {}, 0
-    for line, content in enumerate(lines, start=1):
-        index_of[line] = index
-        index += bool(content.strip())
+    index_of = {line: i for i, line in enumerate(n for n, content in enumerate(lines, start=1) if content.strip())}
     found: dict[int, Record] = {}
     for line, text in problems:
         record = found.setdefault(line, {"row": index_of[line], "copy": 0, "line": line, "reason": text})
@@ -338,7 +314,7 @@ def make_fingerprint(settings: Namespace, config: dict[str, Any], table: ClassTa
     """
     inputs = hashlib.sha256(Path(settings.txt_file).read_bytes())
     if settings.bad_rows == "stop":  # with "skip", a file that is mended later must not make it another run
-        for path in sorted({path for row in rows for path in files_of(row)}):
+        for path in sorted({path for row in rows for _, path in row.files.values()}):
             inputs.update(f"{_below(path, settings.data_root)} {path.stat().st_size}\n".encode())
     return {
         "checkpoint_sha256": file_sha256(settings.ckpt),

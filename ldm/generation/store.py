@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -156,11 +156,16 @@ class ShardStore(RunFolder):
             "host": socket.gethostname(), "records": hashed, "failures": failures,
         })  # fmt: skip
 
-    def sweep(self, is_finished: Callable[[Record | None], bool]) -> None:
-        """Remove what killed processes left of shards with finished statistics."""
+    def is_unfinished(self, number: int, copies: int) -> bool:
+        """Whether a shard lacks images: never generated, failed samples, or fewer copies."""
+        statistics = self.statistics(number)
+        return not statistics or statistics["failed"] > 0 or statistics["copies"] < copies
+
+    def sweep(self, copies: int) -> None:
+        """Remove what killed processes left of finished shards."""
         folder = self.folder / "shards"
         for number in sorted({int(path.stem) for path in [*folder.glob("*.lock"), *folder.glob("*.partial")]}):
-            if is_finished(self.statistics(number)):
+            if not self.is_unfinished(number, copies):
                 with self.claim_shard(number):  # on the way out it removes them
                     pass
 

@@ -15,7 +15,7 @@ from ldm import ray_pool
 from ldm.files import Record
 from ldm.generation.generator import Generator
 from ldm.generation.machine import stop_on_signals
-from ldm.generation.plan import Job, Plan, is_unfinished, make_plan, size_of
+from ldm.generation.plan import Job, Plan, make_plan, size_of
 from ldm.generation.store import Claim
 from ldm.util import UserError
 
@@ -44,7 +44,7 @@ class Worker:
                 return False
             statistics = self.store.statistics(number)
             is_old = self.plan.settings.overwrite and self.store.statistics_time(number) == self.old[number]
-            if not is_old and not is_unfinished(statistics, self.plan.layout["copies"]):
+            if not is_old and not self.store.is_unfinished(number, self.plan.layout["copies"]):
                 return True  # another process was faster
             copies = max(self.plan.layout["copies"], (statistics or {}).get("copies", 0))
             jobs, failures = self.plan.jobs(number, copies)
@@ -178,7 +178,7 @@ def begin(plan: Plan) -> None:
 def finish(plan: Plan) -> int:
     """Leave the lists of the output folder complete and in order; returns the exit code."""
     store = plan.store()
-    store.sweep(lambda statistics: not is_unfinished(statistics, plan.layout["copies"]))
+    store.sweep(plan.layout["copies"])
     store.settle()
     first, step = plan.settings.shard
     size = plan.layout["shard_size"]

@@ -15,7 +15,6 @@ import torch
 
 from ldm.cli import choose_device, markdown_table
 from ldm.data.classes import ClassTable, same_names
-from ldm.data.manifest import read_manifest
 from ldm.util import UserError
 from post_processing.evaluation.scores import (
     SegmentationScore,
@@ -26,17 +25,15 @@ from post_processing.evaluation.scores import (
     score_pairs,
 )
 from post_processing.run_index import Sample, plain_arguments, read_mask_at, read_run, run_batches
-from post_processing.segmentation import segmentor as segmentors
 from post_processing.segmentation.dataset import list_pairs
-from post_processing.segmentation.loading import image_batches, run_in_parts, stack_batch
-from post_processing.segmentation.segmentor import Segmentor
+from post_processing.segmentation.loading import image_batches, predict_batches
+from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
 def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score real tiles, images against their masks and against shuffled masks; returns results and a table."""
     samples, run = read_run(args.run, args.data_root)
-    given = ClassTable.load(args.classes) if args.classes else None
-    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
+    segmentor = segmentor_of(args)
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
     if not same_names(run_table.names, table.names):
@@ -44,8 +41,8 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
             f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
             f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}."
         )
-    rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), table=table)
-    real = score_pairs(segmentor, [(row.image, row.mask) for row in rows], args.batch_size, args.num_threads)
+    pairs = list_pairs(table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
+    real = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     synthesized, shuffled = score_run(samples, run_table, segmentor, args)
     floors = [score.result() for score in shuffled]
     floor = mean_of(floors)
@@ -59,7 +56,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
         "shuffled": floor,
         "shuffled_mIoU": [one["mIoU"] for one in floors],
         "position": position(synthesized_result["mIoU"], floor["mIoU"], real["mIoU"]),
-        "images": {"real": len(rows), "synthesized": len(samples), "masks": len({(s.mask, s.size) for s in samples})},
+        "images": {"real": len(pairs), "synthesized": len(samples), "masks": len({(s.mask, s.size) for s in samples})},
         "sizes": sorted({sample.size for sample in samples}),
         "arguments": plain_arguments(args),
         "checkpoint": run.get("settings", {}),
@@ -69,8 +66,7 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
 
 def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Score a segmentor on real tiles; returns results (OA is mmseg's aAcc) and a table."""
-    given = ClassTable.load(args.classes) if args.classes else None
-    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=given)
+    segmentor = segmentor_of(args)
     pairs = list_pairs(segmentor.class_table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
     score = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     score = {"OA": score["aAcc"], **score}
@@ -97,9 +93,8 @@ def score_run(
         path, size = keys[number]
         return torch.from_numpy(read_mask_at(path, table, size).copy())
 
-    for batch in run_batches(samples, table, args.batch_size, args.num_threads):
-        images, masks = stack_batch(batch, segmentor.device)
-        prediction = torch.cat(run_in_parts(segmentor.predict, images))
+    batches = run_batches(samples, table, args.batch_size, args.num_threads)
+    for batch, prediction, masks in predict_batches(segmentor, batches):
         own.add(prediction, masks)
         numbers = [place[loaded.pair.mask, loaded.mask.shape] for loaded in batch]
         for score, order in zip(shuffled, orders, strict=True):

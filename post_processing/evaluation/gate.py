@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ldm.cli import choose_device, markdown_table
-from ldm.data.classes import ClassTable
+from ldm.cli import markdown_table
 from ldm.util import UserError
 from post_processing.evaluation.scores import class_areas, iou_of, mean_iou
 from post_processing.run_index import Sample, plain_arguments, read_run, run_batches
-from post_processing.segmentation import segmentor as segmentors
-from post_processing.segmentation.loading import run_in_parts, stack_batch
-from post_processing.segmentation.segmentor import Segmentor
+from post_processing.segmentation.loading import predict_batches
+from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
 def paired_drops(
@@ -108,9 +105,7 @@ def judge(
 def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Judge runs against an exact one, on the same masks and noise; returns results and a table."""
     samples, exact_run = read_run(args.exact, args.data_root)
-    spec = args.classes or exact_run.get("class_table")
-    table = ClassTable.load(spec) if spec else None
-    segmentor = segmentors.load_segmentor(*args.segmentor, device=choose_device(args.device), class_table=table)
+    segmentor = segmentor_of(args, exact_run.get("class_table"))
     exact = order_pairs(samples)
     exact_areas = measure_areas(exact.values(), segmentor, args)
     metric = "paired drop of IoU in points, 95 % bootstrap interval"
@@ -157,9 +152,8 @@ def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argpars
     samples, table = list(samples), segmentor.class_table
     areas = np.zeros((len(samples), 3, table.num_classes))
     number_of = {sample.image: number for number, sample in enumerate(samples)}
-    for batch in run_batches(samples, table, args.batch_size, args.num_threads):
-        images, masks = stack_batch(batch, segmentor.device)
-        prediction = torch.cat(run_in_parts(segmentor.predict, images))
+    batches = run_batches(samples, table, args.batch_size, args.num_threads)
+    for batch, prediction, masks in predict_batches(segmentor, batches):
         numbers = [number_of[loaded.pair.image] for loaded in batch]
         areas[numbers] = class_areas(prediction, masks, table.num_classes, table.ignore_index)
     return areas

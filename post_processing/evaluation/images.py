@@ -14,15 +14,13 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device, markdown_table
-from ldm.data.classes import ClassTable
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
 from post_processing.run_index import plain_arguments, read_run
-from post_processing.segmentation import segmentor as segmentors
 from post_processing.segmentation.backbone import find_imagenet_weights, load_imagenet_backbone
 from post_processing.segmentation.loading import image_batches
-from post_processing.segmentation.segmentor import Segmentor, require_mmseg
+from post_processing.segmentation.segmentor import Segmentor, require_mmseg, segmentor_of
 
 Extract = Callable[[torch.Tensor], torch.Tensor]
 
@@ -131,10 +129,9 @@ def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tens
     Returns:
         (B, C) float32.
     """
-    head = segmentor.model.decode_head
-    head = head[-1] if isinstance(head, torch.nn.ModuleList) else head
     kept: list[torch.Tensor] = []
-    hook = head.conv_seg.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().mean(dim=(2, 3))))
+    last = segmentor.head.conv_seg
+    hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().mean(dim=(2, 3))))
     try:
         segmentor.logits(images)
     finally:
@@ -206,11 +203,9 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     device = choose_device(args.device)
     if args.segmentor:
-        given = ClassTable.load(args.classes) if args.classes else None
-        segmentor = segmentors.load_segmentor(*args.segmentor, device=device, class_table=given)
+        segmentor = segmentor_of(args)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
     if not args.vgg:
-
         mobilenet = load_mobilenet().to(device)
         return "MobileNetV2 (320)", lambda images: mobilenet_features(mobilenet, images.to(device))
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from ldm.data.classes import IGNORE_INDEX
 from post_processing.segmentation.segmentor import Segmentor
 
-IGNORE_INDEX = 255
 STRIDE = 32  # the coarsest grid of the usual backbones, pixels
 
 
@@ -19,11 +19,7 @@ def class_probabilities(segmentor: Segmentor, images: torch.Tensor) -> torch.Ten
     rows, columns = (torch.arange(-(-side // STRIDE) * STRIDE).clamp(max=side - 1) for side in (height, width))
     if len(rows) > height or len(columns) > width:
         images = images[:, :, rows][:, :, :, columns]
-    logits = segmentor.logits(images)[:, :, :height, :width]
-    if logits.shape[1] == 1:  # a sigmoid head with one channel: the probability of class 1
-        probability = logits.sigmoid()
-        return torch.cat([1 - probability, probability], dim=1)
-    return logits.softmax(dim=1)
+    return segmentor.logits(images)[:, :, :height, :width].softmax(dim=1)
 
 
 def pick_classes(probabilities: torch.Tensor, threshold: float = 0.0) -> np.ndarray:

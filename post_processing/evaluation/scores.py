@@ -1,7 +1,6 @@
 """How well synthesized images follow their masks and their references, as numbers."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 
 from ldm.data.images import Pair
 from ldm.util import UserError
-from post_processing.segmentation.loading import load_batches, run_in_parts, stack_batch
+from post_processing.segmentation.loading import load_batches, predict_batches
 from post_processing.segmentation.segmentor import Segmentor
 
 SRGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
@@ -108,9 +107,9 @@ class SegmentationScore:
 
 
 def score_pairs(
-    segmentor: Segmentor, pairs: Iterable[tuple[Path, Path]], batch_size: int, workers: int
+    segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
 ) -> dict[str, Any]:
-    """Score a segmentor on real (image, mask) files, masks brought to the size of their images.
+    """Score a segmentor on real pairs, masks brought to the size of their images.
 
     Args:
         segmentor: the segmentor.
@@ -124,13 +123,12 @@ def score_pairs(
     """
     table, problems = segmentor.class_table, []
     score = SegmentationScore(table.names, table.ignore_index)
-    items = [Pair(image, mask) for image, mask in dict.fromkeys(pairs)]
-    for batch in load_batches(items, table, batch_size, workers, lambda _, error: problems.append(str(error)),
-                              is_resized=True):  # fmt: skip
-        images, masks = stack_batch(batch, segmentor.device)
-        score.add(torch.cat(run_in_parts(segmentor.predict, images)), masks)
+    batches = load_batches(pairs, table, batch_size, workers, lambda _, error: problems.append(str(error)),
+                           is_resized=True)  # fmt: skip
+    for _, prediction, masks in predict_batches(segmentor, batches):
+        score.add(prediction, masks)
     if problems:
-        raise UserError(f"{len(problems)} of {len(items)} real pairs cannot be used: {'; '.join(problems[:5])}")
+        raise UserError(f"{len(problems)} of {len(pairs)} real pairs cannot be used: {'; '.join(problems[:5])}")
     return score.result()
 
 

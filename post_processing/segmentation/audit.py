@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
-from ldm.data.images import read_image
+from ldm.data.images import Pair, read_image
 from ldm.files import write_json
 from ldm.util import UserError
 from post_processing.segmentation.noise import count_corrections, estimate_from_counts, make_safe
@@ -24,13 +24,13 @@ FOLDERS = ("images", "masks", "corrected")
 
 
 def write_audit(
-    folder: Path, pairs: Sequence[tuple[Path, Path]], table: ClassTable, count: int, seed: int
+    folder: Path, pairs: Sequence[Pair], table: ClassTable, count: int, seed: int
 ) -> list[str]:
     """Draw pairs and lay them out to be corrected.
 
     Args:
         folder: new or empty.
-        pairs: (image, mask) files.
+        pairs: the files.
         table: the classes.
         count: pairs to draw; all if there are fewer.
         seed: of the draw.
@@ -46,10 +46,10 @@ def write_audit(
     chosen = np.random.default_rng([seed, 0]).permutation(len(pairs))[:count]
     names = []
     for number, place in enumerate(sorted(map(int, chosen))):
-        image, mask = pairs[place]
-        given = read_mask(mask, table)
-        name = f"{number:02d}_{image.stem}.png"
-        Image.fromarray(read_image(image)).save(folder / "images" / name)
+        pair = pairs[place]
+        given = read_mask(pair.mask, table)
+        name = f"{number:02d}_{pair.image.stem}.png"
+        Image.fromarray(read_image(pair.image)).save(folder / "images" / name)
         Image.fromarray(table.colourise(given)).save(folder / "masks" / name)
         Image.fromarray(table.colourise(np.full_like(given, IGNORE_INDEX))).save(folder / "corrected" / name)
         names.append(name)

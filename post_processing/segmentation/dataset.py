@@ -12,56 +12,50 @@ import numpy as np
 import torch
 
 from ldm.data.classes import ClassTable, read_mask
-from ldm.data.images import find_images, pair_images, read_image
+from ldm.data.images import Pair, find_images, pair_images, read_image
 from ldm.data.manifest import read_manifest
 from ldm.util import UserError
+from post_processing.segmentation.segmentor import dataset_meta
 
 TABLE_DATASET = "post_processing.segmentation.dataset.TableSegDataset"  # mmengine imports the class by this dotted path
 
 
-def dataset_config(
-    table: ClassTable,
-    pipeline: Sequence[Mapping[str, Any]],
-    *,
-    manifest: str | Path | None = None,
-    data_root: str | Path = ".",
-    image_folder: str | Path | None = None,
-    mask_folder: str | Path | None = None,
-    check_files: bool = True,
-    is_synthetic: bool = False,
-) -> dict[str, Any]:
-    """Config node of a dataset for mmengine's Runner.
+def dataset_config(table: ClassTable, pipeline: Sequence[Mapping[str, Any]], *, check_files: bool = True,
+                   is_synthetic: bool = False, **source: Any) -> dict[str, Any]:
+    """Config node of a TableSegDataset for mmengine's Runner.
 
     Args:
         table: the classes.
         pipeline: mmseg transforms after loading (RandomCrop, ..., PackSegInputs).
-        manifest: JSON-lines file of image-mask rows relative to data_root; or else both folders:
-        data_root: where the manifest's paths start.
-        image_folder: folder of images.
-        mask_folder: folder of masks that have the stem of their image.
         check_files: decode all files of the manifest first; False where that has been done.
         is_synthetic: whether the images are synthesized; every sample carries it in its meta information.
-    Returns:
-        Plain dictionary with `type` and the arguments of TableSegDataset.
+        source: where the pairs are (see list_pairs).
     """
     node = {"type": TABLE_DATASET, "class_table": table.to_dict(), "pipeline": [dict(step) for step in pipeline]}
-    if manifest is not None:
-        node |= {"manifest": str(manifest), "data_root": str(data_root), "check_files": check_files}
-    if image_folder is not None or mask_folder is not None:
-        node |= {"image_folder": str(image_folder), "mask_folder": str(mask_folder)}
+    node |= {key: str(value) for key, value in source.items() if value is not None}
+    if "manifest" in node:
+        node["check_files"] = check_files
     return node | ({"is_synthetic": True} if is_synthetic else {})
 
 
 def list_pairs(
-    table: ClassTable,
+    table: ClassTable | None,
     *,
     manifest: str | Path | None = None,
     data_root: str | Path = ".",
     image_folder: str | Path | None = None,
     mask_folder: str | Path | None = None,
     check_files: bool = True,
-) -> list[tuple[Path, Path]]:
-    """Find the (image, mask) files of a manifest or of two folders, in a fixed order, each pair once.
+) -> list[Pair]:
+    """Find the images with masks of a manifest or of two folders, in a fixed order, each pair once.
+
+    Args:
+        table: the classes, which the masks of a manifest are checked with; None = they are not.
+        manifest: JSON-lines file of image-mask rows relative to data_root; or else both folders:
+        data_root: where the manifest's paths start.
+        image_folder: folder of images.
+        mask_folder: folder of masks that have the stem of their image.
+        check_files: decode all files of the manifest first.
 
     Raises:
         ValueError: if neither or both sources are given, or an image lacks its mask, or nothing is there.
@@ -73,7 +67,7 @@ def list_pairs(
         )
     if manifest is not None:
         rows = read_manifest(manifest, data_root, need=("image",), table=table, check_files=check_files)
-        pairs = list(dict.fromkeys((row.image, row.mask) for row in rows))  # rows may differ in the reference only
+        pairs = list(dict.fromkeys(Pair(row.image, row.mask) for row in rows))  # rows may differ in the reference only
     else:
         pairs = match_folders(Path(image_folder), Path(mask_folder))
     if not pairs:
@@ -81,7 +75,7 @@ def list_pairs(
     return pairs
 
 
-def match_folders(image_folder: Path, mask_folder: Path) -> list[tuple[Path, Path]]:
+def match_folders(image_folder: Path, mask_folder: Path) -> list[Pair]:
     """Pair the images of a folder with the masks of the same stem in another one (see list_pairs)."""
     images, masks = find_images(image_folder), find_images(mask_folder)
     pairs, lacking, _ = pair_images(images, masks)
@@ -94,7 +88,7 @@ def match_folders(image_folder: Path, mask_folder: Path) -> list[tuple[Path, Pat
         )
     if problems:
         raise UserError("; ".join(problems))
-    return [(pair.image, pair.mask) for pair in pairs]
+    return pairs
 
 
 class TableSegDataset(torch.utils.data.Dataset):
@@ -104,31 +98,21 @@ class TableSegDataset(torch.utils.data.Dataset):
         self,
         class_table: Mapping[str, Any] | str,
         pipeline: Sequence[Mapping[str, Any]] = (),
-        manifest: str | None = None,
-        data_root: str = ".",
-        image_folder: str | None = None,
-        mask_folder: str | None = None,
-        check_files: bool = True,
         is_synthetic: bool = False,
+        **source: Any,
     ) -> None:
         """List the files; see dataset_config for the arguments."""
         from mmengine.dataset import Compose
 
         self.table = ClassTable.load(class_table)
-        self.pairs = list_pairs(
-            self.table, manifest=manifest, data_root=data_root, image_folder=image_folder, mask_folder=mask_folder,
-            check_files=check_files,
-        )  # fmt: skip
+        self.pairs = list_pairs(self.table, **source)
         self.pipeline = Compose(list(pipeline))
         self.is_synthetic = is_synthetic
 
     @property
     def metainfo(self) -> dict[str, Any]:
         """Class names and colours, as mmengine stores them in checkpoints."""
-        return {
-            "classes": tuple(self.table.names),
-            "palette": [list(map(int, colour)) for colour in self.table.colours],
-        }
+        return dataset_meta(self.table)
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -143,14 +127,14 @@ class TableSegDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: if image and mask differ in size.
         """
-        image_path, mask_path = self.pairs[index]
-        image = read_image(image_path, None)
+        pair = self.pairs[index]
+        image = read_image(pair.image, None)
         if image.shape[2] == 3:
             image = np.ascontiguousarray(image[:, :, ::-1])  # mmseg's transforms expect BGR
-        mask = read_mask(mask_path, self.table)
+        mask = read_mask(pair.mask, self.table)
         if image.shape[:2] != mask.shape:
             raise ValueError(
-                f"dataset: image {image_path} has {image.shape[:2]} pixels, mask {mask_path} {mask.shape}. "
+                f"dataset: image {pair.image} has {image.shape[:2]} pixels, mask {pair.mask} {mask.shape}. "
                 "Expected equal sizes (height, width). Replace one of them."
             )
         size = image.shape[:2]
@@ -159,8 +143,8 @@ class TableSegDataset(torch.utils.data.Dataset):
                 "img": image,
                 "gt_seg_map": mask,
                 "seg_fields": ["gt_seg_map"],
-                "img_path": str(image_path),
-                "seg_map_path": str(mask_path),
+                "img_path": str(pair.image),
+                "seg_map_path": str(pair.mask),
                 "ori_shape": size,
                 "img_shape": size,
                 "reduce_zero_label": False,
@@ -178,11 +162,11 @@ def note_origin(sample: dict[str, Any], is_synthetic: bool) -> dict[str, Any]:
     return sample
 
 
-def count_pixels(pairs: Sequence[tuple[Path, Path]], table: ClassTable) -> np.ndarray:
+def count_pixels(pairs: Sequence[Pair], table: ClassTable) -> np.ndarray:
     """Pixels of each class over all masks, (K,) int64; ignored pixels are not counted."""
     total = np.zeros(256, dtype=np.int64)
-    for _, mask in pairs:
-        total += np.bincount(read_mask(mask, table).ravel(), minlength=256)
+    for pair in pairs:
+        total += np.bincount(read_mask(pair.mask, table).ravel(), minlength=256)
     return total[: table.num_classes]
 
 

@@ -32,7 +32,7 @@ from post_processing.segmentation.dlc import (
     decode_labels,
     find_losses,
 )
-from post_processing.segmentation.loading import load_batches, stack_batch
+from post_processing.segmentation.loading import load_batches, predict_batches
 from post_processing.segmentation.noise import (
     LEAST_POINTS,
     count_consensus,
@@ -200,16 +200,12 @@ def ask_teacher(table: ClassTable, args: argparse.Namespace) -> tuple[torch.Tens
     return estimate_from_teacher(synthetic, confusion), synthetic
 
 
-def count_predictions(segmentor: Any, pairs: Sequence[tuple[Path, Path]], table: ClassTable) -> torch.Tensor:
+def count_predictions(segmentor: Any, pairs: Sequence[Pair], table: ClassTable) -> torch.Tensor:
     """Pixels by prediction k and given label j, (K, K) float64."""
-    def stop(_: Pair, error: Exception) -> None:
-        raise error
-
     count = table.num_classes
     total = torch.zeros(count * (count + 1), device=segmentor.device)
-    for batch in load_batches([Pair(*pair) for pair in pairs], table, 8, 2, stop):
-        images, masks = stack_batch(batch, segmentor.device)
-        codes = segmentor.predict(images).long() * (count + 1) + masks.long().clamp_max(count)  # column K: ignored
+    for _, prediction, masks in predict_batches(segmentor, load_batches(pairs, table, 8, 2)):
+        codes = prediction.long() * (count + 1) + masks.long().clamp_max(count)  # column K: ignored
         total += torch.bincount(codes.flatten(), minlength=len(total))
     return total.view(count, count + 1)[:, :count].double().cpu()
 

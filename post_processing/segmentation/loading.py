@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.classes import ClassTable, decode_colours, decode_ids, read_raw_mask
+from ldm.data.classes import ClassTable, decode_values, read_raw_mask
 from ldm.data.images import IMAGE_SUFFIXES, Pair, read_image
 from ldm.files import file_identity
 from ldm.generation.machine import in_parts
+from post_processing.segmentation.segmentor import Segmentor
 
 logger = logging.getLogger(__name__)
 Source = TypeVar("Source")
@@ -97,8 +98,7 @@ def load_pair(pair: Pair, table: ClassTable, is_resized: bool = False) -> Loaded
                 f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them."
             )
         raw = raw[nearest_places(raw.shape[0], size[0])][:, nearest_places(raw.shape[1], size[1])]
-    mask = decode_colours(raw, table, pair.mask) if raw.ndim == 3 else decode_ids(raw, table, pair.mask)
-    return Loaded(pair, image, mask, raw, identity_of(pair))
+    return Loaded(pair, image, decode_values(raw, table, pair.mask), raw, identity_of(pair))
 
 
 def nearest_places(length: int, new_length: int) -> np.ndarray:
@@ -204,3 +204,12 @@ def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[
         return function(*(tensor[part[0] : part[-1] + 1] for tensor in batch))
 
     return in_parts(run, range(len(batch[0])), len(batch[0]))
+
+
+def predict_batches(
+    segmentor: Segmentor, batches: Iterable[list[Loaded]]
+) -> Iterator[tuple[list[Loaded], torch.Tensor, torch.Tensor]]:
+    """Yield each batch with the predicted classes and the masks, (B, H, W) uint8 on the segmentor's device."""
+    for batch in batches:
+        images, masks = stack_batch(batch, segmentor.device)
+        yield batch, torch.cat(run_in_parts(segmentor.predict, images)), masks

@@ -1,5 +1,6 @@
 """A trained MMSegmentation model as a function from images to class ids; the checkpoint never runs code."""
 
+import argparse
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.cli import choose_device
 from ldm.data.classes import ClassTable, same_names
 from ldm.files import atomic_write
 from ldm.util import UserError
@@ -166,13 +168,16 @@ class Segmentor:
         inputs = self.model.data_preprocessor({"inputs": list(ordered)}, training=False)["inputs"]
         size = tuple(images.shape[-2:])
         metas = [{"ori_shape": size, "img_shape": size, "pad_shape": size, "padding_size": [0, 0, 0, 0]}] * len(images)
-        return self.model.inference(inputs.contiguous(memory_format=torch.channels_last), metas).float()
+        scores = self.model.inference(inputs.contiguous(memory_format=torch.channels_last), metas).float()
+        if scores.shape[1] > 1:
+            return scores
+        return torch.cat([torch.zeros_like(scores), scores], dim=1)  # a sigmoid is the softmax of 0 and its score
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Most likely class of every pixel: (B, 3, H, W) uint8 RGB -> (B, H, W) uint8 on the segmentor's device."""
         logits = self.logits(images)
-        if logits.shape[1] == 1:  # a sigmoid head with one channel: class 1 is above its threshold, mmseg's default 0.3
-            return (logits[:, 0].sigmoid() > self.head.threshold).to(torch.uint8)
+        if getattr(self.head, "out_channels", None) == 1:  # class 1 is above its threshold, mmseg's default 0.3
+            return (logits[:, 1].sigmoid() > self.head.threshold).to(torch.uint8)
         return logits.argmax(dim=1).to(torch.uint8)
 
 
@@ -222,6 +227,7 @@ def load_segmentor(
     device: str | torch.device = "cpu",
     class_table: ClassTable | None = None,
     default_table: ClassTable | None = None,
+    names_suffice: bool = False,
 ) -> Segmentor:
     """Load a trained segmentor.
 
@@ -231,6 +237,8 @@ def load_segmentor(
         device: where it runs.
         class_table: what its class ids mean; None = the table stored in the checkpoint.
         default_table: where none is stored.
+        names_suffice: where none is stored or given, take one of the class names that mmseg stored: for uses that never
+            read a mask with it.
     Returns:
         The segmentor in evaluation mode.
     Raises:
@@ -239,13 +247,16 @@ def load_segmentor(
     """
     content = read_checkpoint(checkpoint)
     meta = content.get("meta") or {}
-    stored = meta.get("class_table")
+    stored, names = meta.get("class_table"), (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
     if class_table is None:
         class_table = default_table if stored is None else ClassTable.load(stored)
+    if class_table is None and names_suffice and names:
+        classes = [{"id": index, "name": str(name), "colour": [1, 0, index]} for index, name in enumerate(names)]
+        class_table = ClassTable.load({"name": Path(checkpoint).name, "classes": classes})
     if class_table is None:
         raise UserError(f"segmentor checkpoint {checkpoint}: no class table inside. Give it with --classes; commands "
                         "without that flag need a segmentor.pth of scripts/train_segmentor.py, which holds one.")
-    names = list((meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES") or class_table.names)
+    names = list(names or class_table.names)
     if not same_names(names, class_table.names):
         raise UserError(
             f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected {list(class_table.names)} of "
@@ -259,6 +270,13 @@ def load_segmentor(
         )
     model.load_state_dict(content["state_dict"])
     return Segmentor(model, class_table, device)
+
+
+def segmentor_of(args: argparse.Namespace, table: Any = None) -> Segmentor:
+    """The segmentor of --segmentor on --device, with the class table of --classes, else another one, else its own."""
+    spec = args.classes or table
+    return load_segmentor(*args.segmentor, device=choose_device(args.device),
+                          class_table=ClassTable.load(spec) if spec else None)  # fmt: skip
 
 
 def check_weights(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str:

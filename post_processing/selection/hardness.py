@@ -85,13 +85,11 @@ def pixel_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every pixel.
 
     Args:
-        logits: (B, K, H, W) float32, or (B, 1, H, W) of a sigmoid head that separates two classes.
+        logits: (B, K, H, W) float32.
         mask: (B, H, W) int64, 0..K-1, 255 = ignored.
     Returns:
         (B, H, W) float32 >= 0, 0 where the mask is ignored.
     """
-    if logits.shape[1] == 1:  # sigmoid(x) is the softmax of (0, x)
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
     if logits.is_cuda:
         return F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
     # On a CPU strips of rows that stay in the cache are up to four times as fast, and equal to the last bit.

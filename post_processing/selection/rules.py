@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,32 +90,35 @@ def encode_mask(raw: np.ndarray, is_dropped: np.ndarray, table: ClassTable) -> b
     return buffer.getvalue()
 
 
+@dataclass(frozen=True)
 class PixelFilter:
     """Filters images into a folder of masks; every image is finished when its record is in items.jsonl.
 
-    Args:
-        segmentor: the judge.
+    Plain values, so that it can be sent to other processes, each with a segmentor of its own.
+
+    Attributes:
         limits: see judge_pixels.
         table: class table that the masks on disk are read with.
         folder: output folder.
-        work: folder for what is not complete, of this process alone, on the same file system.
         batch_size: images at once.
         workers: threads that read, and threads that write.
         is_resized: images may have been generated at another size than their masks (see load_pair).
     """
 
-    def __init__(
-        self, segmentor: Segmentor, limits: torch.Tensor, table: ClassTable, folder: Path, work: Path,
-        batch_size: int, workers: int, is_resized: bool = False,
-    ) -> None:  # fmt: skip
-        self.segmentor, self.table = segmentor, table
-        self.limits = limits.to(segmentor.device)
-        self.folder, self.work = folder, work
-        self.batch_size, self.workers, self.is_resized = batch_size, workers, is_resized
+    limits: torch.Tensor
+    table: ClassTable
+    folder: Path
+    batch_size: int
+    workers: int
+    is_resized: bool = False
 
-    def run(self, pairs: Sequence[Pair]) -> list[Record]:
+    def run(self, segmentor: Segmentor, work: Path, pairs: Sequence[Pair]) -> list[Record]:
         """Filter images.
 
+        Args:
+            segmentor: the judge.
+            work: folder for what is not complete, of this process alone, on the file system of the output folder.
+            pairs: the images with their masks.
         Returns:
             A record with `image`, `mask` and `reason` for each image that could not be judged.
         Raises:
@@ -124,21 +128,18 @@ class PixelFilter:
 
         def fail(pair: Pair, error: Exception | str) -> None:
             logger.warning("%s: %s", pair.image.name, error)
-            failures.append({"image": pair.image.name, "mask": str(pair.mask), "reason": str(error)})
+            failures.append(failure_of(pair, error))
 
+        limits = self.limits.to(segmentor.device)
         waiting: deque[list[Future]] = deque()
         done = 0
         with ThreadPoolExecutor(self.workers) as pool:
-            for batch in load_batches(
-                pairs, self.table, self.batch_size, self.workers, fail, self.is_resized
-            ):
-                dropped, counts, sums = judge_batch(
-                    self.segmentor, *stack_batch(batch, self.segmentor.device), self.limits
-                )
+            for batch in load_batches(pairs, self.table, self.batch_size, self.workers, fail, self.is_resized):
+                dropped, counts, sums = judge_batch(segmentor, *stack_batch(batch, segmentor.device), limits)
                 futures = []
                 for loaded, *judged in zip(batch, dropped, counts, sums, strict=True):
                     if np.isfinite(judged[2]):
-                        futures.append(pool.submit(self.write, loaded, *judged))
+                        futures.append(pool.submit(self.write, work, loaded, *judged))
                     else:
                         fail(loaded.pair, "the segmentor's scores are not finite. Expected numbers.")
                 waiting.append(futures)
@@ -154,12 +155,12 @@ class PixelFilter:
         """Wait for the masks of a batch, then note that they are finished."""
         append_lines(self.folder / "items.jsonl", [future.result() for future in futures])
 
-    def write(self, loaded: Loaded, is_dropped: np.ndarray, counts: np.ndarray, loss: float) -> Record:
+    def write(self, work: Path, loaded: Loaded, is_dropped: np.ndarray, counts: np.ndarray, loss: float) -> Record:
         """Write one mask; returns its record."""
         content = encode_mask(loaded.raw, is_dropped, self.table)
         name = f"{loaded.pair.image.stem}.png"
         # A power cut may damage it, which its hash in the record shows: no need to wait for the disk.
-        atomic_write(self.folder / name, content, self.work / name, is_synced=False)
+        atomic_write(self.folder / name, content, work / name, is_synced=False)
         totals = counts[: self.table.num_classes].sum(axis=1)
         classes = {
             self.table.names[index]: [int(totals[index]), int(counts[index, 1])] for index in np.flatnonzero(totals)
@@ -178,6 +179,11 @@ class PixelFilter:
         }
 
 
+def failure_of(pair: Pair, reason: Exception | str) -> Record:
+    """Record of an image that could not be judged."""
+    return {"image": pair.image.name, "mask": str(pair.mask), "reason": str(reason)}
+
+
 def is_finished(record: Record, pair: Pair, folder: Path) -> bool:
     """Whether an image's mask is complete and made of the very files that are there now."""
     try:
@@ -186,8 +192,8 @@ def is_finished(record: Record, pair: Pair, folder: Path) -> bool:
         return False
 
 
-def draw_overlay(record: Record, pair: Pair, folder: Path, table: ClassTable) -> Image.Image:
-    """Image, mask in the table's colours, and image with the dropped pixels in magenta, side by side."""
+def draw_overlay(record: Record, pair: Pair, folder: Path, table: ClassTable) -> None:
+    """Draw overlays/{stem}.png: image, mask in the table's colours, image with the dropped pixels in magenta."""
     loaded = load_pair(pair, table, is_resized=True)
     filtered = load_pair(Pair(pair.image, folder / record["file"]), table).mask
     is_dropped = (filtered == IGNORE_INDEX) & (loaded.mask != IGNORE_INDEX)
@@ -195,4 +201,5 @@ def draw_overlay(record: Record, pair: Pair, folder: Path, table: ClassTable) ->
     marked = image.astype(np.float32)
     marked[is_dropped] = 0.4 * marked[is_dropped] + 0.6 * DROPPED_COLOUR
     parts = [image, table.colourise(loaded.mask), marked.round().astype(np.uint8)]
-    return Image.fromarray(np.concatenate(parts, axis=1))
+    (folder / "overlays").mkdir(exist_ok=True)
+    Image.fromarray(np.concatenate(parts, axis=1)).save(folder / "overlays" / f"{pair.image.stem}.png")

@@ -26,7 +26,7 @@ from ldm.data.prepare.sources import (
     split_by_lists,
     split_by_names,
 )
-from ldm.data.prepare.tiling import Tile, TileSettings, cut_images
+from ldm.data.prepare.tiling import Cut, Tile, TileSettings, cut_images
 from ldm.files import atomic_folder, write_json
 from ldm.util import UserError
 
@@ -77,7 +77,7 @@ def write_dataset(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     settings = TileSettings(root, source_table, table, args.tile, strides, args.max_ignore, reading, rules, args.pad,
                             args.ext)
     cut = cut_images(found.images, settings, args.workers)
-    notes = found.notes + describe_places(cut.misplaced) + describe_masks(cut.notes, source_table)
+    notes = found.notes + describe_masks(cut, source_table)
     notes += check_classes(cut.notes, source_table, args.allow_empty_classes)
     if not any(tile.source.split != "ref" for tile in cut.tiles):
         raise UserError(f"no tile left of {len(found.images)} images: in all more than {args.max_ignore:.0%} of the "
@@ -166,17 +166,9 @@ def check_classes(notes: Mapping[Any, int], table: ClassTable, may_be_empty: boo
             "with its ids, or add source_ids to it"]
 
 
-def describe_places(misplaced: Sequence[str]) -> list[str]:
-    """Warning of masks that do not lie where their images do."""
-    if not misplaced:
-        return []
-    return [f"warning: {len(misplaced)} masks lie elsewhere on Earth than their images, by coordinate system or more "
-            f"than half a pixel ({misplaced[0]}). Pixels were paired by their row and column. If they do not fit, "
-            "write the masks again on the grid of the images"]
-
-
-def describe_masks(notes: Mapping[Any, int], table: ClassTable) -> list[str]:
-    """Lines on what was decided in reading masks; UserError if files of one set were read in two ways."""
+def describe_masks(cut: Cut, table: ClassTable) -> list[str]:
+    """Lines on where masks lie and what was decided in reading them; UserError if files were read in two ways."""
+    notes = cut.notes
     if notes.get("ids_in_three_channels") and notes.get("grey_by_colour"):
         raise UserError(f"masks of three equal channels: {notes['ids_in_three_channels']} hold ids, "
                         f"{notes['grey_by_colour']} only greys that are colours of the table. Expected one kind. "
@@ -189,7 +181,10 @@ def describe_masks(notes: Mapping[Any, int], table: ClassTable) -> list[str]:
         "nodata": "pixels of masks are called no data by the files and became 255",
         "image_nodata": "pixels without data in the image became 255",
     }
-    lines = [f"{notes[key]:,} {text}" for key, text in texts.items() if notes.get(key)]
+    lines = [f"warning: {len(cut.misplaced)} masks lie elsewhere on Earth than their images, by coordinate system or "
+             f"more than half a pixel ({cut.misplaced[0]}). Pixels were paired by their row and column. If they do not "
+             "fit, write the masks again on the grid of the images"] if cut.misplaced else []
+    lines += [f"{notes[key]:,} {text}" for key, text in texts.items() if notes.get(key)]
     if notes.get("only_0_and_255") and table.num_classes == 2 and IGNORE_INDEX not in (table.source_ids or {}):
         lines.append(f"warning: {notes['only_0_and_255']} masks hold only 0 and 255, others 0 and 1; 255 is read as no "
                      "class. If it is the class that the others call 1, add this to the table: "
@@ -318,7 +313,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         write_manifest(out / name, rows)
         summary["manifests"][name] = len(rows)
     (out / "classes.yaml").write_text(tables.pop(), encoding="utf-8")
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(out / SUMMARY, summary)
     return summary
 
 

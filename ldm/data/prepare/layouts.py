@@ -14,6 +14,7 @@ POTSDAM_TRAIN = {f"{row}_{column}" for row, columns in (
 ) for column in columns}  # fmt: skip
 POTSDAM_TEST = {"2_13", "2_14", "3_13", "3_14", "4_13", "4_14", "4_15", "5_13", "5_14", "5_15", "6_13", "6_14", "6_15",
                 "7_13"}
+POTSDAM_IMAGES = {"RGB": "2_Ortho_RGB", "IRRG": "3_Ortho_IRRG", "RGBIR": "4_Ortho_RGBIR"}
 VAIHINGEN_TRAIN = {1, 3, 5, 7, 11, 13, 15, 17, 21, 23, 26, 28, 30, 32, 34, 37}
 VAIHINGEN_TEST = {2, 4, 6, 8, 10, 12, 14, 16, 20, 22, 24, 27, 29, 31, 33, 35, 38}
 
@@ -104,26 +105,15 @@ def leave_out_unlabelled(folders: Sequence[SourceFolder]) -> list[SourceFolder]:
     return kept
 
 
-def find_two_folders(places: Places) -> list[SourceFolder]:
-    """--images and --masks; none, where all images are unlabelled."""
-    if places.images is None:
-        return []
-    return [SourceFolder("train", places.images, places.masks, places.image_suffix, places.mask_suffix or "")]
-
-
-def find_gid(places: Places) -> list[SourceFolder]:
-    """Large images in image*/, masks in label*/ or annotation*/."""
-    suffix = "_label" if places.mask_suffix is None else places.mask_suffix
-    images = places.images or find_folder(places.root, ("image",), "--images")
-    masks = places.masks or find_folder(places.root, ("label", "annotation"), "--masks")
-    return [SourceFolder("train", images, masks, places.image_suffix, suffix)]
-
-
-def find_loveda(places: Places) -> list[SourceFolder]:
-    """Train and Val of the domains; Test has no masks."""
-    return [SourceFolder(split, folder / "images_png", folder / "masks_png")
-            for split, part in (("train", "Train"), ("val", "Val"))
-            for folder in (places.root / part / domain for domain in places.domains)]
+def find_pair(places: Places, images: Sequence[str], masks: Sequence[str], root: Path | None = None,
+              split: str = "train", image_suffix: str | None = None, mask_suffix: str = "",
+              may_lack_masks: bool = False) -> SourceFolder:
+    """--images and --masks, or what find_folder finds below the root; the suffixes unless flags give others."""
+    root = root or places.root
+    return SourceFolder(split, places.images or find_folder(root, images, "--images"),
+                        places.masks or find_folder(root, masks, "--masks"),
+                        places.image_suffix if image_suffix is None else image_suffix,
+                        mask_suffix if places.mask_suffix is None else places.mask_suffix, may_lack_masks)
 
 
 def find_images_masks(places: Places) -> list[SourceFolder]:
@@ -144,29 +134,11 @@ def find_data_mask(places: Places) -> list[SourceFolder]:
     return [folder for folder in folders if folder not in without]
 
 
-def find_shared(places: Places) -> list[SourceFolder]:
-    """img_<split> and label_<split>."""
-    return find_splits("shared", places.root, places.root, "img_{}", "label_{}")
-
-
 def find_fusu(places: Places) -> list[SourceFolder]:
-    """image*/ and label*/ below the root, or below its train/, val/, test/."""
-    if any((places.root / split).is_dir() for split in SPLITS):
-        parts = [(split, places.root / split) for split in SPLITS if (places.root / split).is_dir()]
-    else:
-        parts = [("train", places.root)]
-    return [SourceFolder(split, places.images or find_folder(part, ("image", "img"), "--images"),
-                         places.masks or find_folder(part, ("label", "mask", "annotation"), "--masks"),
-                         places.image_suffix, places.mask_suffix or "") for split, part in parts]
-
-
-def find_potsdam(places: Places) -> list[SourceFolder]:
-    """2_Ortho_RGB/, 3_Ortho_IRRG/ or 4_Ortho_RGBIR/ with 5_Labels*/."""
-    folder = {"RGB": "2_Ortho_RGB", "IRRG": "3_Ortho_IRRG", "RGBIR": "4_Ortho_RGBIR"}[places.product]
-    images = places.images or find_folder(places.root, (folder,), "--images")
-    masks = places.masks or find_folder(places.root, ("5_Labels",), "--masks")
-    suffix = "_label" if places.mask_suffix is None else places.mask_suffix
-    return [SourceFolder("train", images, masks, f"_{places.product}", suffix, may_lack_masks=True)]
+    """Below the root, or below its train/, val/, test/."""
+    splits = [split for split in SPLITS if (places.root / split).is_dir()]
+    parts = [(split, places.root / split) for split in splits] or [("train", places.root)]
+    return [find_pair(places, ("image", "img"), ("label", "mask", "annotation"), root, split) for split, root in parts]
 
 
 def split_of_potsdam(name: str) -> str | None:
@@ -176,30 +148,11 @@ def split_of_potsdam(name: str) -> str | None:
     return "train" if key in POTSDAM_TRAIN else "test" if key in POTSDAM_TEST else None
 
 
-def find_vaihingen(places: Places) -> list[SourceFolder]:
-    """top/ with gts_for_participants/, gt/ or *ground_truth*/ (COMPLETE holds all 33)."""
-    images = places.images or find_folder(places.root, ("top",), "--images")
-    masks = places.masks or find_folder(places.root, ("gt", "ISPRS_semantic_labeling_Vaihingen_ground_truth"),
-                                        "--masks")
-    return [SourceFolder("train", images, masks, places.image_suffix, places.mask_suffix or "", may_lack_masks=True)]
-
-
 def split_of_vaihingen(name: str) -> str | None:
     """Published split of `top_mosaic_09cm_area1` (16 train, 17 test)."""
     match = re.search(r"area(\d+)", name)
     area = int(match[1]) if match else 0
     return "train" if area in VAIHINGEN_TRAIN else "test" if area in VAIHINGEN_TEST else None
-
-
-def find_whu_building(places: Places) -> list[SourceFolder]:
-    """<split>/image and <split>/label."""
-    return find_splits("whu_building", places.root, places.root, "{}/image", "{}/label")
-
-
-def find_whu_opt_sar(places: Places) -> list[SourceFolder]:
-    """optical/ or sar/ with lbl/."""
-    images = places.images or find_folder(places.root, (places.product,), "--images")
-    return [SourceFolder("train", images, places.masks or find_folder(places.root, ("lbl",), "--masks"))]
 
 
 def find_isaid(places: Places) -> list[SourceFolder]:
@@ -262,20 +215,27 @@ def split_of_inria(name: str) -> str | None:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "folders": Layout("--images and --masks", find_two_folders, ("images", "masks")),
-    "loveda": Layout("ROOT/{Train,Val}/{Rural,Urban}/{images_png,masks_png}", find_loveda, table="loveda"),
-    "gid": Layout("large images in ROOT/image*, masks named *_label in ROOT/label* or ROOT/annotation*", find_gid,
-                  may_take=("images", "masks")),
+    "folders": Layout("--images and --masks", lambda p: [] if p.images is None else [
+        SourceFolder("train", p.images, p.masks, p.image_suffix, p.mask_suffix or "")], ("images", "masks")),
+    "loveda": Layout("ROOT/{Train,Val}/{Rural,Urban}/{images_png,masks_png}", lambda p: [
+        SourceFolder(split.lower(), p.root / split / domain / "images_png", p.root / split / domain / "masks_png")
+        for split in ("Train", "Val") for domain in p.domains], table="loveda"),
+    "gid": Layout("large images in ROOT/image*, masks named *_label in ROOT/label* or ROOT/annotation*", lambda p: [
+        find_pair(p, ("image",), ("label", "annotation"), mask_suffix="_label")], may_take=("images", "masks")),
     "fusu": Layout("ROOT/image* and ROOT/label*, or both in ROOT/{train,val,test}", find_fusu,
                    may_take=("images", "masks"), table="fusu"),
     "potsdam": Layout("ROOT/2_Ortho_RGB (or 3_Ortho_IRRG, 4_Ortho_RGBIR, see --product) and ROOT/5_Labels*, 24 images "
-                      "train, 14 test", find_potsdam, may_take=("images", "masks"), table="potsdam",
-                      split_of=split_of_potsdam, products=("RGB", "IRRG", "RGBIR")),
-    "vaihingen": Layout("ROOT/top and ROOT/gt* or ROOT/*ground_truth*, 16 images train, 17 test", find_vaihingen,
-                        may_take=("images", "masks"), table="vaihingen", split_of=split_of_vaihingen),
-    "whu_building": Layout("ROOT/{train,val,test}/{image,label}", find_whu_building, table="whu_building"),
-    "whu_opt_sar": Layout("ROOT/optical (or sar, see --product) and ROOT/lbl", find_whu_opt_sar,
-                          may_take=("images", "masks"), table="whu_opt_sar", products=("optical", "sar")),
+                      "train, 14 test", lambda p: [find_pair(
+        p, (POTSDAM_IMAGES[p.product],), ("5_Labels",), None, "train", f"_{p.product}", "_label", may_lack_masks=True)],
+        may_take=("images", "masks"), table="potsdam", split_of=split_of_potsdam, products=tuple(POTSDAM_IMAGES)),
+    "vaihingen": Layout("ROOT/top and ROOT/gt* or ROOT/*ground_truth*, 16 images train, 17 test", lambda p: [
+        find_pair(p, ("top",), ("gt", "ISPRS_semantic_labeling_Vaihingen_ground_truth"), may_lack_masks=True)],
+        may_take=("images", "masks"), table="vaihingen", split_of=split_of_vaihingen),
+    "whu_building": Layout("ROOT/{train,val,test}/{image,label}", lambda p: find_splits(
+        "whu_building", p.root, p.root, "{}/image", "{}/label"), table="whu_building"),
+    "whu_opt_sar": Layout("ROOT/optical (or sar, see --product) and ROOT/lbl", lambda p: [
+        find_pair(p, (p.product,), ("lbl",))], may_take=("images", "masks"), table="whu_opt_sar",
+        products=("optical", "sar")),
     "isaid": Layout("ROOT/{train,val}/images and ROOT/{train,val}/Semantic_masks", find_isaid, table="isaid"),
     "deepglobe": Layout("ROOT/train with N_sat.jpg and N_mask.png", find_deepglobe, table="deepglobe",
                         rules=MaskRules(nearest_colour=220)),  # by its readme channels are cut at 128
@@ -283,7 +243,8 @@ LAYOUTS: dict[str, Layout] = {
                              find_open_earth_map, table="open_earth_map", group=r"^(.*)_\d+$"),
     "inria": Layout("ROOT/train/{images,gt}, images 1 to 5 of a city are val", find_inria, table="inria",
                     split_of=split_of_inria),
-    "shared": Layout("ROOT/{img,label}_{train,val,test}", find_shared),
+    "shared": Layout("ROOT/{img,label}_{train,val,test}", lambda p: find_splits(
+        "shared", p.root, p.root, "img_{}", "label_{}")),
     "images_masks": Layout("ROOT/images and ROOT/masks, or both in ROOT/{train,val,test}", find_images_masks),
     "data_mask": Layout("IMAGES/{train,val,test} and MASKS/all/{train,val,test}", find_data_mask, ("images", "masks")),
 }  # fmt: skip

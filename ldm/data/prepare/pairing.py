@@ -1,6 +1,7 @@
 """Which references go with which masks."""
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -8,45 +9,15 @@ from ldm.data.prepare.tiling import Tile
 from ldm.util import UserError
 
 
-def pick_random(tile: Tile, pool: Sequence[Tile], count: int, rng: np.random.Generator) -> list[Tile]:
-    """Draw up to `count` distinct tiles of a pool that show no ground of `tile`; fewer when there are not as many."""
-    picked: list[Tile] = []
-    for index in rng.permutation(len(pool)):
-        if len(picked) == count:
-            break
-        if not tile.overlaps(pool[index]):
-            picked.append(pool[index])
-    return picked
+def pick(tile: Tile, pool: Sequence[Tile], order: Iterable[int], count: int) -> list[Tile]:
+    """The first `count` tiles of a pool in an order that show no ground of `tile`; fewer when there are not as many."""
+    return list(islice((pool[index] for index in order if not tile.overlaps(pool[index])), count))
 
 
 def class_mix(tiles: Sequence[Tile]) -> np.ndarray:
     """Class shares of tiles, (N, K) float64; rows sum to 1, or are 0 where every pixel is ignored."""
     counts = np.array([tile.counts[:-1] for tile in tiles], np.float64)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
-
-
-def pick_nearest_mix(tile: Tile, pool: Sequence[Tile], pool_mix: np.ndarray, count: int,
-                     rng: np.random.Generator) -> list[Tile]:
-    """Find the tiles of a pool whose class mix is nearest to that of a tile.
-
-    Args:
-        tile: tile with a mask.
-        pool: candidates with masks.
-        pool_mix: their class_mix, (N, K).
-        count: how many; distance is the L1 distance of class shares, equal distances in random order.
-        rng: random generator.
-    Returns:
-        Up to `count` tiles that show no ground of `tile`, nearest first.
-    """
-    distance = np.abs(pool_mix - class_mix([tile])).sum(1)  # (N,)
-    shuffled = rng.permutation(len(pool))
-    picked: list[Tile] = []
-    for index in shuffled[np.argsort(distance[shuffled].round(9), kind="stable")]:
-        if len(picked) == count:
-            break
-        if not tile.overlaps(pool[index]):
-            picked.append(pool[index])
-    return picked
 
 
 def make_rows(tile: Tile, references: Sequence[Tile | None]) -> list[dict[str, str]]:
@@ -74,7 +45,8 @@ def pair_for_training(tiles: Sequence[Tile], kind: str, count: int, rng: np.rand
     rows: list[dict] = []
     left_out = 0
     for tile in tiles:
-        references = pick_random(tile, pools[tile.source.group if kind == "same_group" else ""], count, rng)
+        pool = pools[tile.source.group if kind == "same_group" else ""]
+        references = pick(tile, pool, rng.permutation(len(pool)), count)
         rows += make_rows(tile, references)
         left_out += not references
     return rows, left_out
@@ -86,7 +58,8 @@ def pair_for_inference(tiles: Sequence[Tile], kind: str, pool: Sequence[Tile], c
 
     Args:
         tiles: tiles whose masks are to be generated.
-        kind: `random`, `folder` (both drawn from the pool) or `nearest_mix`.
+        kind: `random`, `folder` (both drawn from the pool) or `nearest_mix` (least L1 distance of the class shares,
+            equal ones in random order).
         pool: candidates for references; nearest_mix uses those with labelled pixels.
         count: references a mask.
         rng: random generator.
@@ -97,13 +70,14 @@ def pair_for_inference(tiles: Sequence[Tile], kind: str, pool: Sequence[Tile], c
     """
     if kind == "nearest_mix":
         pool = [tile for tile in pool if tile.is_labelled]
-    pool_mix = class_mix(pool) if kind == "nearest_mix" and pool else np.zeros((len(pool), 1))
+    pool_mix = class_mix(pool) if kind == "nearest_mix" and pool else None
     rows: list[dict] = []
     for tile in tiles:
-        if kind == "nearest_mix" and pool:
-            references = pick_nearest_mix(tile, pool, pool_mix, count, rng)
-        else:
-            references = pick_random(tile, pool, count, rng)
+        order = rng.permutation(len(pool))
+        if pool_mix is not None:
+            distance = np.abs(pool_mix - class_mix([tile])).sum(1)  # (N,)
+            order = order[np.argsort(distance[order].round(9), kind="stable")]
+        references = pick(tile, pool, order, count)
         if len(references) < count:
             raise UserError(f"--pair {kind}: {len(references)} references for {tile.mask}, expected {count}, from "
                             f"{len(pool)} candidates. Lower --refs_per_mask or give more images.")

@@ -65,11 +65,8 @@ def sample_image(source: Source, reading: Reading, channels: int, most: int) -> 
             tops = range(0, info.height, PATCH)
         for top in tops:
             values, valid = image.read_stored(int(top), min(int(top) + PATCH, info.height))
-            if reading.nodata is not None:
-                is_data = (values != reading.nodata).any(2)
-                valid = is_data if valid is None else valid & is_data
-            pixels = values.reshape(-1, values.shape[2]) if valid is None else values[valid]
-            pixels = pixels[:: count]
+            valid = image.find_data(values, valid)
+            pixels = (values.reshape(-1, values.shape[2]) if valid is None else values[valid])[::count]
             if pixels.dtype.kind == "f":
                 pixels = pixels[np.isfinite(pixels).all(1)]
             parts.append(pixels)

@@ -1,9 +1,11 @@
 """From source images to tiles on disk, by rows of the source where its format allows it."""
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +149,10 @@ def cut_job(job: Job, settings: TileSettings) -> Cut:
     Raises:
         UserError: naming the file, for an unreadable file, ids outside the table, or sizes that do not fit.
     """
-    source, cut = job.source, Cut()
-    with open_image(source.pair.image, settings.channels, settings.reading) as image:
-        if source.pair.mask is None:
-            cut_rows(job, image, None, settings, cut)
-        else:
-            with OpenMask(source.pair.mask) as mask:
-                cut_rows(job, image, mask, settings, cut)
+    cut, pair = Cut(), job.source.pair
+    with (open_image(pair.image, settings.channels, settings.reading) as image,
+          OpenMask(pair.mask) if pair.mask else nullcontext() as mask):
+        cut_rows(job, image, mask, settings, cut)
     return cut
 
 
@@ -267,24 +266,18 @@ def cut_images(sources: Sequence[Source], settings: TileSettings, workers: int) 
     Raises:
         UserError: one error that lists every bad file.
     """
-    def plan(source: Source) -> list[Job] | UserError:
+    def attempt(function: Callable[[Any, TileSettings], Any], item: Any) -> Any:
         try:
-            return plan_jobs(source, settings)
-        except (UserError, FileNotFoundError) as error:
-            return UserError(str(error))
-
-    def work(job: Job | UserError) -> Cut | UserError:
-        try:
-            return job if isinstance(job, UserError) else cut_job(job, settings)
+            return item if isinstance(item, UserError) else function(item, settings)
         except (UserError, FileNotFoundError) as error:
             return UserError(str(error))
 
     with ThreadPoolExecutor(workers) as pool:
-        plans = list(pool.map(plan, sources))
+        plans = list(pool.map(partial(attempt, plan_jobs), sources))
     jobs = [job for planned in plans for job in (planned if isinstance(planned, list) else [planned])]
     largest = max((job.memory for job in jobs if isinstance(job, Job)), default=0)
     with ThreadPoolExecutor(min(workers, max(1, MEMORY // max(largest, 1)))) as pool:
-        results = list(tqdm(pool.map(work, jobs), total=len(jobs), unit="job", desc="tiling"))
+        results = list(tqdm(pool.map(partial(attempt, cut_job), jobs), total=len(jobs), unit="job", desc="tiling"))
     raise_problems(list_problems([result for result in results if isinstance(result, UserError)], settings.tile))
     whole = Cut()
     for result in results:
