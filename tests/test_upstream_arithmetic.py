@@ -154,8 +154,7 @@ def conditions(height: int, width: int) -> dict[str, Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 8), (8, 16), (24, 8)])
 def test_network(method: TISynth, size: tuple[int, int], record_property):
-    # One latent in fifty of 24 x 8 has a group of twelve nearly equal values at the smallest level, whose norm multiplies
-    # the rounding of both.
+    # Seeded: of 150 latents of 24 x 8, three went beyond the bar and most were a twentieth of it.
     latent = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
     given, timestep = conditions(*size), torch.tensor([1, 981])
     ours = method.predict_noise(latent, timestep, **given)
