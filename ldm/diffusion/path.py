@@ -87,10 +87,8 @@ class Path(nn.Module):
             spacing: where on the path they lie, see Sampling.
             end: `clean` or, on a discrete path, `first`, the variance of timestep 0.
             strength: share of the path, (0, 1]; below 1 only its last levels are there, one at least.
-
         Returns:
             One level an evaluation, and behind them the one that the last step leads to.
-
         Raises:
             ValueError: for a spacing, an end or a number of steps that this path does not have.
         """
@@ -109,7 +107,6 @@ class DiscretePath(Path):
     Attributes:
         betas: variance added at each timestep, (T,) float64 in (0, 1).
         alphas_cumprod: share of signal variance left at each timestep, (T,) float64, falling from nearly 1 to nearly 0.
-
     Raises:
         ValueError: for an unknown kind, or values that give betas outside (0, 1).
     Source: Ho et al. 2020, Eq. 2, 4 and 7 (linear); Rombach et al. 2022 (scaled_linear); Nichol and Dhariwal 2021,
@@ -150,10 +147,8 @@ class DiscretePath(Path):
             name: one of BUFFER_NAMES, `log_betas` or `log_least_variance` (see objective.learned_log_variance).
             timestep: (B,) int64 in [0, T).
             like: the batch, (B, ...); gives device and number of axes.
-
         Returns:
             (B, 1, ..., 1) float32 on the device of `like`.
-
         Raises:
             ValueError: if the shape or (on the CPU, where looking costs nothing) a value of timestep is wrong.
         """
@@ -183,14 +178,9 @@ class DiscretePath(Path):
         return self.levels_at([t for t in timesteps if t < strength * self.num_timesteps] or timesteps[:1], end)
 
     def levels_at(self, timesteps: Sequence[int], end: str = "first") -> list[Level]:
-        """Levels of given timesteps and the end.
+        """Levels of given timesteps, ascending in [0, T), and the end.
 
-        Args:
-            timesteps: ascending, in [0, T); 0 only with end `clean`.
-            end: `first` (variance of timestep 0) or `clean` (no noise).
-
-        Raises:
-            ValueError: if timesteps are empty, unordered or out of range, or end is unknown.
+        The end is `first` (variance of timestep 0) or `clean`, which alone allows timestep 0; else ValueError.
         """
         if end not in ENDS:
             raise ValueError(f"end: {end!r} is unknown. Expected one of {', '.join(ENDS)}.")
@@ -213,7 +203,6 @@ class FlowPath(Path):
         times: distribution of u in training: `uniform` over (1, ..., T) / T, or `logit_normal`.
         mean, deviation: of the normal whose logistic function is u, with `logit_normal`.
         num_timesteps: T, what the network is told at s = 1.
-
     Raises:
         ValueError: for values out of range.
     Source: Liu et al. 2023 (rectified flow); Esser et al. 2024 (SD3), Eq. 19 and 23.

@@ -68,13 +68,9 @@ def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 
 
 class JointEmbedding:
-    """An embedding of the timestep with what all residual blocks of a network make of it, computed at once.
+    """An embedding of the timestep (B, E) with what all residual blocks of a network make of it, computed at once.
 
-    It stands in for the tensor wherever a block takes one.
-
-    Args:
-        embedding: (B, E).
-        layers: `emb_layers` of the blocks, each SiLU and a linear layer.
+    It stands in for the tensor wherever a block takes one. `layers` are the blocks' `emb_layers`.
     """
 
     def __init__(self, embedding: Tensor, layers: Sequence[nn.Sequential]) -> None:

@@ -43,11 +43,9 @@ class ClipTextEncoder(nn.Module):
         frozen: no gradients, always in evaluation mode; False keeps the parameters trainable and `encode`
             differentiable.
         max_pieces: a longer prompt goes on in further pieces, up to so many, whose contexts stand behind one another.
-
     Raises:
         ValueError: if the sizes do not fit each other, or the weights do not fit the sizes.
         FileNotFoundError: if weights_dir has no weights.
-
     Source: Radford et al. 2021.
     """
 
@@ -131,7 +129,6 @@ class ClipTextEncoder(nn.Module):
 
         Args:
             folder: holds weights, and config.json to check heads and activation against.
-
         Raises:
             FileNotFoundError: if there are no weights.
             ValueError: if tensors are missing, left over or of other shapes, or config.json disagrees.

@@ -29,7 +29,6 @@ class PromptTokenizer:
         start_id, end_id: ids of the start and of the end token.
         pad_id: id that fills the row after the end token.
         max_length: length of a row, start and end token included, at least 3.
-
     Raises:
         ValueError: if max_length is below 3.
     """
@@ -108,10 +107,8 @@ def load_tokenizer(tokenizer: str, *, tokenizer_dir: str | None = None, max_leng
             vocabulary file of the installed open_clip package, which is read without importing the package.
         max_length: length of a row of ids.
         pad: `end` pads with the end token (Hugging Face's CLIP ViT-L/14, SD1.5), an int with that id (open_clip: 0).
-
     Returns:
         The tokenizer.
-
     Raises:
         FileNotFoundError: if a file or folder is missing.
         ValueError: if the file is no tokenizer, has no special tokens, or `pad` is not understood.

@@ -53,10 +53,8 @@ def guide(predict: PredictBranches, scales: Sequence[float], interval: tuple[flo
         interval: guide only at levels whose share is within it; elsewhere the conditional branch runs alone.
         rescale: share in [0, 1] of bringing each sample's standard deviation back to that of the conditional
             prediction.
-
     Returns:
         `predict(x (B, C, h, w), level)`, its prediction like x, with learned variance twice its channels.
-
     Raises:
         ValueError: if interval or rescale is out of range.
     Source: Ho and Salimans 2022, Eq. 6; Kynkaanniemi et al. 2024 (interval); Lin et al. 2024, Eq. 15 and 16 (rescale).

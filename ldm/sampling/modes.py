@@ -29,7 +29,6 @@ class Rectify:
         loss: over `all` labelled pixels, or those that the guide gets `wrong`.
         rule: `normalised`, or `clamped` (of the published code, flow paths only).
         log: decode once more to note the loss behind each step.
-
     Raises:
         ValueError: naming the field that is not possible.
     """
@@ -80,7 +79,6 @@ class Sampling:
             image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
         method: settings of the method, by name (see Method.sampling_settings); what is not here is left as it is.
         rectify: correct clean latents with a guide, which is given beside these settings; None = no.
-
     Raises:
         ValueError: naming the field that is not possible.
     """
@@ -133,7 +131,6 @@ def make_sampling(base: Sampling, changes: Mapping[str, Any]) -> Sampling:
     Args:
         base: to start from.
         changes: fields of Sampling, a list for an interval; every other name is a setting of the method.
-
     Raises:
         ValueError: if a field is out of range.
     """
@@ -210,10 +207,8 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     Args:
         args: parsed with add_sampling_flags.
         own: the model's own, which `exact` stands for; its guidance scales are those of all modes.
-
     Returns:
         Settings without any None.
-
     Raises:
         ValueError: if a flag is out of range.
     """

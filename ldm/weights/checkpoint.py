@@ -55,10 +55,8 @@ def open_folder(folder: Path) -> Checkpoint:
     if (folder / "transformer").is_dir():
         parts = {name: open_folder(folder / name) for name in ("transformer", "vae")}
     else:
-        raw = {name: read_folder(folder / name) for name in (*PARTS, REST)}
-        for name in (name for name, part in raw.items() if part is not None):
-            check_class(folder / name, name)
-        parts = {name: under_our_names(part) for name, part in raw.items() if part is not None}
+        found = {name: read_part(folder / name, name) for name in (*PARTS, REST)}
+        parts = {name: under_our_names(raw) for name, raw in found.items() if raw is not None}
     if not parts:
         raise UserError(f"checkpoint {folder}: a folder without weights. Expected {', '.join(PARTS)} in it with "
                         "diffusion_pytorch_model.safetensors or model.safetensors. Check the path.")
@@ -68,14 +66,15 @@ def open_folder(folder: Path) -> Checkpoint:
                       notes=[f"{name}: {'; '.join(part.notes)}" for name, part in parts.items() if part.notes])
 
 
-def check_class(folder: Path, part: str) -> None:
-    """UserError if config.json of a part names the class of another one."""
-    path = folder / "config.json"
-    if path.is_file():
+def read_part(folder: Path, part: str) -> Checkpoint | None:
+    """A part of a diffusers folder, if it is there; UserError if its config.json names the class of another one."""
+    raw, path = read_folder(folder), folder / "config.json"
+    if raw is not None and path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         name = found.get("_class_name") or next(iter(found.get("architectures") or []), None)
         if CLASSES.get(name, part) != part:
             raise UserError(f"checkpoint {path}: a {name}. Expected the {part} of a diffusers folder. Check the path.")
+    return raw
 
 
 def under_our_names(raw: Checkpoint, known: Iterable[str] = (), use_ema: bool = False) -> Checkpoint:

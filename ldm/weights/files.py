@@ -29,7 +29,6 @@ HARMLESS = {
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.ndarray", "pathlib.Path", "pathlib.PosixPath",
     "pathlib.PurePosixPath", "pathlib.WindowsPath", "typing.Any",
 }  # fmt: skip
-DICT_CLASSES = ("AttributeDict", "defaultdict")
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def stand_in(name: str) -> Callable[..., Any]:
     """What takes the place of the object of this dotted name."""
     if name == "builtins.getattr":
         return lambda *_: StandIn
-    return StandInDict if name.endswith(DICT_CLASSES) else StandIn
+    return StandInDict if name.endswith(("AttributeDict", "defaultdict")) else StandIn
 
 
 def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> Checkpoint:
@@ -121,8 +120,7 @@ def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[st
     with path.open("rb") as file:
         start = file.read(64)
     # One header length of safetensors in 32 begins with the byte of a pickle; in a pickle these bytes are not zero.
-    is_safetensors = start[8:9] == b"{" and (start[:1] != b"\x80" or start[5:8] == bytes(3))
-    if is_safetensors:
+    if start[8:9] == b"{" and (start[:1] != b"\x80" or start[5:8] == bytes(3)):
         return read_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return read_pickle(path, start[:2] == b"PK", drop_objects, entries)
