@@ -81,9 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check everything, then generate.
 
-    Args:
-        argv: arguments without the program name; None = sys.argv[1:].
-
     Returns:
         0 if this process is done with its shards; 3 if samples failed (see failures.jsonl; --status says 3 then, too)
         or --verify found damage; 4 if the output cannot be read or written; 130 or 143 after a signal. The same command
@@ -96,15 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     missing = [flag for flag, value in (("--ckpt", args.ckpt), ("--txt_file", args.txt_file)) if value is None]
     if missing and not (args.status or args.verify):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return report(Path(args.outdir), args.verify) if args.status or args.verify else generate(args)
+    if args.status or args.verify:
+        from ldm.generation.report import describe_run, verify_run
 
-
-def generate(args: argparse.Namespace) -> int:
-    """Check everything, then generate; returns the exit code.
-
-    Raises:
-        OutputError: if the output cannot be written.
-    """
+        text, bad = (verify_run if args.verify else describe_run)(Path(args.outdir))
+        print(text)
+        return EXIT_DAMAGED if bad else 0
     # torch takes seconds to import: only after the command line is known to be right.
     from ldm.generation.machine import Stopped, stop_on_signals
     from ldm.generation.plan import make_plan
@@ -116,15 +110,6 @@ def generate(args: argparse.Namespace) -> int:
     except Stopped as stop:
         print(f"stopped by {stop}; the same command goes on from here", file=sys.stderr)
         return stop.code
-
-
-def report(folder: Path, is_verify: bool) -> int:
-    """Print the state of an output folder; returns the exit code."""
-    from ldm.generation.report import describe_run, verify_run
-
-    text, bad = (verify_run if is_verify else describe_run)(folder)
-    print(text)
-    return EXIT_DAMAGED if bad else 0
 
 
 if __name__ == "__main__":

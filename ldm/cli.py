@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +81,10 @@ def _number(text: str, kind: type, is_valid: Any, expected: str) -> Any:
     return value
 
 
-def choose_device(name: str, environment: Mapping[str, str] = os.environ) -> "torch.device":
-    """Find the device of --device; every process of torchrun or srun on a machine takes a GPU of its own.
+def choose_device(name: str) -> "torch.device":
+    """Find the device of --device (`auto` = CUDA if there is one); UserError if there is no such device.
 
-    Args:
-        name: `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...
-        environment: of the process.
-
-    Raises:
-        UserError: if there is no such device.
+    Every process of torchrun or srun on a machine takes a GPU of its own.
     """
     import torch
 
@@ -98,7 +93,7 @@ def choose_device(name: str, environment: Mapping[str, str] = os.environ) -> "to
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and torch.cuda.device_count():
-            local = int(environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or 0)
+            local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
             device = torch.device("cuda", local % torch.cuda.device_count())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

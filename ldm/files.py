@@ -96,13 +96,10 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], Any], 
 
 
 def with_retries(action: Callable[[], Any], path: Path, size: int = 0) -> Any:
-    """Run a write, again after a while if the folder does not answer.
+    """Run a write that may be repeated, again after a while if the folder does not answer.
 
-    Args:
-        action: writes, and may be repeated.
-        path, size: file and number of bytes, for the message.
     Raises:
-        OutputError: at once when the disk is full, else after the last try.
+        OutputError: naming file and size, in bytes; at once when the disk is full, else after the last try.
     """
     for delay in (*RETRY_DELAYS, None):
         try:
@@ -200,14 +197,11 @@ def to_line(record: Record) -> bytes:
 
 
 def read_lines(path: Path, *key: str) -> dict[Any, Record]:
-    """Records of a JSON-lines file, {} if there is none.
+    """Records of a JSON-lines file, {} if there is none: the newest of each key, sorted by it.
 
     Args:
-        path: the file.
-        key: names of the values that tell records apart.
-    Returns:
-        The newest record of each key (a tuple if there are several names), sorted by it. A line that a killed process
-        left unfinished is left out.
+        path: the file; a line that a killed process left unfinished is left out.
+        key: names of the values that tell records apart; of several, the keys are tuples.
     """
     key_of = itemgetter(*key)
     records: dict[Any, Record] = {}
@@ -236,9 +230,7 @@ def append_lines(path: Path, records: Iterable[Record]) -> None:
 def write_lines(path: Path, records: Iterable[Record]) -> None:
     """Write a JSON-lines file, atomically, or remove it when there is no record; hold the lock of its folder.
 
-    Args:
-        path: the file.
-        records: written as they come: those of a million images need not fit into memory.
+    Records are written as they come: those of a million images need not fit into memory.
     """
     atomic_write(path, lambda file: file.writelines(map(to_line, records)), path.with_name(f".{path.name}.tmp"))
     if path.stat().st_size == 0:

@@ -48,14 +48,7 @@ class Actor:
 
 
 class ActorPool:
-    """Actors and the units that they do.
-
-    Args:
-        ray: the package (see connect).
-        build: see Actor.
-        count: number of actors.
-        is_cuda: each takes a GPU.
-    """
+    """Actors, with a GPU each if `is_cuda`, and the units that they do; `build` is Actor's."""
 
     def __init__(self, ray: Any, build: Callable[[], Work], count: int, is_cuda: bool) -> None:
         import torch
@@ -73,13 +66,10 @@ class ActorPool:
         return self.ray.remote(Actor).options(runtime_env=environment, **self.needs).remote(*self.arguments)
 
     def run(self, units: Sequence[Any], give_up: Callable[[Any, str], None]) -> list[Any]:
-        """Do units; one whose actor fails goes to another actor, and is given up after MOST_TRIES.
+        """Do units for Actor.run; one whose actor fails goes to another actor, and after MOST_TRIES to `give_up`.
 
         Ends early where every unit is given up: thousands would meet the same fault.
 
-        Args:
-            units: what Actor.run takes.
-            give_up: notes that a unit is not done, and why.
         Returns:
             What the units gave, in the order in which they ended.
         Raises:
@@ -123,12 +113,9 @@ class ActorPool:
 
 
 def actor_needs(is_cuda: bool, count: int, cpus: float) -> dict[str, float]:
-    """Resources of an actor: with fewer CPUs than actors Ray would let the last ones wait for ever.
+    """Resources of one of `count` actors: with fewer CPUs than actors Ray would let the last ones wait for ever.
 
-    Args:
-        is_cuda: it computes on a GPU, which then is all that it takes for itself.
-        count: number of actors.
-        cpus: of the whole cluster.
+    On a GPU, that is all that it takes for itself; `cpus` are those of the whole cluster.
     """
     share = max(0.0, (cpus - 1) / count)
     share = min(share, CPUS_OF_GPU_ACTOR) if is_cuda else share

@@ -37,8 +37,6 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     Args:
         config: mapping with `target` (dotted path of a class or function) and optional `params` (keyword arguments).
         extra: further keyword arguments; they win over `params`.
-    Returns:
-        Whatever the target returns.
     Raises:
         UserError: if the node has no target, or the target does not exist, or does not take these arguments.
     """
@@ -206,14 +204,10 @@ def flat_keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def run_entry_point(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
-    """Run an entry point: one line for mistakes of the user and for files; a traceback with `--debug`.
+    """Run `main` with the command line (None = sys.argv[1:]): one line for mistakes of the user and for files.
 
     Exit codes: 2 for a mistake of the user; 4 where the disk is full or a file cannot be read or written; 1 with a
-    traceback for a mistake of ours; else what `main` returns.
-
-    Args:
-        main: function of the argument list; its return value is the exit code (None = 0).
-        argv: arguments without the program name; None = sys.argv[1:].
+    traceback for a mistake of ours; else what `main` returns (None = 0). With `--debug`, every error has a traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(message)s")

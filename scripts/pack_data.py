@@ -24,23 +24,17 @@ IMAGES = ("target", "ref_image")
 SPARE = 0.02  # of the limit, for the zip's own tables and manifests
 
 
-def encode_image(path: Path, quality: int) -> bytes:
-    """An image as WebP."""
-    from PIL import Image
-
-    from ldm.data.images import read_image
-    file = io.BytesIO()
-    Image.fromarray(read_image(path)).save(file, "WEBP", quality=quality, method=6)
-    return file.getvalue()
-
-
-def encode_mask(path: Path) -> bytes:
-    """A mask as PNG, its numbers as they are."""
+def encode(path: Path, is_image: bool, quality: int) -> bytes:
+    """An image as WebP, or a mask as PNG, its numbers as they are."""
     from PIL import Image
 
     from ldm.data.classes import read_raw_mask
+    from ldm.data.images import read_image
     file = io.BytesIO()
-    Image.fromarray(read_raw_mask(path)).save(file, "PNG", optimize=True)
+    if is_image:
+        Image.fromarray(read_image(path)).save(file, "WEBP", quality=quality, method=6)
+    else:
+        Image.fromarray(read_raw_mask(path)).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
@@ -74,8 +68,7 @@ def pack(data: Path, out: Path, perceptual: Path | None, quality: int, limit: fl
         raise UserError(f"{data}: files that differ in their ending only cannot be packed. Rename them.")
     with ThreadPoolExecutor() as pool:
         encoded = dict(zip(wanted, pool.map(
-            lambda item: encode_image(data / item[0], quality) if item[1] else encode_mask(data / item[0]),
-            wanted.values()), strict=True))
+            lambda item: encode(data / item[0], item[1], quality), wanted.values()), strict=True))
     extra = {PERCEPTUAL: shrink_perceptual(perceptual)} if perceptual else {}
     extra |= {name: (data / name).read_bytes() for name in ("classes.yaml",) if (data / name).is_file()}
     room = limit * (1 - SPARE) - sum(map(len, extra.values()))

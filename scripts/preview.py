@@ -87,11 +87,7 @@ def plan_list(samples: Sequence[Sample], table: ClassTable, rows: int, columns: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the contact sheet and say where; returns 0.
-
-    Args:
-        argv: arguments without the program name; None = sys.argv[1:].
-    """
+    """Write the contact sheet and say where; returns 0."""
     args = build_parser().parse_args(argv)
     if args.debug:
         logging.getLogger().setLevel(logging.DEBUG)

@@ -301,7 +301,7 @@ def test_folders_are_counted_and_paired(tmp_path: Path) -> None:
         file.write_bytes(b"")
     found = find_images(tmp_path / "img")
     assert list(found.files) == ["a", "b"]
-    assert found.left_out == {"subfolders": 3, "folders": 2, "hidden": 2, ".txt": 1}
+    assert found.left_out == {"images in subfolders": 3, "hidden files": 2, ".txt files": 1} and found.subfolders == 2
     assert "3 images in 2 subfolders are not read (--recursive reads them)" in found.describe(tmp_path / "img")
     found = find_images(tmp_path / "img", recursive=True)
     assert list(found.files) == ["a", "b", "lima_c", "lima_d", "oslo_c"]

@@ -21,12 +21,7 @@ KINDS = {"run.json": "generated", "items.jsonl": "filtered", "summary.json": "re
 
 @dataclass(frozen=True)
 class View:
-    """What there is to see of a folder.
-
-    Attributes:
-        images: images with a caption each.
-        text: Markdown.
-    """
+    """What there is to see of a folder: images with a caption each, and Markdown."""
 
     images: list[tuple[np.ndarray, str]]
     text: str

@@ -68,8 +68,7 @@ class Studio:
     Args:
         checkpoint: weights.
         config: model yaml where the checkpoint has none inside.
-        device: auto, cpu, cuda, ...
-        precision: auto, full or autocast, as inference.py's.
+        device, precision: as inference.py's.
         guide: files of --guide, for orders that ask to rectify; empty = none.
     Raises:
         UserError, FileNotFoundError: if it cannot be loaded.
@@ -190,11 +189,9 @@ class Studio:
 
 
 class Watch:
-    """A correction (see ldm.sampling.guidance.Correct) that changes nothing: it counts the steps, and may stop them.
+    """A correction (see ldm.sampling.guidance.Correct) that counts the steps of one that rectifies, or of none.
 
-    Args:
-        on_step: called before every evaluation of the network; what it raises ends the sampling.
-        rectifier: of a guide, to rectify with; None = none.
+    `on_step` is called before every evaluation of the network; what it raises ends the sampling.
     """
 
     def __init__(self, on_step: Callable[[], None], rectifier: Rectifier | None) -> None:

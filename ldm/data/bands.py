@@ -105,9 +105,7 @@ def add_reading_flags(add: Callable[..., Any]) -> None:
 def make_reading(args: Any, scale_flags: str = PREPARE_FLAGS) -> Reading:
     """Reading of the flags of add_reading_flags, --scale_percentiles aside; UserError for flags that clash.
 
-    Args:
-        args: the parsed command line.
-        scale_flags: the flags that errors name for the scale.
+    Errors name `scale_flags` as what sets the scale.
     """
     flags = [name for name in ("scale_range", "scale_percentiles", "scale_from") if getattr(args, name) is not None]
     if len(flags) > 1:
@@ -186,16 +184,11 @@ def find_band(path: Path, info: ImageInfo, band: int | str, has: str) -> int:
 
 def to_8_bits(values: np.ndarray, info: ImageInfo, reading: Reading, path: Path,
               valid: np.ndarray | None = None) -> np.ndarray:
-    """Bring stored numbers (h, w, B) to uint8.
+    """Bring stored numbers (h, w, B) of any integer or float dtype to uint8; 8-bit images pass as they are.
 
-    Args:
-        values: any integer or float dtype; NaN becomes 0.
-        info: 8-bit images pass as they are.
-        reading: its scale is used for all others; values outside it become 0 and 255.
-        path: named in errors.
-        valid: (h, w) bool, False where there is no data; None = data everywhere.
-    Returns:
-        (h, w, B) uint8.
+    Numbers outside the scale of the reading become 0 and 255, NaN 0. `valid` is (h, w) bool, False where there is no
+    data (None = data everywhere).
+
     Raises:
         UserError: if the image has not 8 bits and there is no scale; it names the numbers of the data seen.
     """

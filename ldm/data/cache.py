@@ -45,13 +45,8 @@ def shared_folder() -> Path:
 def write_tiles(path: Path, keys: Sequence[TileKey], read: Callable[[TileKey], np.ndarray], limit: float) -> None:
     """Decode tiles in threads and write them one behind the other, with their index in `path`.json.
 
-    Args:
-        path: file to write.
-        keys: distinct.
-        read: decodes one.
-        limit: most bytes.
     Raises:
-        UserError: beyond the limit, or when the file system is full.
+        UserError: beyond the limit, in bytes, or when the file system is full.
     """
     index, position = [], 0
     advice = "Raise data.params.cache_limit_gb, choose fewer or smaller tiles, or set data.params.cache=null."

@@ -75,8 +75,6 @@ class ClassTable:
         Args:
             spec: a name in configs/classes/ (`dubai`), a path to a .yaml or .json file, a mapping as to_dict gives it,
                 or a class table (returned as it is).
-        Returns:
-            The checked table.
         Raises:
             FileNotFoundError: if there is no such table or file.
             UserError: for unreadable yaml/json, unknown keys, ids that are not 0..K-1, doubled names or colours.
@@ -87,14 +85,11 @@ class ClassTable:
         """Plain dict (yaml- and json-ready) that load takes back."""
         rows = zip(self.ids, self.names, self.colours, self.prompt_names, strict=True)
         result: dict[str, Any] = {
-            "name": self.name,
-            "classes": [{"id": i, "name": n, "colour": list(c), "prompt": p} for i, n, c, p in rows],
-            "ignore_index": self.ignore_index,
-            "ignore_colour": list(self.ignore_colour),
-            "prompt_template": self.prompt_template,
-            "prompt_joiner": self.prompt_joiner,
+            "name": self.name, "classes": [{"id": i, "name": n, "colour": list(c), "prompt": p} for i, n, c, p in rows],
+            "ignore_index": self.ignore_index, "ignore_colour": list(self.ignore_colour),
+            "prompt_template": self.prompt_template, "prompt_joiner": self.prompt_joiner,
             "prompt_empty": self.prompt_empty,
-        }
+        }  # fmt: skip
         if self.source_ids is not None:
             result["source_ids"] = dict(self.source_ids)
         if self.mappings is not None:
@@ -113,13 +108,7 @@ class ClassTable:
         return min(free)
 
     def prompt(self, mask: np.ndarray) -> str:
-        """Word a prompt from the classes present.
-
-        Args:
-            mask: (H, W) integer, 0..K-1 or 255.
-        Returns:
-            The template filled with the names in ascending id, ignored pixels left out.
-        """
+        """Word a prompt for a mask (H, W), 0..K-1 or 255: the template with the names present in ascending id."""
         present = [self.prompt_names[i] for i in np.unique(mask) if i != self.ignore_index]
         if not present:
             return self.prompt_empty
@@ -192,8 +181,7 @@ class MaskRules:
 AS_STORED = MaskRules()
 
 
-def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
-              notes: Counter | None = None) -> np.ndarray:
+def read_mask(path: str | Path, table: ClassTable, notes: Counter | None = None) -> np.ndarray:
     """Read a mask exactly, as ids of a class table.
 
     Args:
@@ -201,7 +189,6 @@ def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
             image (the indices are the ids, unless its colours are the table's in another order), or RGB in the table's
             colours, or with ids in three equal channels.
         table: the classes; its source_ids, if any, turn ids on disk into ids of the table.
-        rules: choices.
         notes: if given, gets counts (see decode_values).
     Returns:
         (H, W) uint8, 0..K-1, or 255 where there is no class: by number, nodata tag, alpha 0 or NaN.
@@ -210,19 +197,14 @@ def read_mask(path: str | Path, table: ClassTable, rules: MaskRules = AS_STORED,
         UserError: for lossy or unreadable files, and for ids or colours outside the table (all are named).
     """
     with OpenMask(path) as mask:
-        return decode(mask.read(), table, path, rules, notes)
+        return decode(mask.read(), table, path, notes=notes)
 
 
 def read_raw_mask(path: str | Path, table: ClassTable | None = None) -> np.ndarray:
-    """Read the numbers stored in a mask file, (H, W) ids, or (H, W, 3) uint8 colours.
+    """Read the numbers stored in a mask file (see read_mask), (H, W) ids, or (H, W, 3) uint8 colours.
 
-    Args:
-        path: see read_mask.
-        table: if given, the result is what decode_values takes: colours for a palette mask that is read
-            by colour, ids for three equal channels, and the table's number for ignored pixels where there is no data.
-    Raises:
-        FileNotFoundError: if there is no such file.
-        UserError: for JPEG and other lossy or unsuitable formats and for damaged files.
+    With a table the result is what decode_values takes: colours for a palette mask that is read by colour, ids for
+    three equal channels, and the table's number for ignored pixels where there is no data.
     """
     with OpenMask(path) as mask:
         stored = mask.read()

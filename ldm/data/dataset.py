@@ -140,9 +140,7 @@ class PairDataset(Dataset):
                                                                                dict[str, Any]]:
         """Windows of a row's mask, image, reference and instance (H, W[, C]), and the draws of its pixels.
 
-        Args:
-            row: of this dataset, or of any other where nothing is drawn.
-            random: source of the draws; None where nothing is drawn.
+        Where nothing is drawn, `random` may be None and the row any.
         """
         mask = self.tile(("mask", str(row.mask), None))
         size = self.size or mask.shape

@@ -56,38 +56,30 @@ class Found:
         files: name -> path, in sorted order of the paths; the name is the stem without the ending that was cut off,
             below subfolders `folder_stem`.
         problems: two files of one name, one sentence each.
-        left_out: what lies there and is not in `files`: `subfolders` (number of images in them), `folders` (of how
-            many), `hidden`, `suffix` (stems without the ending), `links` (linked folders), and a number for every
-            other file ending; side files of a raster do not count.
+        left_out: numbers of what lies there and is not in `files`: `images in subfolders`, `hidden files`, `images of
+            other names` (without the ending), `linked folders`, `.txt files` and so on; side files of a raster do not
+            count.
+        subfolders: number of subfolders with images that were not read.
     """
 
     files: dict[str, Path]
     problems: list[str]
-    left_out: dict[str, int]
+    left_out: Counter[str]
+    subfolders: int
 
     def describe(self, folder: Path) -> str:
         """One line on what was left out; empty when it was nothing."""
-        rest = dict(self.left_out)
-        images, folders = rest.pop("subfolders", 0), rest.pop("folders", 0)
-        parts = [f"{images} images in {folders} subfolders are not read (--recursive reads them)"] if images else []
-        links = rest.pop("links", 0)
-        parts += [f"{links} linked folders are not followed (copy them, or give their own path)"] if links else []
-        words = {"hidden": "hidden files", "suffix": "images without the ending of the name"}
-        parts += [f"{number} {words.get(kind, kind + ' files')} left out" for kind, number in sorted(rest.items())]
-        places = [kind for kind in PLACE_FILES if kind in rest]
+        advice = {"images in subfolders": f"images in {self.subfolders} subfolders are not read (--recursive reads "
+                  "them)", "linked folders": "linked folders are not followed (copy them, or give their own path)"}
+        parts = [f"{number} {advice.get(what, f'{what} left out')}" for what, number in sorted(self.left_out.items())]
+        places = [ending for ending in PLACE_FILES if f"{ending} files" in self.left_out]
         parts += [f"the place on Earth in {', '.join(places)} files is not read (of PNG, JPEG and BMP): convert images "
                   "to GeoTIFF where it matters"] if places else []
         return f"{folder}: {', '.join(parts)}" if parts else ""
 
 
 class OpenImage:
-    """An opened image; use it in a `with` statement, in one thread.
-
-    Attributes:
-        path: the file.
-        info: what its header says.
-        channels: C of what `read` gives.
-    """
+    """An opened image with what its header says and C of what `read` gives; for a `with` statement, in one thread."""
 
     def __init__(self, path: Path, source: Any, info: ImageInfo, channels: int | None, reading: Reading) -> None:
         """Choose the bands (see open_image)."""
@@ -104,11 +96,8 @@ class OpenImage:
         self.source.close()
 
     def read(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Read rows.
+        """Read rows from `top` to before `bottom` (None = to the end).
 
-        Args:
-            top: first row.
-            bottom: row after the last one; None = to the end.
         Returns:
             (bottom - top, W, C) uint8, and (bottom - top, W) bool that is False where there is no data (None = data
             everywhere).
@@ -116,30 +105,31 @@ class OpenImage:
             UserError: naming the file, if it is damaged or its numbers do not fit in 8 bits and no scale is given.
         """
         values, valid = self.read_stored(top, bottom)
-        valid = self.find_data(values, valid)
         return self.convert(values, valid), valid
-
-    def find_data(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray | None:
-        """Where stored rows have data: as read_stored says and not the nodata number of the user."""
-        if self.reading.nodata is None:
-            return valid
-        return rasters.both(valid, (values != self.reading.nodata).any(2))
 
     def convert(self, values: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
         """Stored rows (h, w, B) as (h, w, C) uint8, of which `valid` tells where there is data; UserError as read."""
-        return self._to_channels(to_8_bits(values, self.info, self.reading, self.path, valid))
+        values = to_8_bits(values, self.info, self.reading, self.path, valid)
+        if values.shape[2] == self.channels:
+            return np.ascontiguousarray(values)
+        if values.shape[2] == 1:
+            return np.repeat(values, self.channels, axis=2)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(values)).convert("L"))[:, :, None]
 
     def read_stored(self, top: int = 0, bottom: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Rows of the chosen bands as they are stored, (h, W, B) of any dtype, and where there is data (see read)."""
-        bottom = self.info.height if bottom is None else bottom
-        if self.info.orientation == 1 and self._whole is None:
-            return self.source.read(self.numbers, top, bottom)
-        if self._whole is None:  # turned: the rows of the upright image are not those of the file
-            turn = UPRIGHT[self.info.orientation]
-            values, valid = self.source.read(self.numbers, 0, None)
-            self._whole = turn(values), None if valid is None else turn(valid)
-        values, valid = self._whole
-        return values[top:bottom], None if valid is None else valid[top:bottom]
+        if self.info.orientation == 1:
+            values, valid = self.source.read(self.numbers, top, self.info.height if bottom is None else bottom)
+        else:  # turned: the rows of the upright image are not those of the file
+            if self._whole is None:
+                turn = UPRIGHT[self.info.orientation]
+                values, valid = self.source.read(self.numbers, 0, None)
+                self._whole = turn(values), None if valid is None else turn(valid)
+            values, valid = self._whole
+            values, valid = values[top:bottom], None if valid is None else valid[top:bottom]
+        if self.reading.nodata is not None:  # the user's number
+            valid = rasters.both(valid, (values != self.reading.nodata).any(2))
+        return values, valid
 
     def _check_alpha(self) -> None:
         """Take an alpha band of a raster that has other numbers than a mask's for an ordinary band.
@@ -163,13 +153,6 @@ class OpenImage:
                  "is taken for an ordinary band: all pixels of the bands that were chosen are data.")
         self.source.alpha = None
 
-    def _to_channels(self, values: np.ndarray) -> np.ndarray:
-        if values.shape[2] == self.channels:
-            return np.ascontiguousarray(values)
-        if values.shape[2] == 1:
-            return np.repeat(values, self.channels, axis=2)
-        return np.asarray(Image.fromarray(np.ascontiguousarray(values)).convert("L"))[:, :, None]
-
 
 def open_image(path: str | Path, channels: int | None = 3, reading: Reading | None = None) -> OpenImage:
     """Open an image of any format of IMAGE_SUFFIXES; pixels are read later.
@@ -179,8 +162,6 @@ def open_image(path: str | Path, channels: int | None = 3, reading: Reading | No
             bits, by rasterio; .npy holds (H, W, bands), integers or floats.
         channels: 3 = RGB, 1 = grey, others = as many bands; None = 3, or the bands that are chosen or a .npy has.
         reading: bands, scale and nodata; None = the image's own 8-bit RGB or grey.
-    Returns:
-        The opened image.
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: naming the file, if it is no image, has several pages, or lacks the bands.
@@ -221,29 +202,23 @@ def open_source(path: Path) -> tuple[Any, ImageInfo]:
     with rasters.reading(path):
         if path.suffix.lower() == ".npy":
             return open_array(path)
-        kind = rasters.sniff(path)
-        pages = rasters.read_pages(path) if kind == "GTiff" else []
-        if not pages:
-            return rasters.open_raster(path) if kind == "JP2OpenJPEG" else open_with_pillow(path)
-        rasters.check_pages(path, pages)
-        if rasters.is_cmyk(pages[0]) and pages[0].get(ORIENTATION, 1) != 1:
+        page = rasters.read_page(path)
+        if page is None:
+            return rasters.open_raster(path) if rasters.sniff(path) == "JP2OpenJPEG" else open_with_pillow(path)
+        if rasters.is_cmyk(page) and page.get(ORIENTATION, 1) != 1:
             raise UserError(f"{path}: CMYK and stored turned. Expected one of the two. Convert it to upright RGB.")
-        if rasters.is_cmyk(pages[0]) or (rasters.is_plain(pages[0]) and not rasters.is_installed()):
+        if rasters.is_cmyk(page) or (rasters.is_plain(page) and not rasters.is_installed()):
             return open_with_pillow(path)
-        return rasters.open_raster(path, rasters.orientation_of(pages[0], path))
+        return rasters.open_raster(path, rasters.orientation_of(page, path))
 
 
 def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Found:
-    """Find the images of a folder and count what else is there.
+    """Find the images of a folder and count what else is there; FileNotFoundError if there is no folder.
 
     Args:
         folder: folder of images.
         suffix: ending of the stems that counts; other images are left out, and it is cut off the name.
         recursive: read subfolders as well.
-    Returns:
-        The images and what was left out.
-    Raises:
-        FileNotFoundError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images or masks. Check the path.")
@@ -253,29 +228,27 @@ def find_images(folder: Path, suffix: str = "", recursive: bool = False) -> Foun
     folders = set()
     for place, below, names in os.walk(folder):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        left_out["links"] += sum(Path(place, name).is_symlink() for name in below)
+        left_out["linked folders"] += sum(Path(place, name).is_symlink() for name in below)
         parts = Path(place).relative_to(folder).parts
         for path in (Path(place, name) for name in sorted(names)):
             is_image = path.suffix.lower() in IMAGE_SUFFIXES
             if parts and not recursive:
-                left_out["subfolders"] += is_image and not path.name.startswith(".")
+                left_out["images in subfolders"] += is_image and not path.name.startswith(".")
                 folders |= {place} if is_image else set()
             elif path.name.startswith("."):
-                left_out["hidden"] += 1
+                left_out["hidden files"] += 1
             elif not is_image and is_side_file(path):
                 continue
             elif not is_image:
-                left_out[path.suffix.lower() or "no ending"] += 1
+                left_out[f"{path.suffix.lower() or 'no ending'} files"] += 1
             elif not path.stem.endswith(suffix):
-                left_out["suffix"] += 1
+                left_out["images of other names"] += 1
             else:
                 name = "_".join((*parts, path.stem[: len(path.stem) - len(suffix)]))
                 if name in files:
                     problems.append(f"{path}: the same name as {files[name]}; expected one file a name")
                 files[name] = path
-    if left_out["subfolders"]:
-        left_out["folders"] = len(folders)
-    return Found(files, problems, {kind: number for kind, number in left_out.items() if number})
+    return Found(files, problems, +left_out, len(folders))
 
 
 def is_side_file(path: Path) -> bool:

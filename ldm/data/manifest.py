@@ -89,19 +89,10 @@ class Row:
         return {word: (kind, file) for word, kind, file in named if file}
 
 
-def read_manifest(
-    path: str | Path,
-    data_root: str | Path,
-    *,
-    need: Collection[str] = ("image",),
-    table: ClassTable | None = None,
-    check_files: bool = True,
-    size_factor: int | None = None,
-    size: tuple[int, int] | None = None,
-    decode: Callable[[int], bool] = lambda index: True,
-    problems: list[tuple[int, str]] | None = None,
-    follow_links: bool = True,
-) -> list[Row]:
+def read_manifest(path: str | Path, data_root: str | Path, *, need: Collection[str] = ("image",),
+                  table: ClassTable | None = None, check_files: bool = True, size_factor: int | None = None,
+                  size: tuple[int, int] | None = None, decode: Callable[[int], bool] = lambda index: True,
+                  problems: list[tuple[int, str]] | None = None, follow_links: bool = True) -> list[Row]:
     """Read a manifest and check everything in it before any work starts.
 
     Args:
@@ -255,13 +246,8 @@ def find_duplicates(entries: list[tuple[int, dict[str, str]]], problems: list[tu
         first.setdefault(key, line)
 
 
-def check_rows(
-    rows: list[Row],
-    table: ClassTable | None,
-    decode: Callable[[int], bool],
-    size_factor: int | None,
-    problems: list[tuple[int, str]],
-) -> None:
+def check_rows(rows: list[Row], table: ClassTable | None, decode: Callable[[int], bool], size_factor: int | None,
+               problems: list[tuple[int, str]]) -> None:
     """Check the files of all rows, each distinct file once, and add what is wrong to `problems`.
 
     Files of rows for which `decode` is false need only exist.

@@ -3,7 +3,9 @@
 What these mean by a class table is said by classes.py.
 """
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ class Stored:
     palette: np.ndarray | None = None
     nodata: float | None = None
 
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Stored":
+        """The same of rows that a function turned or chose."""
+        return replace(self, values=function(self.values), valid=None if self.valid is None else function(self.valid))
+
 
 class OpenMask:
     """An opened mask file; use it in a `with` statement, in one thread.
@@ -63,11 +69,9 @@ class OpenMask:
         self.turn = 1
         try:
             with rasters.reading(self.path):
-                pages = rasters.read_pages(self.path) if rasters.sniff(self.path) == "GTiff" else []
-                if pages:
-                    rasters.check_pages(self.path, pages)
-                if pages and (rasters.is_installed() or not rasters.is_plain(pages[0])):
-                    self.turn = rasters.orientation_of(pages[0], self.path)
+                page = rasters.read_page(self.path)
+                if page is not None and (rasters.is_installed() or not rasters.is_plain(page)):
+                    self.turn = rasters.orientation_of(page, self.path)
                     self._raster = rasters.open_dataset(self.path)
                     check_lossless_raster(self._raster, self.path)
                 else:
@@ -97,19 +101,13 @@ class OpenMask:
         if self._raster is not None and self.turn == 1:
             return self._read_raster(top, self.height if bottom is None else bottom)
         if self._whole is None:
-            turn = UPRIGHT.get(self.turn, lambda array: array)
             whole = self._read_raster(0, self._raster.height) if self._raster is not None else self._read_pillow()
-            valid = None if whole.valid is None else turn(whole.valid)
-            self._whole = Stored(turn(whole.values), valid, whole.palette, whole.nodata)
-        whole = self._whole
-        valid = None if whole.valid is None else whole.valid[top:bottom]
-        return Stored(whole.values[top:bottom], valid, whole.palette, whole.nodata)
+            self._whole = whole.map(UPRIGHT.get(self.turn, lambda array: array))
+        return self._whole.map(lambda array: array[top:bottom])
 
     def _open_with_pillow(self) -> None:
-        try:
+        with suppress(Image.DecompressionBombError):
             self._image = Image.open(self.path)
-        except Image.DecompressionBombError:
-            self._image = None
         if self._image is not None:
             check_lossless(self._image, self.path)
             if getattr(self._image, "n_frames", 1) > 1 and self._image.format != "TIFF":

@@ -119,8 +119,11 @@ def read_tags(file: IO[bytes], order: str, entries: Sequence[tuple[int, int, int
     return tags
 
 
-def check_pages(path: Path, pages: Sequence[dict[int, Any]]) -> None:
-    """UserError for a TIFF of several pages or of a kind that nothing here converts."""
+def read_page(path: Path) -> dict[int, Any] | None:
+    """Tags of a TIFF (see read_pages), None for others; UserError for several pages or a kind that nothing converts."""
+    pages = read_pages(path) if sniff(path) == "GTiff" else []
+    if not pages:
+        return None
     if len(pages) > 1:
         raise UserError(f"{path}: {len(pages)} pages. Expected one. Write the one that is meant to a file of its own, "
                         "for example with gdal_translate GTIFF_DIR:1:IN.tif OUT.tif.")
@@ -129,6 +132,7 @@ def check_pages(path: Path, pages: Sequence[dict[int, Any]]) -> None:
                         "0 as black. Write it again with inverted numbers.")
     if pages[0].get(PHOTOMETRIC) == LAB:
         raise UserError(f"{path}: CIELab colours. Expected RGB, grey or bands. Convert it to RGB.")
+    return pages[0]
 
 
 def is_cmyk(page: dict[int, Any]) -> bool:

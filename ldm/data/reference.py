@@ -132,29 +132,13 @@ class ReferenceAugment(nn.Module):
 
 
 def mirror_index(index: Tensor, size: int) -> Tensor:
-    """Fold indices (or positions) into [0, size - 1] as mirrors at the first and the last pixel centre would.
-
-    Args:
-        index: any shape, integer or float, any values.
-        size: number of pixels, at least 2.
-
-    Returns:
-        Folded indices, same shape and dtype.
-    """
+    """Fold indices (or positions) into [0, size - 1], as mirrors at the first and the last pixel centre would."""
     last = size - 1
     return last - (last - index.remainder(2 * last)).abs()
 
 
 def translate_mirrored(image: Tensor, shift: Tensor) -> Tensor:
-    """Shift each image by whole pixels; what comes in is the mirror image.
-
-    Args:
-        image: (B, C, H, W).
-        shift: (B, 2) int64, pixels to the right and down.
-
-    Returns:
-        Shifted images, same shape; a zero shift changes nothing.
-    """
+    """Shift each image (B, C, H, W) by whole pixels (B, 2) int64, to the right and down; what comes in is mirrored."""
     batch, channels, height, width = image.shape
     columns = mirror_index(torch.arange(width, device=image.device) - shift[:, :1], width)  # (B, W)
     rows = mirror_index(torch.arange(height, device=image.device) - shift[:, 1:], height)  # (B, H)
@@ -201,14 +185,9 @@ def resample_affine(image: Tensor, scale: Tensor, angle: Tensor, offset: Tensor)
 
 
 def upsample_axis(image: Tensor, dim: int) -> Tensor:
-    """Double the samples along one axis: zeros in between, then the low-pass.
+    """Double the samples along one axis, 2 or 3: zeros in between, then the low-pass, whose sum is the root of 2.
 
-    Args:
-        image: (B, C, H, W) float32.
-        dim: 2 or 3.
-
-    Returns:
-        2 N + 10 samples along dim, N being the length before; the sum of the filter is the square root of 2.
+    N samples become 2 N + 10.
     """
     taps = len(SYM6) // 2
     image = F.pad(image, (taps - 1, taps - 1) if dim == 3 else (0, 0, taps - 1, taps - 1))
@@ -217,29 +196,13 @@ def upsample_axis(image: Tensor, dim: int) -> Tensor:
 
 
 def downsample_axis(image: Tensor, dim: int) -> Tensor:
-    """Low-pass and keep every second sample along one axis; undoes `upsample_axis`.
-
-    Args:
-        image: (B, C, H, W) float32, 2 N + 10 samples along dim.
-        dim: 2 or 3.
-
-    Returns:
-        N samples along dim.
-    """
+    """Low-pass and keep every second sample along one axis, 2 or 3; undoes `upsample_axis`: 2 N + 10 become N."""
     even, odd = image.unflatten(dim, (-1, 2)).unbind(dim + 1)
     return _filter_axis(even.contiguous(), SYM6[::2], dim) + _filter_axis(odd.contiguous(), SYM6[1::2], dim)
 
 
 def flip_randomly(image: Tensor, is_on: Tensor) -> Tensor:
-    """Flip left-right, upside down and, if square, along the diagonal.
-
-    Args:
-        image: (B, C, H, W).
-        is_on: (B, 3) bool, which of the three each sample gets.
-
-    Returns:
-        Images, same shape.
-    """
+    """Flip images (B, C, H, W) left-right, upside down and, if square, along the diagonal, where is_on (B, 3) says."""
     left_right, upside_down, diagonal = is_on[:, :, None, None, None].unbind(1)
     image = torch.where(left_right, image.flip(3), image)
     image = torch.where(upside_down, image.flip(2), image)

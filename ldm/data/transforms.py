@@ -16,14 +16,9 @@ HINT_MODES = ("rgb_id", "palette", "one_hot", "single255", "levels", "grey_upstr
 
 def hint_channels(mode: str, table: ClassTable) -> int:
     """Number of channels of a hint in the given mode (see encode_mask); UserError for an unknown mode."""
-    check_hint_mode(mode)
-    return {"one_hot": table.num_classes, "single255": 1}.get(mode, 3)
-
-
-def check_hint_mode(mode: str) -> None:
-    """Raise UserError unless the hint mode is known."""
     if mode not in HINT_MODES:
         raise UserError(f"hint mode: {mode!r} is unknown. Expected one of {', '.join(HINT_MODES)}.")
+    return {"one_hot": table.num_classes, "single255": 1}.get(mode, 3)
 
 
 def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
@@ -45,7 +40,7 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
         UserError: for an unknown mode.
         ValueError: if the mask is not (B, H, W) int64.
     """
-    check_hint_mode(mode)
+    hint_channels(mode, table)  # refuses unknown modes
     if mask.ndim != 3 or mask.dtype != torch.int64:
         raise ValueError(f"encode_mask: mask is {tuple(mask.shape)} {mask.dtype}. Expected (B, H, W) int64.")
     if mode == "single255":
@@ -68,10 +63,8 @@ def encode_mask(mask: Tensor, mode: str, table: ClassTable) -> Tensor:
 
 
 def draw_edges(ids: Tensor) -> Tensor:
-    """Mark both sides of every border between two ids.
+    """Mark both sides of every border between two ids (B, H, W) int64, classes or objects.
 
-    Args:
-        ids: (B, H, W) int64, classes or objects.
     Returns:
         (B, 1, H, W) float32: 1 where one of the four neighbours has another id, else 0.
     """
@@ -117,10 +110,8 @@ def normalize_batch(batch: Mapping[str, Any], device: torch.device | str) -> dic
 
 
 def apply_draws(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Do to a batch what PairDataset drew for its samples, on the batch's device.
+    """Do to a batch what PairDataset.__getitems__ drew for its samples, on the batch's device.
 
-    Args:
-        batch: see PairDataset.__getitems__.
     Returns:
         New dict without the draws. Where colours change, images are float32 with whole values 0..255, else uint8.
     """
@@ -169,14 +160,9 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def cover_size(shape: tuple[int, int], size: tuple[int, int], shrink: bool) -> tuple[int, int]:
-    """Size that an image takes to cover a window, aspect kept.
+    """Size (height, width) that an image of `shape` takes to cover a window of `size`, aspect kept.
 
-    Args:
-        shape: (height, width) of the image.
-        size: (height, width) of the window.
-        shrink: also make images smaller that are larger than the window.
-    Returns:
-        (height, width), each at least the window's.
+    Images that are larger than the window become smaller only if `shrink` says so.
     """
     factor = max(size[0] / shape[0], size[1] / shape[1])
     if factor <= 1 and not shrink:
@@ -184,18 +170,9 @@ def cover_size(shape: tuple[int, int], size: tuple[int, int], shrink: bool) -> t
     return max(size[0], round(shape[0] * factor)), max(size[1], round(shape[1] * factor))
 
 
-def draw_window(
-    shape: tuple[int, int], size: tuple[int, int], random: np.random.Generator | None
-) -> tuple[slice, slice]:
-    """Choose where a window of `size` lies in an image of `shape` (both (height, width)).
-
-    Args:
-        shape: of the image, at least `size`.
-        size: of the window.
-        random: source of the position; None = the centre.
-    Returns:
-        Row and column slices.
-    """
+def draw_window(shape: tuple[int, int], size: tuple[int, int],
+                random: np.random.Generator | None) -> tuple[slice, slice]:
+    """Row and column slices of a window of `size` in an image of `shape`, (height, width); None = in the centre."""
     free = shape[0] - size[0], shape[1] - size[1]
     top, left = (space // 2 if random is None else int(random.integers(space + 1)) for space in free)
     return slice(top, top + size[0]), slice(left, left + size[1])
@@ -221,11 +198,8 @@ def draw_colour_change(random: np.random.Generator, strength: float) -> np.ndarr
 
 
 def change_colours(image: Tensor, change: Tensor) -> Tensor:
-    """Apply draw_colour_change's results to a batch.
+    """Apply draw_colour_change's results (B, 3, 4) to a batch (B, 3, H, W), 0..255.
 
-    Args:
-        image: (B, 3, H, W), 0..255.
-        change: (B, 3, 4) float32.
     Returns:
         (B, 3, H, W) float32 in channels_last memory, clipped to 0..255 and rounded to whole values.
     """

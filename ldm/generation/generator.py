@@ -47,7 +47,7 @@ class ConditionDataset(Dataset):
     A job whose files cannot be read gives its Result instead: one bad file does not end a run.
 
     Args:
-        method: what it takes is read.
+        method: of which `takes` and `image_channels` count.
         table: class table that the masks are read with.
         size: (height, width) to resize to; None keeps each mask's own.
     """
@@ -86,13 +86,7 @@ def make_loader(dataset: ConditionDataset, num_workers: int = 0, is_cuda: bool =
 
 def plan_batches(jobs: Sequence[Job], batch_size: int,
                  kind: Callable[[str], Hashable] = lambda prompt: None) -> list[list[Job]]:
-    """Split jobs into batches whose images have one size, in the order of the jobs within each size.
-
-    Args:
-        jobs: to generate; each comes in exactly one batch.
-        batch_size: most jobs in a batch.
-        kind: of a prompt; a batch has prompts of one kind (see Method.batch_kind).
-    """
+    """Split jobs into batches of one size and one kind of prompts (see Method.batch_kind), in the order of the jobs."""
     groups: dict[Hashable, list[Job]] = {}
     for job in jobs:
         groups.setdefault((job.size, kind(job.row.prompt)), []).append(job)
@@ -101,13 +95,7 @@ def plan_batches(jobs: Sequence[Job], batch_size: int,
 
 def generate_batches(batch_generator: "BatchGenerator", loader: DataLoader, jobs: Sequence[Job],
                      batch_size: int) -> Iterator[list[Result]]:
-    """Generate images, one batch after another; nothing is written.
-
-    Args:
-        batch_generator: generates.
-        loader: of the conditions (see make_loader).
-        jobs: what to generate.
-        batch_size: images in a batch.
+    """Generate images, one batch of at most `batch_size` after another; nothing is written.
 
     Yields:
         What became of the jobs of a batch; each job comes once. A file that cannot be read and an image that is not
@@ -124,14 +112,7 @@ def generate_batches(batch_generator: "BatchGenerator", loader: DataLoader, jobs
 
 
 def to_pixels(images: Tensor) -> tuple[list[bool], np.ndarray]:
-    """Images as they are written.
-
-    Args:
-        images: (B, C, H, W) float32 in [-1, 1].
-
-    Returns:
-        Whether each is finite, and (B, H, W, C) uint8, grey ones (B, H, W).
-    """
+    """Whether each image (B, C, H, W) in [-1, 1] is finite, and all as (B, H, W, C) uint8, grey ones (B, H, W)."""
     finite = torch.isfinite(images).flatten(1).all(dim=1).tolist()
     pixels = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
     return finite, pixels[..., 0] if pixels.shape[-1] == 1 else pixels
@@ -257,13 +238,7 @@ class BatchGenerator:
 
 def sample_images(batch_generator: BatchGenerator, batch: dict[str, Any], seeds: Sequence[int], chosen: Sequence[int],
                   use_autocast: bool) -> Tensor:
-    """Generate chosen samples of a batch, filled up to the batch_generator's batch size where it is_padded.
-
-    Args:
-        batch_generator: method, device, settings.
-        batch, seeds: see BatchGenerator.generate.
-        chosen: numbers of samples in the batch, at most the batch_generator's batch size.
-        use_autocast: see BatchGenerator.
+    """Generate chosen samples of a batch, at most the batch size; filled up to it where the generator is_padded.
 
     Returns:
         Images, (len(chosen), C, H, W) float32 in [-1, 1] unless something went wrong inside the network.

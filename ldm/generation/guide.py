@@ -51,12 +51,8 @@ def guide_fingerprint(arguments: Sequence[str], allow_modules: Sequence[str] = (
 
 def load_guide(arguments: Sequence[str], method: Method, device: torch.device | str,
                allow_modules: Sequence[str] = ()) -> Any:
-    """Build a guide (see ldm.sampling.rectify.Guide) and check that it fits the model.
+    """Build a guide (see ldm.sampling.rectify.Guide and find_guide) and check that it fits the model or its skeleton.
 
-    Args:
-        arguments, allow_modules: see find_guide.
-        method: the model, or its skeleton.
-        device: where the guide computes.
     Raises:
         UserError, ValueError, FileNotFoundError: if its files are not what they should be, its classes are not the
             model's, or it takes other images or latents.

@@ -58,9 +58,6 @@ def stop_on_signals() -> Iterator[None]:
 def find_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Which shards this process generates, from what started it: torchrun, srun, a SLURM array, or arrays of these.
 
-    Args:
-        environment: of the process.
-
     Returns:
         (i, n): shards i, i + n, i + 2n, ...; (0, 1) if nothing says that there are several processes.
 
@@ -87,14 +84,10 @@ def find_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def compile_blocks(method: Method, **options: Any) -> None:
-    """Compile the repeated blocks of a network in place.
+    """Compile the repeated blocks of a network in place, with options of torch.compile.
 
     A network is a few kinds of blocks many times over: compiling these takes a small part of the time that the whole
     takes. Batches must keep their size, else everything is compiled again.
-
-    Args:
-        method: to compile.
-        options: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)
     blocks = list(method.blocks())
@@ -111,12 +104,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_parts(function: Callable[[Sequence[int], int], Result], chosen: Sequence[int], size: int) -> list[Result]:
-    """Call a function on numbers, `size` of them at a time, and on half as many from where memory ends.
+    """Call a function on numbers and their limit, `size` at a time, and on half as many from where memory ends.
 
-    Args:
-        function: takes some of the numbers, and how many they are at most.
-        chosen: the numbers.
-        size: most at once.
     Returns:
         What the function gave for each part, in order.
     Raises:

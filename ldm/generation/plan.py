@@ -33,12 +33,9 @@ LONGEST_NAME = 255  # bytes in a file name, on all common file systems
 
 @dataclass(frozen=True)
 class Job:
-    """One image to generate.
+    """One image to generate: its row, the seed of its own random stream, and its line of the index.
 
-    Args:
-        row: row of the manifest.
-        noise_seed: seed of the sample's own random stream.
-        record: its line of the index; has `row, copy, seed, image, height, width` among others.
+    The line has `row, copy, seed, image, height, width` among others.
     """
 
     row: Row
@@ -88,7 +85,9 @@ class Plan:
 
     def store(self) -> ShardStore:
         """The output folder and the shards on disk."""
-        return ShardStore(self.folder, self.fingerprint, self.details())
+        return ShardStore(self.folder, self.fingerprint, {
+            "arguments": vars(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
+            "data_root": os.path.abspath(self.settings.data_root), "class_table": self.table.to_dict()})  # fmt: skip
 
     def bounds(self, number: int) -> tuple[int, int]:
         """First row of a shard, and the first of the next one."""
@@ -96,15 +95,11 @@ class Plan:
         return first, min(first + self.layout["shard_size"], self.layout["rows"])
 
     def jobs(self, number: int, copies: int) -> tuple[list[Job], list[Record]]:
-        """What there is to generate of a shard.
-
-        Args:
-            number: of the shard.
-            copies: images a row.
+        """What there is to generate of a shard, with so many images a row.
 
         Returns:
-            A job for every copy of every good row: its noise and its line of the index; and a record with a `reason`
-            for every copy of the other rows, among them those whose mask was lost since the run began.
+            A job for every copy of every good row; and a record with a `reason` for every copy of the other rows, among
+            them those whose mask was lost since the run began.
         """
         first, end = self.bounds(number)
         read_size = cache(image_size)
@@ -123,11 +118,6 @@ class Plan:
                 record["checkpoint_sha256"] = self.fingerprint["checkpoint_sha256"]
                 jobs.append(Job(row, self.settings.seed if self.settings.fixed_code else record["seed"], record))
         return jobs, [record | {"copy": copy} for record in bad for copy in range(copies)]
-
-    def details(self) -> dict[str, Any]:
-        """What run.json keeps beside the settings."""
-        return {"arguments": vars(self.settings), "sampling": self.sampling.to_dict(), "config": self.config,
-                "data_root": os.path.abspath(self.settings.data_root), "class_table": self.table.to_dict()}  # fmt: skip
 
 
 def make_record(settings: Namespace, row: Row, copy: int, own_size: tuple[int, int]) -> Record:

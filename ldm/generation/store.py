@@ -55,13 +55,7 @@ class Claim:
 
 
 class ShardStore(RunFolder):
-    """The output folder of a run and its shards on disk.
-
-    Args:
-        folder: the run's output folder.
-        settings: what decides the images; None = for readers.
-        details: further values for run.json.
-    """
+    """The output folder of a run and its shards on disk; readers give neither settings nor details (see RunFolder)."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None,
                  details: Mapping[str, Any] | None = None) -> None:
@@ -139,14 +133,14 @@ class ShardStore(RunFolder):
         return ImageWriter(self.work(f"shards/{claim.number:06d}"))
 
     def publish(self, claim: Claim, records: Sequence[Record], failures: Sequence[Record], details: dict) -> None:
-        """Make a shard count as finished: its lines of the lists, then its statistics.
+        """Make a shard count as finished: its lines of the lists, then its statistics with further details.
 
         Args:
-            claim: with all images of the records in `files`.
-            records: of all images.
+            claim: with the images that are complete in `files`.
+            records: of all images; those of others are left out.
             failures: of all samples without an image, with a `reason`.
-            details: further values for the statistics.
         """
+        records = [record for record in records if record["image"] in claim.files]
         failures = sorted(failures, key=itemgetter(*self.key))
         self.add(records, failures)
         hashed = [{**record, **dict(zip(("bytes", "sha256"), claim.files[record["image"]], strict=True))}

@@ -55,12 +55,14 @@ class Worker:
             found = len(claim.files)
             missing = [job for job in jobs if job.record["image"] not in claim.files]
             failures += self.generate_jobs(claim, missing, found)
+            device = self.generator.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
             details = {"rows": self.plan.bounds(number), "copies": copies, "painted": len(claim.files) - found,
-                       "seconds": round(time.monotonic() - begun, 3), "device": device_name(self.generator.device),
+                       "seconds": round(time.monotonic() - begun, 3), "device": name,
                        "batch_size": self.generator.batch_generator.batch_size, "torch": torch.__version__}  # fmt: skip
             rectifier = self.generator.batch_generator.rectifier
             details |= {"rectified": rectifier.report()} if rectifier else {}
-            self.store.publish(claim, [r for r in records if r["image"] in claim.files], failures, details)
+            self.store.publish(claim, records, failures, details)
         return True
 
     def generate_jobs(self, claim: Claim, jobs: Sequence[Job], found: int) -> list[Record]:
@@ -83,11 +85,6 @@ class Worker:
         for failure in failures:
             logger.warning("row %d copy %d: no image: %s", failure["row"], failure["copy"], failure["reason"])
         return failures
-
-
-def device_name(device: torch.device) -> str:
-    """Name of a GPU, or `cpu`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def run(plan: Plan) -> int:
@@ -152,12 +149,12 @@ def give_up(plan: Plan, number: int, reason: str) -> None:
         if claim is None:  # it is another process's
             return
         jobs, failures = plan.jobs(number, copies)
+        records = [job.record for job in jobs]
         if not plan.settings.overwrite:
-            store.find_finished(claim, [job.record for job in jobs])
-        found = [job.record for job in jobs if job.record["image"] in claim.files]
-        failures += [job.record | {"reason": reason} for job in jobs if job.record["image"] not in claim.files]
-        details = {"rows": plan.bounds(number), "copies": copies, "painted": 0, "seconds": 0.0}
-        store.publish(claim, found, failures, details)
+            store.find_finished(claim, records)
+        failures += [record | {"reason": reason} for record in records if record["image"] not in claim.files]
+        store.publish(claim, records, failures, {"rows": plan.bounds(number), "copies": copies, "painted": 0,
+                                                 "seconds": 0.0})  # fmt: skip
 
 
 def begin(plan: Plan) -> None:

@@ -53,11 +53,9 @@ class ImageWriter:
         self._error: OutputError | None = None
 
     def submit(self, image: np.ndarray, path: Path) -> None:
-        """Queue one image; waits when the disk is far behind, raises what an earlier write raised.
+        """Queue one image, (H, W, 3) or (H, W) uint8, for a .png or .jpg, or any bands for a .npy.
 
-        Args:
-            image: (H, W, 3) or (H, W) uint8.
-            path: file to write, ending in .png or .jpg.
+        Waits when the disk is far behind, and raises what an earlier write raised.
         """
         while len(self._pending) >= self._limit or (self._pending and self._pending[0].done()):
             self._pending.popleft().result()

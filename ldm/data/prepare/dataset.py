@@ -12,7 +12,7 @@ import yaml
 from ldm.data.bands import make_reading
 from ldm.data.classes import IGNORE_INDEX, ClassTable, MaskRules
 from ldm.data.manifest import PLACE_KEYS, write_manifest
-from ldm.data.prepare.layouts import LAYOUTS, Places
+from ldm.data.prepare.layouts import LAYOUTS
 from ldm.data.prepare.pairing import pair_for_inference, pair_for_training
 from ldm.data.prepare.scale import measure_scale
 from ldm.data.prepare.sources import (
@@ -39,8 +39,6 @@ PAIRS = ("random", "nearest_mix", "folder")
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Prepare --out from the source: written beside it, renamed at the end, nothing left behind on an error.
 
-    Args:
-        args: flags of scripts/prepare_dataset.py.
     Returns:
         The summary that summary.json holds.
     """
@@ -96,9 +94,8 @@ def write_dataset(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 def collect_sources(args: argparse.Namespace) -> Sources:
     """Find all source images and give each its split; UserError that lists missing partners and doubled names."""
     layout = LAYOUTS[args.preset]
-    places = Places(args.root, args.images, args.masks, args.image_suffix, args.mask_suffix, args.domains,
-                    args.product or next(iter(layout.products), None))
-    folders = layout.find(places)
+    product = args.product or next(iter(layout.products), None)
+    folders = layout.find(argparse.Namespace(**vars(args) | {"product": product}))
     folders += [SourceFolder("train", folder, None) for folder in args.unlabelled_train]
     folders += [SourceFolder("ref", folder, None) for folder in args.ref_dir]
     found = find_sources(folders, args.recursive, args.group_regex or layout.group, args.offset_regex)
@@ -117,14 +114,12 @@ def collect_sources(args: argparse.Namespace) -> Sources:
 
 
 def check_classes(notes: Mapping[Any, int], table: ClassTable, may_be_empty: bool) -> list[str]:
-    """Look for classes of the masks on disk without one pixel.
+    """A line on classes without one pixel, with what may be wrong; none if all have some, or `may_be_empty`.
 
     Args:
         notes: counts of classes.decode over the whole set.
         table: class table of the masks on disk.
         may_be_empty: the user knows of it.
-    Returns:
-        A line that names them, with what may be wrong; none if all classes have pixels.
     Raises:
         UserError: if the masks hold one class and the number (or colour) of ignored pixels, and nothing says that it
             means ignored: in binary masks of 0 and 255 the second number is a class.

@@ -1,5 +1,6 @@
 """How published data sets lie on disk, one small object each: folders, names, class table and fixed splits."""
 import re
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +21,13 @@ VAIHINGEN_TEST = {2, 4, 6, 8, 10, 12, 14, 16, 20, 22, 24, 27, 29, 31, 33, 35, 38
 
 
 @dataclass(frozen=True)
-class Places:
-    """What the user says about the source: the flags of prepare_dataset.py of the same names."""
-
-    root: Path | None = None
-    images: Path | None = None
-    masks: Path | None = None
-    image_suffix: str = ""
-    mask_suffix: str | None = None
-    domains: Sequence[str] = ("Rural", "Urban")
-    product: str | None = None
-
-
-@dataclass(frozen=True)
 class Layout:
     """How a data set lies on disk.
 
     Attributes:
         about: one line for the help.
-        find: the folders of a source; FileNotFoundError or UserError if they are not there.
+        find: the folders of a source, from the flags of prepare_dataset.py; FileNotFoundError or UserError if they are
+            not there.
         takes: which of `root`, `images`, `masks` it needs.
         may_take: which of them it may use beside.
         table: class table of its masks; None = must be given.
@@ -49,7 +38,7 @@ class Layout:
     """
 
     about: str
-    find: Callable[[Places], list[SourceFolder]]
+    find: Callable[[Namespace], list[SourceFolder]]
     takes: tuple[str, ...] = ("root",)
     may_take: tuple[str, ...] = ()
     table: str | None = None
@@ -105,7 +94,7 @@ def leave_out_unlabelled(folders: Sequence[SourceFolder]) -> list[SourceFolder]:
     return kept
 
 
-def find_pair(places: Places, images: Sequence[str], masks: Sequence[str], root: Path | None = None,
+def find_pair(places: Namespace, images: Sequence[str], masks: Sequence[str], root: Path | None = None,
               split: str = "train", image_suffix: str | None = None, mask_suffix: str = "",
               may_lack_masks: bool = False) -> SourceFolder:
     """--images and --masks, or what find_folder finds below the root; the suffixes unless flags give others."""
@@ -116,7 +105,7 @@ def find_pair(places: Places, images: Sequence[str], masks: Sequence[str], root:
                         mask_suffix if places.mask_suffix is None else places.mask_suffix, may_lack_masks)
 
 
-def find_images_masks(places: Places) -> list[SourceFolder]:
+def find_images_masks(places: Namespace) -> list[SourceFolder]:
     """images/ and masks/, or both in train/, val/, test/."""
     root, suffixes = places.root, (places.image_suffix, places.mask_suffix or "")
     if (root / "images").is_dir():
@@ -125,7 +114,7 @@ def find_images_masks(places: Places) -> list[SourceFolder]:
                        mask_suffix=suffixes[1])
 
 
-def find_data_mask(places: Places) -> list[SourceFolder]:
+def find_data_mask(places: Namespace) -> list[SourceFolder]:
     """IMAGES/<split> and MASKS/all/<split>; masks alone, to sample from, are common there."""
     folders = find_splits("data_mask", places.images, places.masks, "{}", "all/{}", image_suffix=places.image_suffix,
                           mask_suffix=places.mask_suffix or "")
@@ -134,7 +123,7 @@ def find_data_mask(places: Places) -> list[SourceFolder]:
     return [folder for folder in folders if folder not in without]
 
 
-def find_fusu(places: Places) -> list[SourceFolder]:
+def find_fusu(places: Namespace) -> list[SourceFolder]:
     """Below the root, or below its train/, val/, test/."""
     splits = [split for split in SPLITS if (places.root / split).is_dir()]
     parts = [(split, places.root / split) for split in splits] or [("train", places.root)]
@@ -155,7 +144,7 @@ def split_of_vaihingen(name: str) -> str | None:
     return "train" if area in VAIHINGEN_TRAIN else "test" if area in VAIHINGEN_TEST else None
 
 
-def find_isaid(places: Places) -> list[SourceFolder]:
+def find_isaid(places: Namespace) -> list[SourceFolder]:
     """<split>/images[/images] with <split>/Semantic_masks[/images[/images]]; test has no masks."""
     folders = []
     for split in ("train", "val"):
@@ -176,7 +165,7 @@ def deepest(folder: Path) -> Path:
     return folder
 
 
-def find_deepglobe(places: Places) -> list[SourceFolder]:
+def find_deepglobe(places: Namespace) -> list[SourceFolder]:
     """train/ with 119_sat.jpg and 119_mask.png side by side; valid/ and test/ have no masks."""
     found = find_splits("deepglobe", places.root, places.root, "{}", "{}", image_suffix="_sat", mask_suffix="_mask")
     kept = []
@@ -191,7 +180,7 @@ def find_deepglobe(places: Places) -> list[SourceFolder]:
     return kept
 
 
-def find_open_earth_map(places: Places) -> list[SourceFolder]:
+def find_open_earth_map(places: Namespace) -> list[SourceFolder]:
     """<region>/images and <region>/labels; regions without labels (test) are left out."""
     regions = sorted(path.parent for path in places.root.glob("*/images") if path.is_dir())
     if not regions:
@@ -201,7 +190,7 @@ def find_open_earth_map(places: Places) -> list[SourceFolder]:
                                  for region in regions])
 
 
-def find_inria(places: Places) -> list[SourceFolder]:
+def find_inria(places: Namespace) -> list[SourceFolder]:
     """train/images and train/gt; test has no masks."""
     root = places.root / "AerialImageDataset"
     root = root if root.is_dir() else places.root

@@ -54,17 +54,15 @@ def pair_for_training(tiles: Sequence[Tile], kind: str, count: int, rng: np.rand
 
 def pair_for_inference(tiles: Sequence[Tile], kind: str, pool: Sequence[Tile], count: int,
                        rng: np.random.Generator) -> list[dict]:
-    """Make the rows of an inference manifest.
+    """Make the rows of an inference manifest, `count` for each tile whose mask is to be generated.
 
     Args:
-        tiles: tiles whose masks are to be generated.
+        tiles: tiles with masks.
         kind: `random`, `folder` (both drawn from the pool) or `nearest_mix` (least L1 distance of the class shares,
             equal ones in random order).
         pool: candidates for references; nearest_mix uses those with labelled pixels.
         count: references a mask.
         rng: random generator.
-    Returns:
-        len(tiles) * count rows.
     Raises:
         UserError: if the pool has not enough tiles for some mask.
     """

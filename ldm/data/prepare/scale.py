@@ -16,7 +16,7 @@ PATCH = 256  # rows read at a time of scenes that have more than their share
 
 def measure_scale(sources: Sequence[Source], reading: Reading, channels: int, low: float, high: float,
                   workers: int) -> Reading:
-    """Find the percentiles of every band over a set.
+    """The reading with a scale of one (low, high) a band: these percentiles, 0..100, over a set.
 
     Images of 8 bits are not looked at, since they are not scaled; pixels without data do not count. Of large sets a
     regular part is looked at, the same in every run.
@@ -25,10 +25,8 @@ def measure_scale(sources: Sequence[Source], reading: Reading, channels: int, lo
         sources: the images of the set; of those with a mask if there are any, so references do not change the scale.
         reading: bands and nodata.
         channels: C of the tiles.
-        low, high: percentiles, 0..100.
+        low, high: percentiles.
         workers: threads.
-    Returns:
-        The reading with a scale of one (low, high) a band.
     Raises:
         UserError: if there is nothing to scale, a file cannot be read, or all numbers are equal.
     """
@@ -65,7 +63,6 @@ def sample_image(source: Source, reading: Reading, channels: int, most: int) -> 
             tops = range(0, info.height, PATCH)
         for top in tops:
             values, valid = image.read_stored(int(top), min(int(top) + PATCH, info.height))
-            valid = image.find_data(values, valid)
             pixels = (values.reshape(-1, values.shape[2]) if valid is None else values[valid])[::count]
             if pixels.dtype.kind == "f":
                 pixels = pixels[np.isfinite(pixels).all(1)]

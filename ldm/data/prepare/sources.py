@@ -59,14 +59,7 @@ class Source:
 
 @dataclass
 class Sources:
-    """What was found.
-
-    Attributes:
-        images: the sources in a fixed order.
-        problems: what is wrong, one sentence each.
-        left_out: counts of what was not taken, by reason.
-        notes: lines to show.
-    """
+    """What was found: sources in a fixed order, problems (sentences), what was left out by reason, lines to show."""
 
     images: list[Source] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -76,11 +69,8 @@ class Sources:
     def count(self, folder: Path, found: Found, is_mask: bool = False) -> None:
         """Add what a folder holds beside the images that were taken; counts are of folders of images."""
         self.problems += found.problems
-        words = {"subfolders": "images in subfolders", "hidden": "hidden files", "suffix": "images of other names",
-                 "links": "linked folders"}
         if not is_mask:
-            self.left_out.update({words.get(kind, f"{kind} files"): number for kind, number in found.left_out.items()
-                                  if kind != "folders"})
+            self.left_out.update(found.left_out)
         line = found.describe(folder)
         if line and line not in self.notes:
             self.notes.append(line)
@@ -157,11 +147,11 @@ def add_folder(result: Sources, folder: SourceFolder, recursive: bool, group_pat
 def describe_empty(folder: Path, found: Found, suffix: str, kind: str) -> str:
     """What is wrong with a folder without an image (or mask, as `kind` says) that counts."""
     text = f"{folder}: no {kind} " + (f"with the suffix {suffix}" if suffix else "in this folder")
-    if found.left_out.get("subfolders"):
-        text += f"; {found.left_out['subfolders']} lie in {found.left_out['folders']} subfolders: add --recursive"
-    if found.left_out.get("links"):
-        text += f"; {found.left_out['links']} linked folders are not followed: give their own path"
-    endings = [ending for ending in found.left_out if ending.startswith(".")]
+    if images := found.left_out["images in subfolders"]:
+        text += f"; {images} lie in {found.subfolders} subfolders: add --recursive"
+    if links := found.left_out["linked folders"]:
+        text += f"; {links} linked folders are not followed: give their own path"
+    endings = [what.removesuffix(" files") for what in found.left_out if what.startswith(".")]
     if endings:
         readable = IMAGE_SUFFIXES if kind == "image" else (".png", ".tif", ".tiff", ".bmp")
         text += f"; files of the ending {', '.join(sorted(endings))} are not read, {', '.join(readable)} are"
@@ -310,12 +300,8 @@ def split_by_groups(sources: list[Source], val_fraction: float | None, test_frac
 
 
 def choose_groups(images: Sequence[Any], fraction: float, rng: np.random.Generator) -> set[str]:
-    """Draw whole groups that together hold about a fraction of the images.
+    """Draw whole groups that together hold about a fraction, 0..1 (exclusive), of the labelled images.
 
-    Args:
-        images: labelled images to draw from, each with a `group`.
-        fraction: share of the images wanted, 0..1 (exclusive).
-        rng: random generator.
     Returns:
         Names of the drawn groups: at least one, never all; empty for fraction 0. Groups larger than what is still
         wanted are passed over, so large groups seldom make the split much larger than asked.

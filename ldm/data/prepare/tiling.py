@@ -167,7 +167,6 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
         cut.misplaced.append(f"{mask.path} and {source.pair.image}")
     for top in job.tops or window_starts(height, tile_h, stride or tile_h):
         stored, valid = image.read_stored(top, top + tile_h)
-        valid = image.find_data(stored, valid)
         rows = image.convert(stored, valid)
         ids = np.full(rows.shape[:2], IGNORE_INDEX, np.uint8)
         if mask is not None:
@@ -255,14 +254,12 @@ def place_of(source: Source, box: tuple[int, int, int, int], info: ImageInfo,
 
 
 def cut_images(sources: Sequence[Source], settings: TileSettings, workers: int) -> Cut:
-    """Write the tiles of all sources, with a progress bar.
+    """Write the tiles of all sources, whose split folders exist below settings.root, with a progress bar.
 
     Args:
-        sources: images whose split folders exist below settings.root.
+        sources: in the order of the tiles.
         settings: see TileSettings.
         workers: threads; fewer work at once where rows of large scenes would not fit in MEMORY.
-    Returns:
-        Tiles in the order of the sources, and all counts.
     Raises:
         UserError: one error that lists every bad file.
     """
