@@ -333,6 +333,7 @@ def test_a_guide_on_latents_learns_and_guides_without_the_decoder(workspace: Pat
              "--train_txt_file", str(tmp_path / "train.json"), "--max_steps", "120",
              "--learning_rate", "0.01"]  # fmt: skip
     train_segmentor.main([*flags, "--work_dir", str(tmp_path / "guide")])
+    train_segmentor.main([*flags, "--max_steps", "2", "--work_dir", str(tmp_path / "short")])  # fewer than ten
     file = tmp_path / "guide/guide.safetensors"
     from ldm.training.latent_guide import LatentGuide, encode_pairs
 

@@ -7,6 +7,7 @@ latent itself. It belongs to one autoencoder.
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,8 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
         network[0].weight /= spread  # so that latents of any spread are seen as of one
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
-    order, late = torch.Generator().manual_seed(seed), []
-    for step in tqdm(range(max_steps), desc="guide on latents"):
+    order, late = torch.Generator().manual_seed(seed), deque(maxlen=max(max_steps // 10, 1))
+    for _ in tqdm(range(max_steps), desc="guide on latents"):
         chosen = torch.randint(len(latents), (batch_size,), generator=order)
         clean, mask = latents[chosen].to(device).float(), masks[chosen].to(device).long()
         level = noise * spread * torch.rand(batch_size, 1, 1, 1, generator=order)
@@ -166,11 +167,12 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step >= 0.9 * max_steps:
-            known = mask != IGNORE_INDEX
-            late.append((float(loss), float((scores.argmax(1) == mask)[known].float().mean())))
+        known = mask != IGNORE_INDEX
+        late.append(torch.stack([loss.detach(), (scores.argmax(1) == mask)[known].float().mean()]))
+    if not late:
+        raise UserError(f"--on_latents: none of {len(masks)} masks has a pixel with a class. Expected labelled pairs.")
     about = {"class_table": table.to_dict(), "channels": latents.shape[1], "width": width, "latent_space": space}
     save_safetensors(out, network.state_dict(), metadata={"latent_guide": json.dumps(about)})
-    loss, accuracy = (sum(values) / len(late) for values in zip(*late, strict=True))
+    loss, accuracy = torch.stack(list(late)).mean(0).tolist()
     log.info("%d steps on %d latents: loss %.3f, accuracy %.3f; wrote %s", max_steps, len(latents), loss, accuracy, out)
     return {"steps": max_steps, "loss": loss, "accuracy": accuracy}
