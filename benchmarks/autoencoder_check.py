@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.cli import choose_device, markdown_table
-from ldm.data.images import Pair
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import run_entry_point
 from ldm.weights.load import load_method, read_model_config
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     segmentor = load_segmentor(*args.segmentor, device=device)
     lpips = PerceptualLoss(args.vgg).to(device)
     table = segmentor.class_table
-    pairs = [Pair(*files) for files in list_pairs(table, manifest=args.txt_file, data_root=args.data_root)]
+    pairs = list_pairs(table, manifest=args.txt_file, data_root=args.data_root)
     scores = {name: SegmentationScore(table.names, table.ignore_index) for name in ("as they are", "passed through")}
     facts: dict[str, list[float]] = {"psnr": [], "lpips": [], "grid before": [], "grid after": []}
     examples: list[np.ndarray] = []

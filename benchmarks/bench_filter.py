@@ -107,9 +107,8 @@ def run_class_loop(segmentor: Segmentor, real: list[Pair], synthesized: list[Pai
     return middle - begun - (middle_network - network), ended - middle - (segmentor.seconds - middle_network)
 
 
-def run_ours(
-    segmentor: Segmentor, real: list[Pair], synthesized: list[Pair], out: Path, batch_size: int
-) -> tuple[float, float]:
+def run_ours(segmentor: Segmentor, real: list[Pair], synthesized: list[Pair], out: Path,
+             batch_size: int) -> tuple[float, float]:
     """The filter as it is, reports included; returns the CPU seconds of the two passes."""
     begun, network = time.process_time(), segmentor.seconds
     hardness = measure_hardness({}, segmentor, real, batch_size, 1)

@@ -8,12 +8,10 @@ line with `error`, and the exit code is then 1; what would begin after --seconds
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +168,7 @@ def end_to_end(machine: Machine) -> Iterator[Line]:
     count, batch = (2, 1) if machine.tiny else (128, 16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench_training.write_tiles(folder, machine.size.pixels, count)
+        measure.write_tiles(folder, machine.size.pixels, count)
         method = make_ours(machine.size, "cpu")
         save_safetensors(folder / "model.safetensors", method.state_dict(), OmegaConf.create(config_of(machine.size)))
         del method
@@ -192,24 +190,31 @@ def end_to_end(machine: Machine) -> Iterator[Line]:
         yield {"row": "walk", "arm": arm, "batch": bench.batch, "seconds_a_step_an_image": seconds / 4 / bench.batch}
 
 
+def training_line(machine: Machine, arm: str, batch: int) -> Line:
+    """Speed and memory of a training step."""
+    args = argparse.Namespace(size="tiny" if machine.tiny else "full", device=str(machine.device), batch=batch,
+                              num_workers=0 if machine.tiny else 4)
+    with tempfile.TemporaryDirectory() as name:
+        measure.write_tiles(Path(name), machine.size.pixels, 16)
+        run = bench_training.Training(arm, args, Path(name))
+        seconds, waited = run.run(1 if machine.tiny else 4, machine.clock)
+        data = next(run.batches())
+        peak = measure.peak_memory(lambda: run.step(data), machine.device)
+    rate = bench_training.gflop_per_sample(arm, args) * batch / seconds
+    return {"row": "training", "arm": arm, "batch": batch, "samples_a_second": batch / seconds,
+            "wait": waited / seconds, "share_of_matmul": rate / machine.ceiling if machine.ceiling else None,
+            "peak_mib": peak}
+
+
 def training(machine: Machine) -> Iterator[Line]:
     """Training steps, with and without checkpointing."""
-    with tempfile.TemporaryDirectory() as name:
-        args = argparse.Namespace(size="tiny" if machine.tiny else "full", device=str(machine.device), batch=0,
-                                  num_workers=0 if machine.tiny else 4)
-        bench_training.write_tiles(Path(name), machine.size.pixels, 16)
-        for arm in ("ours", "ours_checkpointing"):
-            for args.batch in machine.pick((4, 8, 16), (1,)):
-                line = {"row": "training", "arm": arm, "batch": args.batch}
-                try:
-                    run = bench_training.Training(arm, args, Path(name))
-                    seconds, waited = run.run(1 if machine.tiny else 4, machine.clock)
-                    batch = next(run.batches())
-                    peak = measure.peak_memory(lambda run=run, batch=batch: run.step(batch), machine.device)
-                except torch.cuda.OutOfMemoryError:
-                    yield {**line, "oom": True}
-                    break
-                yield {**line, "samples_a_second": args.batch / seconds, "wait": waited / seconds, "peak_mib": peak}
+    for arm in ("ours", "ours_checkpointing"):
+        for batch in machine.pick((4, 8, 16), (1,)):
+            try:
+                yield training_line(machine, arm, batch)
+            except torch.cuda.OutOfMemoryError:
+                yield {"row": "training", "arm": arm, "batch": batch, "oom": True}
+                break
 
 
 PARTS = (ceilings, forwards, compiled, autoencoder, end_to_end, training)
@@ -225,12 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="file for the lines")
     args = parser.parse_args(argv)
     machine, start, failed = Machine(args), time.monotonic(), False
-    with open(args.out, "w", encoding="utf-8") if args.out else nullcontext() as file:
+    with measure.lines_to(args.out) as put:
 
         def emit(line: Line) -> None:
-            line = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()}
-            for target in [sys.stdout, *([file] if file else [])]:
-                print(json.dumps(line), file=target, flush=True)
+            put({key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()})
 
         emit({"row": "machine", **measure.machine(machine.device)})
         for part in PARTS:

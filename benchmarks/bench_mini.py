@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,23 +20,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def write_tiles(folder: Path, count: int, pixels: int = 128) -> None:
-    """PNG tiles whose colours follow their masks, with a manifest for training and a short one to validate."""
-    import numpy as np
-    from PIL import Image
-    random, rows = np.random.default_rng(0), []
-    colours = random.integers(40, 215, (5, 3))
-    for index in range(count):
-        mask = np.kron(random.integers(0, 5, (8, 8)), np.ones((pixels // 8, pixels // 8), int)).astype(np.uint8)
-        image = (colours[mask] + random.integers(-20, 20, (pixels, pixels, 3))).clip(0, 255).astype(np.uint8)
-        Image.fromarray(mask).save(folder / f"mask_{index}.png")
-        Image.fromarray(image).save(folder / f"image_{index}.png")
-        rows.append({"source": f"mask_{index}.png", "target": f"image_{index}.png", "prompt": "a satellite image",
-                     "ref_image": f"image_{(index + 1) % count}.png"})  # fmt: skip
-    for name, part in (("train", rows), ("val", rows[:8])):
-        (folder / f"{name}_set_items.json").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def work(tree: Path, arguments: list[str], count: bool) -> None:
@@ -107,11 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     trees = {**dict(tree.split("=", 1) for tree in args.tree), "now": str(ROOT)}
     arms = {**{name: (path, []) for name, path in trees.items()},
             "now, decoded once": (str(ROOT), ["data.params.cache=memory"])}  # fmt: skip
-    lines = []
-    with tempfile.TemporaryDirectory() as name:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.measure import ask_fresh, lines_to, write_tiles
+
+    with tempfile.TemporaryDirectory() as name, lines_to(args.out) as emit:
         folder = Path(name)
-        (folder / "data").mkdir()
-        write_tiles(folder / "data", args.tiles)
+        write_tiles(folder / "data", 128, args.tiles)
 
         def run(arm: str, steps: int, count: bool) -> dict[str, Any]:
             tree, extra = arms[arm]
@@ -123,27 +106,19 @@ def main(argv: list[str] | None = None) -> None:
                 f"lightning.trainer.max_steps={steps}", "lightning.trainer.limit_val_batches=0",
                 "lightning.trainer.enable_progress_bar=false", *extra,
                 *(["lightning.trainer.gradient_clip_val=null"] if count else [])]  # fmt: skip
-            command = [sys.executable, __file__, "--work", tree, "count" if count else "time", *arguments]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": ""}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"bench_mini: {arm} failed:\n{done.stderr[-3000:]}")
-            return json.loads(done.stdout.splitlines()[-1])
+            return ask_fresh(__file__, "--work", tree, "count" if count else "time", *arguments,
+                             OMP_NUM_THREADS=str(args.threads), PYTHONPATH="")  # fmt: skip
 
         for arm in arms:
-            lines.append({"arm": arm, "launches_a_step": run(arm, 3, True)["launches"]})
-            print(json.dumps(lines[-1]), flush=True)
+            emit({"arm": arm, "launches_a_step": run(arm, 3, True)["launches"]})
         steps = args.epochs * (args.tiles // args.batch)
         for number in range(args.rounds):
             for arm in arms:
                 found = run(arm, steps, False)
-                lines.append({"arm": arm, "round": number, **found,
-                              "samples_a_second": round(found["steps"] * args.batch / found["seconds"], 3),
-                              "samples_a_cpu_second": round(found["steps"] * args.batch / found["cpu_seconds"], 3),
-                              "load": [round(value, 1) for value in os.getloadavg()]})  # fmt: skip
-                print(json.dumps(lines[-1]), flush=True)
-    if args.out:
-        Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                emit({"arm": arm, "round": number, **found,
+                      "samples_a_second": round(found["steps"] * args.batch / found["seconds"], 3),
+                      "samples_a_cpu_second": round(found["steps"] * args.batch / found["cpu_seconds"], 3),
+                      "load": [round(value, 1) for value in os.getloadavg()]})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,12 +124,9 @@ def gflop_per_step(args: argparse.Namespace) -> dict[str, float]:
 
 def memory_of(arm: str, args: argparse.Namespace) -> dict[str, float]:
     """MiB beyond weights and inputs that an arm needs, for the walk and for all of it; asks a fresh process."""
-    command = [sys.executable, __file__, "--memory_of", arm, "--size", args.size, "--device", args.device,
-               "--threads", str(args.threads), "--batch", str(args.batch[0]), "--heads", str(args.heads)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"bench_sampling: measuring the memory of {arm} failed:\n{answer.stderr}")
-    return json.loads(answer.stdout.splitlines()[-1])
+    return measure.ask_fresh(
+        __file__, "--memory_of", arm, "--size", args.size, "--device", args.device, "--threads", args.threads,
+        "--batch", args.batch[0], "--heads", args.heads)  # fmt: skip
 
 
 def answer_memory(args: argparse.Namespace) -> None:
@@ -211,27 +207,26 @@ def main(argv: list[str] | None = None) -> None:
     if args.memory_of:
         answer_memory(args)
         return
-    file = open(args.out, "w", encoding="utf-8") if args.out else None
+    with measure.lines_to(args.out) as emit:
+        measure_all(args, emit)
 
-    def emit(**line: Any) -> None:
-        print(json.dumps(line), flush=True)
-        if file:
-            print(json.dumps(line), file=file, flush=True)
 
+def measure_all(args: argparse.Namespace, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Measure, and pass every line on as soon as it is known."""
     dtype = torch.bfloat16 if torch.device(args.device).type == "cuda" else torch.float32
     unit = measure.Clock(args.device).unit
     ceiling = measure.matmul_rate(args.device, dtype)
-    emit(**measure.machine(args.device), unit=unit, size=args.size, matmul_gflop_a_second=round(ceiling, 1),
-         copy_gb_a_second=round(measure.copy_rate(args.device), 1))
+    emit({**measure.machine(args.device), "unit": unit, "size": args.size, "matmul_gflop_a_second": round(ceiling, 1),
+          "copy_gb_a_second": round(measure.copy_rate(args.device), 1)})
     flops = gflop_per_step(args)
     memory = {} if args.no_memory else {arm: memory_of(arm, args) for arm in ARMS}
     for batch in args.batch:
         try:
             bench = Bench(args, batch)
-            emit(batch=batch, **compare_latents(bench))
+            emit({"batch": batch, **compare_latents(bench)})
             times = time_arms(bench, args)
         except torch.cuda.OutOfMemoryError:
-            emit(batch=batch, error="out of memory")
+            emit({"batch": batch, "error": "out of memory"})
             break
         lines = {}
         for arm in ARMS:
@@ -241,10 +236,8 @@ def main(argv: list[str] | None = None) -> None:
                           "share_of_matmul": round(flops[arm] / best / ceiling, 3),
                           "steps": steps, "image": round(steps * best + times[arm]["autoencoder"]["min"], 3)}
             lines[arm] |= {"memory": memory[arm]} if batch == args.batch[0] and memory else {}
-            emit(batch=batch, arm=arm, **lines[arm])
-        emit(batch=batch, **ratios(lines), load=measure.machine(args.device)["load"])
-    if file:
-        file.close()
+            emit({"batch": batch, "arm": arm, **lines[arm]})
+        emit({"batch": batch, **ratios(lines), "load": measure.machine(args.device)["load"]})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Samples a second say little, since the networks differ in size; GFLOP a second, 
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,19 +37,6 @@ from ldm.training.latents import build_latent_cache  # noqa: E402
 from ldm.training.module import freeze_all_but  # noqa: E402
 
 ARMS = ("diffusers", "ours", "ours_cached_latents", "ours_checkpointing")
-
-
-def write_tiles(folder: Path, pixels: int, count: int) -> Path:
-    """PNG tiles of noise with masks and references, and their manifest; returns the manifest."""
-    random, rows = np.random.default_rng(0), []
-    for index in range(count):
-        names = {"source": f"mask_{index}.png", "target": f"image_{index}.png", "ref_image": f"image_{index - 1}.png"}
-        Image.fromarray(random.integers(0, 24, (pixels, pixels), np.uint8)).save(folder / names["source"])
-        Image.fromarray(random.integers(0, 256, (pixels, pixels, 3), np.uint8)).save(folder / names["target"])
-        rows.append({**names, "ref_image": f"image_{(index - 1) % count}.png", "prompt": "a satellite image of road"})
-    manifest = folder / "rows.json"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return manifest
 
 
 class RecipeDataset(Dataset):
@@ -190,12 +176,9 @@ def answer_memory(args: argparse.Namespace, folder: Path) -> None:
 
 def memory_of(arm: str, args: argparse.Namespace, folder: Path) -> float:
     """MiB of an arm's training beyond its weights, from a fresh process."""
-    command = [sys.executable, __file__, "--memory_of", arm, "--size", args.size, "--device", args.device,
-               "--threads", str(args.threads), "--tiles", str(folder), "--batch", str(args.batch)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"bench_training: measuring the memory of {arm} failed:\n{answer.stderr}")
-    return json.loads(answer.stdout.splitlines()[-1])
+    return measure.ask_fresh(
+        __file__, "--memory_of", arm, "--size", args.size, "--device", args.device, "--threads", args.threads,
+        "--tiles", folder, "--batch", args.batch)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,14 +201,12 @@ def main(argv: list[str] | None = None) -> None:
         answer_memory(args, Path(args.tiles))
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_tiles(Path(folder), SIZES[args.size].pixels, max(8, args.batch or SIZES[args.size].batch))
-        lines = list(measure_all(args, Path(folder)))
-    if args.out:
-        Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        measure.write_tiles(Path(folder), SIZES[args.size].pixels, max(8, args.batch or SIZES[args.size].batch))
+        measure_all(args, Path(folder))
 
 
-def measure_all(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Lines of the report, printed as they come."""
+def measure_all(args: argparse.Namespace, folder: Path) -> None:
+    """Measure and print the lines of the report."""
     clock = measure.Clock(args.device)
     dtype = torch.bfloat16 if clock.is_cuda else torch.float32
     ceiling = measure.matmul_rate(args.device, dtype)
@@ -248,9 +229,9 @@ def measure_all(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, An
                       "share_of_matmul": round(rates[arm] / ceiling, 3), "memory": memory.get(arm)})
     lines.append({f"{arm}, speed per FLOP against diffusers": round(rates[arm] / rates["diffusers"], 3)
                   for arm in ARMS[1:]} | {"load": measure.machine(args.device)["load"]})
-    for line in lines:
-        print(json.dumps(line), flush=True)
-        yield line
+    with measure.lines_to(args.out) as emit:
+        for line in lines:
+            emit(line)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.cli import add_classes
+from benchmarks.noise_toy import flip_labels
+from ldm.cli import add_classes, markdown_table
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
 from ldm.data.manifest import read_manifest, write_manifest
 from ldm.files import link_or_copy
 from ldm.util import UserError
+from post_processing.gain.report import mean_and_sd, show
 from post_processing.segmentation.noise import read_noise
 from scripts.evaluate import main as evaluate
 from scripts.train_segmentor import main as train
@@ -32,32 +34,16 @@ ARMS = {"clean": [], "noisy": [], "smooth": ["--label_smoothing", "0.1"], "dlc":
         "true_t": ["--noise_matrix"]}  # fmt: skip
 
 
-def flip_mask(mask: np.ndarray, levels: np.ndarray, block: int, random: np.random.Generator) -> np.ndarray:
-    """Draw the label of each pixel from the row of its class; blocks of pixels share the random number.
-
-    Args:
-        mask: (H, W) uint8, 255 = ignored.
-        levels: (K, K) cumulated rows of T.
-        block: side of the blocks.
-        random: generator.
-    """
-    height, width = mask.shape
-    draws = random.random((-(-height // block), -(-width // block))).repeat(block, 0).repeat(block, 1)
-    known = np.where(mask == IGNORE_INDEX, 0, mask)
-    flipped = (draws[:height, :width, None] > levels[known]).sum(-1).clip(max=len(levels) - 1)
-    return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, flipped).astype(np.uint8)
-
-
 def write_sets(args: argparse.Namespace, table: ClassTable, folder: Path) -> float:
     """Write the true and the flipped pairs as training sets; returns the share of labels that were flipped."""
-    levels = np.cumsum(DUBAI, 1)
     counts = np.zeros(2, np.int64)
     rows: dict[str, list] = {"clean": [], "noisy": []}
     for name in ("images", "clean", "noisy"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(read_manifest(args.train_txt_file, args.data_root, table=table)):
         mask = read_mask(row.mask, table)
-        flipped = flip_mask(mask, levels, args.block, np.random.default_rng([args.noise_seed, number]))
+        random = np.random.default_rng([args.noise_seed, number])
+        flipped = flip_labels(mask[None], DUBAI, args.block, random)[0].astype(np.uint8)
         counts += (flipped != mask).sum(), (mask != IGNORE_INDEX).sum()
         name = f"{number:06d}"
         image = folder / "images" / (name + row.image.suffix)
@@ -89,23 +75,17 @@ def train_and_score(args: argparse.Namespace, arm: str, seed: int, sets: Path, m
 
 def make_table(scores: dict[str, dict[int, dict]]) -> str:
     """Markdown: mean and SD over the seeds, the share recovered, and the difference to `noisy` paired by seed."""
-    heads = ["arm", "OA", "mIoU", "recovered", "mIoU - noisy, paired", *next(iter(scores["noisy"].values()))["IoU"]]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    names = list(next(iter(scores["noisy"].values()))["IoU"])
     mean = {arm: statistics.fmean(found["mIoU"] for found in seeds.values()) for arm, seeds in scores.items()}
-    cost = mean["clean"] - mean["noisy"]
+    rows = []
     for arm, seeds in scores.items():
         gains = [seeds[seed]["mIoU"] - scores["noisy"][seed]["mIoU"] for seed in seeds]
-        cells = [arm, *(show([found[key] for found in seeds.values()]) for key in ("OA", "mIoU")),
-                 "-" if arm == "noisy" else f"{statistics.fmean(gains) / cost:.0%}", show(gains),
-                 *(show([found["IoU"][name] for found in seeds.values()]) for name in heads[5:])]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def show(values: list[float]) -> str:
-    """Mean, and sample standard deviation if there are several."""
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        recovered = None if arm == "noisy" else f"{statistics.fmean(gains) / (mean['clean'] - mean['noisy']):.0%}"
+        columns = [[found[key] for found in seeds.values()] for key in ("OA", "mIoU")]
+        columns += [gains, *([found["IoU"][name] for found in seeds.values()] for name in names)]
+        cells = [show(mean_and_sd(values)) for values in columns]
+        rows.append([arm, *cells[:2], recovered, *cells[2:]])
+    return markdown_table(["arm", "OA", "mIoU", "recovered", "mIoU - noisy, paired", *names], rows)
 
 
 def main() -> None:

@@ -8,11 +8,13 @@ true labels, flipped ones with the plain loss, label smoothing, forward correcti
 """
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
+from ldm.data.classes import IGNORE_INDEX
 from post_processing.segmentation.dlc import SYNTHETIC, CorrectedCrossEntropy
 from post_processing.segmentation.noise import count_consensus, estimate_hoc
 
@@ -36,12 +38,13 @@ def draw_tiles(count: int, random: np.random.Generator) -> tuple[torch.Tensor, t
     return torch.from_numpy(images).float().movedim(-1, 1), torch.from_numpy(truth)
 
 
-def flip_labels(truth: torch.Tensor, transition: torch.Tensor, block: int, random: np.random.Generator) -> torch.Tensor:
-    """Draw each pixel's label from the row of its class; pixels of a block share the random number."""
-    side = -(-SIZE // block)
-    draws = random.random((len(truth), side, side)).repeat(block, 1).repeat(block, 2)[:, :SIZE, :SIZE]
-    levels = transition.cumsum(1)[truth]
-    return (torch.from_numpy(draws)[..., None] > levels).sum(-1).clamp_max(len(transition) - 1)
+def flip_labels(labels: np.ndarray, transition: Sequence, block: int, random: np.random.Generator) -> np.ndarray:
+    """Draw each pixel's label, (N, H, W) -> same, from the row of its class; a block shares the random number."""
+    count, height, width = labels.shape
+    draws = random.random((count, -(-height // block), -(-width // block))).repeat(block, 1).repeat(block, 2)
+    levels = np.cumsum(transition, 1)[np.where(labels == IGNORE_INDEX, 0, labels)]
+    flipped = (draws[:, :height, :width, None] > levels).sum(-1).clip(max=len(transition) - 1)
+    return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, flipped)
 
 
 def make_network() -> nn.Sequential:
@@ -76,7 +79,7 @@ def run_arm(arm: str, seed: int, block: int = 1) -> dict[str, float]:
     transition = torch.tensor(TRANSITION, dtype=torch.float64)
     images, truth = draw_tiles(TRAIN, random)
     test_images, test_truth = draw_tiles(TEST, random)
-    labels = truth if arm == "clean" else flip_labels(truth, transition, block, random)
+    labels = truth if arm == "clean" else torch.from_numpy(flip_labels(truth.numpy(), TRANSITION, block, random))
     torch.manual_seed(seed)
     network = make_network()
     loss = CorrectedCrossEntropy(len(MEANS), label_smoothing=0.1 if arm == "smooth" else 0.0)

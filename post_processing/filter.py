@@ -103,10 +103,8 @@ def run_filter(args: argparse.Namespace) -> int:
     own_table = segmentor.class_table
     table = run_table or own_table  # of the synthetic masks; the real ones may have other numbers on disk
     if not same_names(table.names, own_table.names):
-        raise UserError(
-            f"--classes: {own_table.name} has other classes than the run, {', '.join(table.names)}. "
-            "Expected the same ones. Leave --classes out."
-        )
+        raise UserError(f"--classes: {own_table.name} has other classes than the run, {', '.join(table.names)}. "
+                        "Expected the same ones. Leave --classes out.")
     real = [pair for *_, pairs in judges for pair in pairs]
     fingerprint = fingerprint_of(args.config, args.checkpoint, own_table, real)
     if args.fold:
@@ -149,15 +147,7 @@ def run_filter(args: argparse.Namespace) -> int:
 
 def filter_on_ray(args: argparse.Namespace, pixel_filter: PixelFilter, load: Callable[[], Segmentor], work: Path,
                   pairs: Sequence[Pair]) -> list[Record]:  # fmt: skip
-    """Let actors filter images; returns the failures.
-
-    Args:
-        args: of the command line.
-        pixel_filter: what they do.
-        load: gives an actor its segmentor.
-        work: where each actor makes a folder of its own for unfinished files; absolute.
-        pairs: to filter.
-    """
+    """Let actors filter images, each with a segmentor from `load` and a folder of its own in `work`; the failures."""
     if not pairs:
         return []
     ray = ray_pool.connect()
@@ -199,31 +189,18 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def find_synthesized(args: argparse.Namespace) -> tuple[list[Pair], dict[str, Any], Path]:
-    """Images with their masks in the order of their names, what run.json says, and the folder of the images.
-
-    Raises:
-        ValueError: if two images would share an output file.
-    """
+    """Images with their masks in the order of their names, what run.json says, and the folder of the images."""
     run: dict[str, Any] = {}
     if args.run:
         samples, run = read_run(args.run, args.run_root, check_files=False)
         items = sorted(samples, key=lambda sample: sample.image.name)
         if not any(item.mask.is_file() for item in items):
-            raise FileNotFoundError(
-                f"--run: none of the masks of {args.run} is there (the first is {items[0].mask}). Expected them where "
-                "the run found them. Say where they are now with --run_root."
-            )
+            raise FileNotFoundError(f"--run: none of the masks of {args.run} is there (the first is {items[0].mask}). "
+                                    "Expected them where the run found them. Say where they are now with --run_root.")
         images = Path(args.run) / "images"
     else:
         images = Path(args.syn_img_path)
         items = find_generated(images, Path(args.syn_mask_path))
-    stems = [item.image.stem for item in items]
-    if len(set(stems)) < len(stems):
-        doubled = sorted({stem for stem in stems if stems.count(stem) > 1})
-        raise ValueError(
-            f"{images}: {len(doubled)} names are used by two images ({', '.join(doubled[:3])}). Expected one image "
-            "a name, since its mask is called {name}.png. Rename or remove one."
-        )
     return items, run, images
 
 
@@ -260,31 +237,25 @@ def say_limits(hardness: Hardness, margin: float) -> None:
     logger.info("loss above which a pixel is dropped: %s", ", ".join(limits))
 
 
-def write_report(
-    folder: Path, records: dict[str, Record], failed: Sequence[Record], hardness: Hardness, margin: float
-) -> None:
+def write_report(folder: Path, records: dict[str, Record], failed: Sequence[Record], hardness: Hardness,
+                 margin: float) -> None:
     """Write report.json and report.md: what was dropped, class by class, and how many images failed."""
     totals = {name: np.zeros(3, np.int64) for name in hardness.names}
     for record in records.values():
         for name, (pixels, dropped) in record["classes"].items():
             totals[name] += pixels, dropped, 1
-    classes = {}
-    for name, mean, real in zip(hardness.names, hardness.mean, hardness.pixels, strict=True):
-        pixels, dropped, images = map(int, totals[name])
-        classes[name] = {
-            "real_pixels": int(real), "mean_loss": round(float(mean), 6) if real else None,
-            "limit": round(margin * float(mean), 6) if real else None, "pictures": images, "pixels": pixels,
-            "dropped": dropped, "share": round(dropped / pixels, 6) if pixels else None,
-        }  # fmt: skip
-    everything, dropped = (sum(int(total[k]) for total in totals.values()) for k in (0, 1))
+    classes, rows = {}, []
+    for name, mean, real in zip(hardness.names, hardness.mean.tolist(), hardness.pixels.tolist(), strict=True):
+        pixels, dropped, images = totals[name].tolist()
+        loss, limit = (round(mean, 6), round(margin * mean, 6)) if real else (None, None)
+        share = round(dropped / pixels, 6) if pixels else None
+        classes[name] = {"real_pixels": real, "mean_loss": loss, "limit": limit, "pictures": images, "pixels": pixels,
+                         "dropped": dropped, "share": share}  # fmt: skip
+        rows.append([name, f"{real:,}", f"{loss:.4f}" if real else "none", f"{limit:.4f}" if real else "left alone",
+                     images, f"{pixels:,}", None if share is None else f"{share:.1%}"])  # fmt: skip
+    everything, dropped, _ = sum(totals.values()).tolist()
     report = {"pictures": len(records), "failed": len(failed), "tolerance_margin": margin, "pixels": everything,
               "dropped": dropped, "share": round(dropped / max(1, everything), 6), "classes": classes}  # fmt: skip
-    rows = []
-    for name, row in classes.items():
-        loss = [f"{row[key]:.4f}" if row["real_pixels"] else text
-                for key, text in (("mean_loss", "none"), ("limit", "left alone"))]  # fmt: skip
-        share = None if row["share"] is None else f"{row['share']:.1%}"
-        rows.append([name, f"{row['real_pixels']:,}", *loss, row["pictures"], f"{row['pixels']:,}", share])
     rows.append(["all", "", "", "", len(records), f"{everything:,}", f"{report['share']:.1%}"])
     table = markdown_table(["class", "real pixels", "mean loss", "limit", "images", "pixels", "dropped"], rows)
     where = " (failures.jsonl)" if failed else ""

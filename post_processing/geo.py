@@ -26,6 +26,17 @@ SAME_GRID = 1e-6  # relative; transforms that differ by less have the same pixel
 
 
 @contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives the name under which a library writes a file, which becomes `path` if the block ends without an error."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def open_geotiff(path: Path, size: tuple[int, int], bands: int, crs: str | None, transform: Transform | None,
                  **options: Any) -> Iterator[Any]:
     """Open a GeoTIFF to write, which is there once the block has ended without an error.
@@ -41,17 +52,12 @@ def open_geotiff(path: Path, size: tuple[int, int], bands: int, crs: str | None,
         rasterio's dataset.
     """
     rasterio = load_rasterio()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial.tif")
     place = {} if transform is None else {"transform": rasterio.Affine(*transform)}
-    try:
-        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
-            partial, "w", driver="GTiff", height=size[0], width=size[1], count=bands, dtype="uint8", crs=crs,
-            compress="deflate", tiled=True, blockxsize=256, blockysize=256, bigtiff="if_safer", **place, **options,
-        ) as dataset:  # fmt: skip
-            yield dataset
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
+        partial, "w", driver="GTiff", height=size[0], width=size[1], count=bands, dtype="uint8", crs=crs,
+        compress="deflate", tiled=True, blockxsize=256, blockysize=256, bigtiff="if_safer", **place, **options,
+    ) as dataset:  # fmt: skip
+        yield dataset
 
 
 def write_mask(path: Path, size: tuple[int, int], rows: Iterable[tuple[int, np.ndarray]], table: ClassTable,
@@ -127,18 +133,13 @@ def write_geopackage(path: Path, found: Sequence[tuple[Mapping[str, Any], int]],
     except ImportError as error:
         raise UserError(f"{path}: GeoPackage needs pyogrio ({error}). Expected the packages of requirements/seg.txt. "
                         "Install them, or choose .geojson.") from error
-    partial, projection = path.with_name(f".{os.getpid()}.{path.name}"), crs.to_wkt() if crs else None
     logging.getLogger("pyogrio").setLevel(logging.WARNING)  # it tells of every file
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
-            write(partial, np.array([to_wkb(geometry) for geometry, _ in found], object),
-                  [np.array([value for _, value in found], np.int32),
-                   np.array([table.names[value] for _, value in found], object)], ["class", "name"],
-                  layer="classes", driver="GPKG", geometry_type="Polygon", crs=projection)  # fmt: skip
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'crs' was not provided", UserWarning)
+        write(partial, np.array([to_wkb(geometry) for geometry, _ in found], object),
+              [np.array([value for _, value in found], np.int32),
+               np.array([table.names[value] for _, value in found], object)], ["class", "name"],
+              layer="classes", driver="GPKG", geometry_type="Polygon", crs=crs.to_wkt() if crs else None)  # fmt: skip
 
 
 def to_wkb(polygon: Mapping[str, Any]) -> bytes:

@@ -71,10 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     filtered = Path(args.filtered_mask_path)
     settings = RunFolder(filtered, record="filter.json").read().get("settings", {})
     if not settings and not args.classes:
-        raise UserError(
-            f"--filtered-mask-path: {filtered} has no filter.json. Expected the output of filter.py. For other masks "
-            "give --classes, --syn-img-path and --syn-mask-path."
-        )
+        raise UserError(f"--filtered-mask-path: {filtered} has no filter.json. Expected the output of filter.py. For "
+                        "other masks give --classes, --syn-img-path and --syn-mask-path.")
     table = ClassTable.load(args.classes or settings["class_table"])
     candidates = find_candidates(args, settings, table)
     kept, choice = choose(args, candidates, table)
@@ -82,9 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def choose(
-    args: argparse.Namespace, candidates: Sequence[Candidate], table: ClassTable
-) -> tuple[list[Candidate], dict[str, Any]]:
+def choose(args: argparse.Namespace, candidates: Sequence[Candidate],
+           table: ClassTable) -> tuple[list[Candidate], dict[str, Any]]:
     """The images to keep, in the order of their names, and all that this choice depends on.
 
     Raises:
@@ -93,7 +90,8 @@ def choose(
     choice: dict[str, Any] = {
         "policy": args.policy, "seed": args.seed, "max_per_mask": args.max_per_mask,
         "max_per_class": args.max_per_class, "class_table": table.to_dict(),
-        "pictures": len(candidates), "pictures_sha256": digest_of([describe(one) for one in candidates]),
+        "pictures": len(candidates), "pictures_sha256": digest_of([
+            [one.image.name, one.mask, one.before.tolist(), one.after.tolist()] for one in candidates]),
     }  # fmt: skip
     usable = [candidate for candidate in candidates if candidate.after.any()]
     if len(usable) < len(candidates):
@@ -112,17 +110,10 @@ def choose(
     chosen = len(kept)
     kept = sorted(cap(kept, args.max_per_mask, args.max_per_class, args.seed), key=lambda one: one.image.name)
     if not kept:
-        raise UserError(
-            f"--policy {args.policy}: none of {len(candidates)} images is worth keeping. Expected some. Lower "
-            "--valid-ratio, name other --rare classes, or filter with a larger --tolerance-margin."
-        )
+        raise UserError(f"--policy {args.policy}: none of {len(candidates)} images is worth keeping. Expected some. "
+                        "Lower --valid-ratio, name other --rare classes, or filter with a larger --tolerance-margin.")
     logger.info("%d of %d images chosen, %d after the caps", chosen, len(candidates), len(kept))
     return kept, choice
-
-
-def describe(candidate: Candidate) -> list[Any]:
-    """What of an image the choice depends on."""
-    return [candidate.image.name, candidate.mask, candidate.before.tolist(), candidate.after.tolist()]
 
 
 def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table: ClassTable) -> list[Candidate]:
@@ -140,7 +131,8 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         candidates = [from_record(record, images, folder, table) for record in records.values()]
     elif args.syn_img_path and args.syn_mask_path:
         items = find_generated(Path(args.syn_img_path), Path(args.syn_mask_path))
-        items = [item for item in items if (folder / f"{item.image.stem}.png").is_file()]
+        filtered = {item: folder / f"{item.image.stem}.png" for item in items}
+        items = [item for item in items if filtered[item].is_file()]
 
         def count(path: Path) -> np.ndarray:
             return np.bincount(read_mask(path, table).ravel(), minlength=256)
@@ -148,25 +140,20 @@ def find_candidates(args: argparse.Namespace, settings: Mapping[str, Any], table
         with ThreadPoolExecutor() as pool:
             masks = sorted({item.mask for item in items})
             before = dict(zip(masks, pool.map(count, masks), strict=True))
-            after = pool.map(lambda item: count(folder / f"{item.image.stem}.png"), items)
-            candidates = [
-                Candidate(item.image, folder / f"{item.image.stem}.png", str(item.mask), int(counts.sum()),
-                          before[item.mask][: table.num_classes], counts[: table.num_classes])
-                for item, counts in zip(items, after, strict=True)
-            ]  # fmt: skip
+            after = pool.map(lambda item: count(filtered[item]), items)
+            candidates = [Candidate(item.image, filtered[item], str(item.mask), int(counts.sum()),
+                                    before[item.mask][: table.num_classes], counts[: table.num_classes])
+                          for item, counts in zip(items, after, strict=True)]  # fmt: skip
     else:
-        raise UserError(
-            f"--filtered-mask-path: {folder} has no items.jsonl. Expected the output of filter.py. For other masks "
-            "give both --syn-img-path and --syn-mask-path."
-        )
+        raise UserError(f"--filtered-mask-path: {folder} has no items.jsonl. Expected the output of filter.py. For "
+                        "other masks give both --syn-img-path and --syn-mask-path.")
     if not candidates:
         raise UserError(f"--filtered-mask-path: no image has a mask in {folder}. Check the folders.")
     missing = [path for one in candidates for path in (one.image, one.filtered) if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} files of {len(candidates)} images are missing (the first: {missing[0]}). Expected the "
-            "images where filter.py found them. Say where they are now with --syn-img-path, or filter again."
-        )
+        raise FileNotFoundError(f"{len(missing)} files of {len(candidates)} images are missing (the first: "
+                                f"{missing[0]}). Expected the images where filter.py found them. Say where they are "
+                                "now with --syn-img-path, or filter again.")
     return candidates
 
 
@@ -175,10 +162,9 @@ def check_finished(folder: Path, records: Mapping[str, Any]) -> None:
     filtered = RunFolder(folder, record="filter.json")
     images, judged = filtered.read().get("pictures", 0), len({*records, *filtered.failed()})
     if judged < images:
-        raise UserError(
-            f"--filtered-mask-path: {folder} is not finished ({judged} of {images} images are judged). Expected "
-            "all of them. Give the command of filter.py again, with every --shard if there are several."
-        )
+        raise UserError(f"--filtered-mask-path: {folder} is not finished ({judged} of {images} images are judged). "
+                        "Expected all of them. Give the command of filter.py again, with every --shard if there are "
+                        "several.")
 
 
 def from_record(record: Mapping[str, Any], images: Path, folder: Path, table: ClassTable) -> Candidate:
@@ -212,10 +198,8 @@ def find_rare(args: argparse.Namespace, table: ClassTable) -> list[int]:
 def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
     """IoU of every class from a JSON: {class: IoU}, or such an object under `IoU` or under `real` and `IoU`."""
     if path is None:
-        raise UserError(
-            "--rare auto: needs the IoU of every class. Expected --iou FILE, or --segmentor CONFIG CKPT with "
-            "--iou_txt_file. Or name the classes, or say --rare none."
-        )
+        raise UserError("--rare auto: needs the IoU of every class. Expected --iou FILE, or --segmentor CONFIG CKPT "
+                        "with --iou_txt_file. Or name the classes, or say --rare none.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--iou: file not found: {path}. Give results.json of evaluate.py.")
     try:
@@ -225,10 +209,8 @@ def read_iou(path: str | None, table: ClassTable) -> dict[str, float | None]:
         values = {name: found[name_key(name)] for name in table.names}
         return {name: None if value is None else float(value) for name, value in values.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object IoU with "
-            f"{', '.join(table.names)}. Give results.json of evaluate.py."
-        ) from error
+        raise UserError(f"--iou: {path} has no IoU of every class ({type(error).__name__} {error}). Expected an object "
+                        f"IoU with {', '.join(table.names)}. Give results.json of evaluate.py.") from error
 
 
 def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float | None]:
@@ -243,10 +225,8 @@ def measure_iou(args: argparse.Namespace, table: ClassTable) -> dict[str, float 
     return score_pairs(segmentor_of(args, table), pairs, 16, 4)["IoU"]
 
 
-def write_out(
-    out: Path, choice: dict[str, Any], candidates: Sequence[Candidate], kept: Sequence[Candidate], table: ClassTable,
-    is_overwritten: bool,
-) -> None:  # fmt: skip
+def write_out(out: Path, choice: dict[str, Any], candidates: Sequence[Candidate], kept: Sequence[Candidate],
+              table: ClassTable, is_overwritten: bool) -> None:
     """Lay out the kept images; the folder is put together beside its place and then moved there.
 
     Raises:
@@ -277,17 +257,14 @@ def check_folder(out: Path, choice: dict[str, Any], is_overwritten: bool) -> Non
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN_FILES) if out.is_dir() else [out.name]
     if foreign:
-        raise FileExistsError(
-            f"--out-dir: {out} holds files that this command did not write ({', '.join(foreign[:3])}). Expected a new "
-            "folder or an earlier choice. Choose another folder."
-        )
+        raise FileExistsError(f"--out-dir: {out} holds files that this command did not write "
+                              f"({', '.join(foreign[:3])}). Expected a new folder or an earlier choice. Choose another "
+                              "folder.")
     earlier = RunFolder(out, choice, "--out-dir", "resample.json")
     record = earlier.read() or {"settings": {}}
     if (changes := earlier.changes(record)) and any(out.iterdir()) and not is_overwritten:
-        raise FileExistsError(
-            f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose another "
-            "folder, or replace it with --overwrite."
-        )
+        raise FileExistsError(f"--out-dir: {out} holds another choice ({changes}). Expected the same one. Choose "
+                              "another folder, or replace it with --overwrite.")
 
 
 if __name__ == "__main__":

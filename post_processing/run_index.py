@@ -1,6 +1,5 @@
 """What inference.py wrote (index.jsonl, run.json) read back, with all paths made absolute and checked."""
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import Pair
 from ldm.files import Record
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
-from post_processing.segmentation.loading import Loaded, load_batches
+from post_processing.segmentation.loading import Loaded, load_batches, resize_nearest
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,8 @@ class Sample(Pair):
     record: Record = field(default_factory=dict, compare=False, repr=False)
 
 
-def read_run(
-    folder: str | Path, data_root: str | Path | None = None, check_files: bool = True
-) -> tuple[list[Sample], dict[str, Any]]:
+def read_run(folder: str | Path, data_root: str | Path | None = None,
+             check_files: bool = True) -> tuple[list[Sample], dict[str, Any]]:
     """Read the output folder of inference.py.
 
     Args:
@@ -59,13 +56,15 @@ def read_run(
     for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             try:
-                samples.append(parse_record(json.loads(line), folder, root))
+                record = json.loads(line)
+                image, reference = folder / record["image"], record.get("reference")
+                samples.append(Sample(image, root / record["mask"], image.stem, root / reference if reference else None,
+                                      (int(record["height"]), int(record["width"])), record))
             except (KeyError, TypeError, ValueError) as error:
                 wrong.append(f"line {number}: {type(error).__name__} {error}")
     if wrong:
-        raise UserError(
-            f"{index}: {len(wrong)} damaged lines ({'; '.join(wrong[:5])}). Run inference.py again to mend it."
-        )
+        raise UserError(f"{index}: {len(wrong)} damaged lines ({'; '.join(wrong[:5])}). Run inference.py again to mend "
+                        "it.")
     if not samples:
         raise UserError(f"{index}: no samples. Expected the index of a finished run of inference.py.")
     if not check_files:
@@ -73,32 +72,14 @@ def read_run(
     wanted = {path for sample in samples for path in (sample.image, sample.mask, sample.reference) if path}
     missing = sorted(str(path) for path in wanted if not path.is_file())
     if missing:
-        raise FileNotFoundError(
-            f"{index}: {len(missing)} files that it names are missing ({', '.join(missing[:3])}). "
-            f"Expected masks and references below {root}. Check --data_root."
-        )
+        raise FileNotFoundError(f"{index}: {len(missing)} files that it names are missing ({', '.join(missing[:3])}). "
+                                f"Expected masks and references below {root}. Check --data_root.")
     return samples, run
-
-
-def parse_record(record: dict[str, Any], folder: Path, root: Path) -> Sample:
-    """Turn one object of the index into a sample; KeyError, TypeError or ValueError if it is not one."""
-    reference = record.get("reference")
-    return Sample(
-        image=folder / record["image"],
-        mask=root / record["mask"],
-        name=Path(record["image"]).stem,
-        reference=root / reference if reference else None,
-        size=(int(record["height"]), int(record["width"])),
-        record=record,
-    )
 
 
 def read_mask_at(path: Path, table: ClassTable, size: tuple[int, int]) -> np.ndarray:
     """Read a mask at the size that was generated, (H, W) uint8; nearest pixel, as inference.py brings it to size."""
-    mask = read_mask(path, table)
-    if mask.shape != tuple(size):
-        mask = np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
-    return mask
+    return resize_nearest(read_mask(path, table), size)
 
 
 def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
@@ -109,8 +90,3 @@ def run_batches(samples: Sequence[Sample], table: ClassTable, batch_size: int, w
                 raise ValueError(f"image {loaded.pair.image}: {loaded.mask.shape} pixels. Expected {loaded.pair.size} "
                                  "(height, width). Generate it again.")
         yield batch
-
-
-def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """A command line as JSON values."""
-    return {key: value for key, value in vars(args).items() if key != "measure"}

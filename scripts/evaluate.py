@@ -11,7 +11,9 @@ samples of one mask. All write results.json and results.md.
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
@@ -37,66 +39,59 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     style = {"parents": [common], "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 
-    masks = commands.add_parser("mask_following", help="mIoU of the images between floor and ceiling", **style)
-    masks.add_argument(
-        "--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote"
-    )
-    masks.add_argument("--run", required=True, help="--outdir of inference.py")
-    masks.add_argument("--real", required=True, help="manifest of real test tiles: source (mask) and target (image)")
-    masks.add_argument("--real_root", help="where the paths of --real start; default: its folder")
-    add_classes(masks.add_argument, "default: the one stored with the segmentor")
-    masks.add_argument("--shuffles", type=positive_int, default=5, help="shufflings that the floor is the mean of")
-    masks.add_argument("--seed", type=int, default=0, help="seed of the shufflings")
+    def command(name: str, text: str, **more: Any) -> Callable[..., Any]:
+        return commands.add_parser(name, help=text, **style, **more).add_argument
 
-    gate = commands.add_parser("consistency", help="does faster sampling follow the masks as well?", **style)
-    gate.add_argument(
-        "--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote"
-    )
-    add_classes(gate.add_argument, "default: the exact run's, else the one stored with the segmentor")
-    gate.add_argument("--exact", required=True, help="--outdir of inference.py --mode exact")
-    gate.add_argument("--run", nargs="+", required=True, help="--outdirs of the same rows, seed and checkpoint")
-    gate.add_argument("--max_drop", type=float, default=0.5, help="points of mIoU that a mode may lose")
-    gate.add_argument("--max_rare_drop", type=float, default=1.5, help="points of IoU that a rare class may lose")
-    gate.add_argument("--rare", type=int, default=3, help="number of rarest classes to look at on their own")
-    gate.add_argument("--draws", type=positive_int, default=2000, help="bootstrap draws for the intervals")
-    gate.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    def add_segmentor(classes: str) -> None:
+        add("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="as train_segmentor.py wrote")
+        add_classes(add, classes)
 
-    references = commands.add_parser(
-        "reference_following", help="share of images nearer to their own reference", **style
-    )
-    references.add_argument(
-        "--run", nargs="+", required=True, help="one --outdir of inference.py, or two (set A, set B)"
-    )
-    references.add_argument(
-        "--set_a", help="pattern of reference paths in set A, such as 'dubai/*' (needed with one run)"
-    )
-    references.add_argument("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
+    def add_real(text: str) -> None:
+        add("--real", required=True, help=f"manifest of real {text}")
+        add("--real_root", help="where the paths of --real start; default: its folder")
 
-    segmentor = commands.add_parser("segmentor", help="OA, mIoU, mAcc and IoU of every class on real tiles", **style)
-    segmentor.add_argument("--segmentor", nargs=2, required=True, metavar=("CONFIG", "CKPT"), help="which one")
-    add_classes(segmentor.add_argument, "default: the one stored with the segmentor")
-    segmentor.add_argument("--real", required=True, help="manifest of real test tiles")
-    segmentor.add_argument("--real_root", help="where the paths of --real start; default: its folder")
-    segmentor.set_defaults(run=None)
+    add = command("mask_following", "mIoU of the images between floor and ceiling")
+    add_segmentor("default: the one stored with the segmentor")
+    add("--run", required=True, help="--outdir of inference.py")
+    add_real("test tiles: source (mask) and target (image)")
+    add("--shuffles", type=positive_int, default=5, help="shufflings that the floor is the mean of")
+    add("--seed", type=int, default=0, help="seed of the shufflings")
 
-    sets = commands.add_parser("distribution", help="FID and KID to real images, with a floor", description="Features "
-                               "are those of ImageNet's MobileNetV2 from PyPI unless a flag names another network.",
-                               **style)  # fmt: skip
-    sets.add_argument("--run", required=True, help="--outdir of inference.py")
-    add_classes(sets.add_argument, "of --segmentor; default: the one stored with it")
-    sets.add_argument("--real", required=True, help="manifest of real images (target)")
-    sets.add_argument("--real_root", help="where the paths of --real start; default: its folder")
-    network = sets.add_mutually_exclusive_group()  # without: ImageNet's MobileNetV2
+    add = command("consistency", "does faster sampling follow the masks as well?")
+    add_segmentor("default: the exact run's, else the one stored with the segmentor")
+    add("--exact", required=True, help="--outdir of inference.py --mode exact")
+    add("--run", nargs="+", required=True, help="--outdirs of the same rows, seed and checkpoint")
+    add("--max_drop", type=float, default=0.5, help="points of mIoU that a mode may lose")
+    add("--max_rare_drop", type=float, default=1.5, help="points of IoU that a rare class may lose")
+    add("--rare", type=int, default=3, help="number of rarest classes to look at on their own")
+    add("--draws", type=positive_int, default=2000, help="bootstrap draws for the intervals")
+    add("--seed", type=int, default=0, help="seed of the draws")
+
+    add = command("reference_following", "share of images nearer to their own reference")
+    add("--run", nargs="+", required=True, help="one --outdir of inference.py, or two (set A, set B)")
+    add("--set_a", help="pattern of reference paths in set A, such as 'dubai/*' (needed with one run)")
+    add("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
+
+    add = command("segmentor", "OA, mIoU, mAcc and IoU of every class on real tiles")
+    add_segmentor("default: the one stored with the segmentor")
+    add_real("test tiles")
+
+    add = command("distribution", "FID and KID to real images, with a floor", description="Features are those of "
+                  "ImageNet's MobileNetV2 from PyPI unless a flag names another network.")  # fmt: skip
+    add("--run", required=True, help="--outdir of inference.py")
+    add_classes(add, "of --segmentor; default: the one stored with it")
+    add_real("images (target)")
+    network = add.__self__.add_mutually_exclusive_group()
     network.add_argument("--inception", help=argparse.SUPPRESS)  # of older command lines
     network.add_argument("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="features of a segmentor instead")
     network.add_argument("--vgg", help="file of demo/make/convert_lpips.py: features of ImageNet's VGG16 instead")
-    sets.add_argument("--subsets", type=positive_int, default=100, help="subsets that KID is the mean of")
-    sets.add_argument("--subset_size", type=int, default=1000, help="images in each, at most half of the smaller set")
-    sets.add_argument("--seed", type=int, default=0, help="seed of subsets and parts")
+    add("--subsets", type=positive_int, default=100, help="subsets that KID is the mean of")
+    add("--subset_size", type=int, default=1000, help="images in each, at most half of the smaller set")
+    add("--seed", type=int, default=0, help="seed of subsets and parts")
 
-    diversity = commands.add_parser("diversity", help="LPIPS between samples of one mask and reference", **style)
-    diversity.add_argument("--run", required=True, help="--outdir of inference.py with --num_per_mask 2 or more")
-    diversity.add_argument("--vgg", required=True, help="file of demo/make/convert_lpips.py")
+    add = command("diversity", "LPIPS between samples of one mask and reference")
+    add("--run", required=True, help="--outdir of inference.py with --num_per_mask 2 or more")
+    add("--vgg", required=True, help="file of demo/make/convert_lpips.py")
     return parser
 
 
@@ -115,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         "distribution": images.measure_distribution, "diversity": images.measure_diversity,
     }[args.command]  # fmt: skip
     results, table = measure(args)
-    folder = Path(args.segmentor[1]).parent if args.run is None else args.run if type(args.run) is str else args.run[0]
-    outdir = Path(args.outdir or Path(folder) / args.command)
+    results = {"measure": args.command, **results, "arguments": vars(args)}
+    place = Path(args.segmentor[1]).parent if args.command == "segmentor" else args.run
+    outdir = Path(args.outdir or Path(place[0] if isinstance(place, list) else place) / args.command)
     outdir.mkdir(parents=True, exist_ok=True)
     write_json(outdir / "results.json", results)
     atomic_write(outdir / "results.md", table)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -86,19 +87,12 @@ class Check:
               + ", ".join(f"{key} {value}" for key, value in numbers.items() if not isinstance(value, dict | list)),
               flush=True)
 
-    def train(self, *arguments: str) -> None:
-        """train.py in this process."""
-        import train
-        code = train.main([*arguments, *(["--gpus", "0"] if self.is_cuda else ["--gpus", ""])])
+    def call(self, program: str, *arguments: str) -> None:
+        """train.py or inference.py in this process."""
+        place = ("--gpus", "0" if self.is_cuda else "") if program == "train" else ("--device", self.device)
+        code = importlib.import_module(program).main([*arguments, *place])
         if code:
-            raise Failed(f"train.py ended with {code}")
-
-    def sample(self, *arguments: str) -> None:
-        """inference.py in this process."""
-        import inference
-        code = inference.main([*arguments, "--device", self.device])
-        if code:
-            raise Failed(f"inference.py ended with {code}")
+            raise Failed(f"{program}.py ended with {code}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -150,25 +144,11 @@ def describe(check: Check) -> dict[str, Any]:
     return found
 
 
-def draw_tiles(folder: Path, pixels: int, count: int = 64) -> None:
-    """A data set drawn by program: the colours of its images follow the classes of their masks."""
-    import numpy as np
-    import yaml
-    from PIL import Image
-    folder.mkdir(parents=True, exist_ok=True)
-    random, rows = np.random.default_rng(0), []
-    colours = random.integers(40, 215, (5, 3))
-    for index in range(count):
-        mask = np.kron(random.integers(0, 5, (4, 4)), np.ones((pixels // 4, pixels // 4), int)).astype(np.uint8)
-        image = (colours[mask] + random.integers(-20, 20, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
-        Image.fromarray(mask).save(folder / f"mask_{index}.png")
-        Image.fromarray(image).save(folder / f"image_{index}.png")
-        rows.append({"source": f"mask_{index}.png", "target": f"image_{index}.png", "prompt": "a road, water",
-                     "ref_image": f"image_{(index + 1) % count}.png"})
-    for name, part in (("train_set_items", rows[:-8]), ("val_set_items", rows[-8:])):
-        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    table = yaml.safe_load((ROOT / "configs/classes/mini.yaml").read_text(encoding="utf-8"))
-    (folder / "classes.yaml").write_text(yaml.safe_dump(table), encoding="utf-8")
+def write_data(folder: Path, pixels: int) -> None:
+    """Drawn tiles with the class table of the small model."""
+    from benchmarks.measure import write_tiles
+    write_tiles(folder, pixels, 64, "a road, water")
+    (folder / "classes.yaml").write_bytes((ROOT / "configs/classes/mini.yaml").read_bytes())
 
 
 def train_config(check: Check, name: str) -> dict[str, Any]:
@@ -178,12 +158,12 @@ def train_config(check: Check, name: str) -> dict[str, Any]:
              "model.params.autoencoder.params.ch=8"] if name == "mini_autoencoder" else []  # fmt: skip
     init = ["init=null"] if name.startswith("mini") and name != "mini_autoencoder" else []
     files = [f"configs/train/{file}.yaml" for file in (BENEATH.get(name), name) if file]
-    check.train("--config_model", f"configs/model/{CONFIGS[name]}.yaml", "-b", *files, "-p", str(run), "--data_root",
-                str(check.out / "tiles"), "--train_txt_file", str(check.out / "tiles/train_set_items.json"),
-                "data.params.batch_size=2",
-                "data.params.size=[16,16]", "data.params.num_workers=0", "lightning.trainer.max_steps=2",
-                "lightning.trainer.limit_val_batches=1",
-                "lightning.trainer.enable_progress_bar=false", "training.cache_latents=null", *small, *init)
+    check.call(
+        "train", "--config_model", f"configs/model/{CONFIGS[name]}.yaml", "-b", *files, "-p", str(run), "--data_root",
+        str(check.out / "tiles"), "--train_txt_file", str(check.out / "tiles/train_set_items.json"),
+        "data.params.batch_size=2", "data.params.size=[16,16]", "data.params.num_workers=0",
+        "lightning.trainer.max_steps=2", "lightning.trainer.limit_val_batches=1",
+        "lightning.trainer.enable_progress_bar=false", "training.cache_latents=null", *small, *init)
     if not (run / "checkpoints/last.safetensors").is_file():
         raise Failed("no export")
     return {}
@@ -209,14 +189,14 @@ def read_run(check: Check) -> tuple[int, float]:
 
 def train_mini(check: Check) -> dict[str, Any]:
     """The first third of the steps."""
-    check.train(*mini_arguments(check), f"lightning.trainer.max_steps={check.steps // 3}")
+    check.call("train", *mini_arguments(check), f"lightning.trainer.max_steps={check.steps // 3}")
     return {"steps": read_run(check)[0]}
 
 
 def resume_mini(check: Check) -> dict[str, Any]:
     """The others from the checkpoint; their speed includes loading, validation and saving."""
     before = read_run(check)
-    check.train("-r", str(check.out / "mini"), f"lightning.trainer.max_steps={check.steps}")
+    check.call("train", "-r", str(check.out / "mini"), f"lightning.trainer.max_steps={check.steps}")
     after = read_run(check)
     if after[0] != check.steps:
         raise Failed(f"step {after[0]} instead of {check.steps}")
@@ -228,7 +208,7 @@ def resume_mini(check: Check) -> dict[str, Any]:
 def sample_mini(check: Check, name: str, *extra: str) -> dict[str, Any]:
     """Images of all rows in the mode `fast`."""
     began, count = time.monotonic(), 8
-    check.sample("--ckpt", str(check.out / "mini/checkpoints/last.safetensors"), "--data_root",
+    check.call("inference", "--ckpt", str(check.out / "mini/checkpoints/last.safetensors"), "--data_root",
                  str(check.out / "tiles"), "--txt_file", str(check.out / "tiles/val_set_items.json"), "--outdir",
                  str(check.out / name), "--mode", "fast", *extra)  # fmt: skip
     found = len(list((check.out / name / "images").glob("*.png")))
@@ -261,8 +241,11 @@ def run_out_of_memory(check: Check) -> dict[str, Any]:
 
 def measure_rows(check: Check) -> Iterator[tuple[str, Callable[[], dict[str, Any]], float]]:
     """The most telling rows of benchmarks/bench_gpu.py, and one training step at the size of Stable Diffusion 1.5."""
-    from benchmarks import bench_gpu, bench_training, measure
+    from benchmarks import bench_gpu
     machine = bench_gpu.Machine(argparse.Namespace(device=check.device, tiny=check.args.tiny))
+
+    def rounded(line: dict[str, Any]) -> dict[str, Any]:
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
 
     def ceilings() -> dict[str, Any]:
         lines = list(bench_gpu.ceilings(machine))
@@ -270,23 +253,11 @@ def measure_rows(check: Check) -> Iterator[tuple[str, Callable[[], dict[str, Any
                 "copy_gb_a_second": round(lines[1]["gb_a_second"], 1), "attention": lines[2:]}
 
     def forward() -> dict[str, Any]:
-        line = bench_gpu.forward_line(machine, 1 if check.args.tiny else 8, layout="nhwc", weights="float32",
-                                      compile="no", attention="sdpa")
-        return {key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}
+        return rounded(bench_gpu.forward_line(machine, 1 if check.args.tiny else 8, layout="nhwc", weights="float32",
+                                              compile="no", attention="sdpa"))
 
     def step() -> dict[str, Any]:
-        size, batch = ("tiny", 1) if check.args.tiny else ("full", 4)
-        args = argparse.Namespace(size=size, device=check.device, batch=batch, num_workers=0)
-        bench_training.write_tiles(check.out / "tiles", machine.size.pixels, 8)
-        training = bench_training.Training("ours_checkpointing", args, check.out / "tiles")
-        data = next(training.batches())
-        training.step(data)
-        seconds = machine.clock.measure(lambda: training.step(data))
-        gflop = bench_training.gflop_per_sample("ours_checkpointing", args) * batch
-        share = gflop / seconds / machine.ceiling if machine.ceiling else 0.0
-        peak = measure.peak_memory(lambda: training.step(data), check.device)
-        return {"samples_a_second": round(batch / seconds, 3), "share_of_matmul": round(share, 3), "batch": batch,
-                "peak_mib": round(peak)}
+        return rounded(bench_gpu.training_line(machine, "ours_checkpointing", 1 if check.args.tiny else 4))
 
     yield "matrix product, copy, attention", ceilings, 5
     yield "network of SD1.5 size, one forward", forward, 25
@@ -303,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(ROOT)
     check = Check(args)
     check.step("environment", lambda: describe(check))
-    check.step("data", lambda: draw_tiles(check.out / "tiles", 16 if args.tiny else 128))
+    check.step("data", lambda: write_data(check.out / "tiles", 16 if args.tiny else 128))
     for name in CONFIGS:
         check.step(f"config {name}", lambda name=name: train_config(check, name))
     for name, why in NOT_HERE.items():

@@ -92,14 +92,13 @@ def write_folder(out: Path, seed: int, is_json: bool) -> None:
     SD3Transformer2DModel(**TRANSFORMER).save_pretrained(out / "transformer")
     AutoencoderKL(**VAE).save_pretrained(out / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(out / "scheduler")
-    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.41.0"}
-    for part in ("scheduler", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2",
-                 "tokenizer_3", "transformer", "vae"):
-        index[part] = ["diffusers" if part in ("scheduler", "transformer", "vae") else "transformers", {
-            "scheduler": "FlowMatchEulerDiscreteScheduler", "transformer": "SD3Transformer2DModel",
-            "vae": "AutoencoderKL", "text_encoder": "CLIPTextModelWithProjection",
-            "text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel",
-            "tokenizer_3": "T5TokenizerFast"}.get(part, "CLIPTokenizer")]
+    clip, models = "CLIPTextModelWithProjection", {
+        "scheduler": "FlowMatchEulerDiscreteScheduler", "transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
+    words = {"text_encoder": clip, "text_encoder_2": clip, "text_encoder_3": "T5EncoderModel",
+             "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast"}
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.41.0",
+             **{part: ["diffusers", name] for part, name in models.items()},
+             **{part: ["transformers", name] for part, name in words.items()}}
     (out / "model_index.json").write_text(json.dumps(index, indent=1))  # last: the folder is complete
 
 

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
@@ -141,11 +140,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("; ".join(wrong) + ". See --help.")
 
 
-def stop(*_: Any) -> None:
-    """Turn SIGTERM into an exit that ends the running processes."""
-    sys.exit(143)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not finished, then write the report."""
     args = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
@@ -155,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(runner.describe())
         return
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the running processes
     runner.run(args.overwrite)
     logger.info("%s\nwritten to %s", write_report(plan), plan.outdir / "report.html")
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import add_classes, natural, positive_int  # noqa: E402
+from ldm.cli import add_classes, fraction, natural, positive_int  # noqa: E402
 from ldm.data.bands import add_reading_flags, make_reading  # noqa: E402
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask  # noqa: E402
 from ldm.data.images import ImageInfo, find_images, open_image  # noqa: E402
@@ -52,18 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--txt_file", type=Path, help="manifest whose images (target) get masks, instead of --images")
     add("--data_root", type=Path, help="where the paths of --txt_file start (default: its folder)")
     add("--outdir", type=Path, required=True, help="output folder")
-    add("--threshold", type=float, default=0.0, help="pixels of a lower probability are ignored (default: all count)")
+    add("--threshold", type=fraction, default=0.0, help="pixels of a lower probability are ignored (default: none)")
     add("--buildings", type=Path, help="output of convert_buildings.py coco_to_masks: predicted buildings become "
         "--background, these are drawn over (by stems)")
     add("--building", default="building", help="name of the class of buildings (default: %(default)s)")
     add("--background", default="background", help="name of the background class (default: %(default)s)")
-    add("--max_background", type=float, help="keep masks with a smaller share of background only (default: all)")
+    add("--max_background", type=fraction, help="keep masks with a smaller share of background only (default: all)")
     add("--window", type=positive_int, default=1024, help="side of the windows that larger images are predicted by, "
         "pixels (default: %(default)s)")  # fmt: skip
     add("--overlap", type=natural, default=128, help="pixels that neighbouring windows share (default: %(default)s)")
     add("--polygons", choices=("geojson", "gpkg"), help="write the outlines of the classes of every GeoTIFF, too")
-    add("--batch_size", type=int, default=8, help="images at once (default: %(default)s)")
-    add("--num_threads", type=int, default=4, help="threads that read files (default: %(default)s)")
+    add("--batch_size", type=positive_int, default=8, help="images at once (default: %(default)s)")
+    add("--num_threads", type=positive_int, default=4, help="threads that read files (default: %(default)s)")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1, ... (default: %(default)s)")
     add_reading_flags(parser.add_argument_group("images that are not 8-bit RGB").add_argument)
     add("-d", "--debug", action="store_true", help="show the traceback of an error")
@@ -150,9 +150,8 @@ def open_folder(args: argparse.Namespace, table: ClassTable) -> None:
 def predict_missing(args: argparse.Namespace, segmentor: "Segmentor", table: ClassTable, targets: dict[Path, Path],
                     infos: dict[Path, ImageInfo]) -> None:
     """Write the masks (image -> file) that do not exist yet."""
-    from post_processing.evaluation.pseudo_masks import burn_in, predict_classes
     from post_processing.segmentation.loading import stream_batches
-    from post_processing.segmentation.scenes import predict_scene
+    from post_processing.segmentation.scenes import predict_classes, predict_scene
 
     known = read_known(args, list(targets))
     if known:
@@ -196,6 +195,17 @@ def predict_missing(args: argparse.Namespace, segmentor: "Segmentor", table: Cla
                 finish(path, predict_scene(segmentor, image, args.window, args.overlap, args.batch_size,
                                            args.threshold))  # fmt: skip
             bar.update()
+
+
+def burn_in(mask: np.ndarray, known: np.ndarray, building: int, background: int) -> np.ndarray:
+    """Replace predicted buildings by known ones: predicted ones become background first.
+
+    Args:
+        mask: (H, W) uint8 class ids.
+        known: (H, W) bool, true where a building is known to be.
+        building, background: their class ids; background may be 255.
+    """
+    return np.where(known, building, np.where(mask == building, background, mask)).astype(np.uint8)
 
 
 def write_target(target: Path, info: ImageInfo, rows: Iterable[tuple[int, np.ndarray]], table: ClassTable) -> None:
@@ -246,11 +256,6 @@ def choose_pairs(args: argparse.Namespace, table: ClassTable,
 def main(argv: list[str] | None = None) -> None:
     """Predict what is missing, write the manifest and say what was kept."""
     args = build_parser().parse_args(argv)
-    for flag in ("threshold", "max_background"):
-        if not 0 <= (getattr(args, flag) or 0) <= 1:
-            raise UserError(f"--{flag} {getattr(args, flag)}: expected 0..1.")
-    if min(args.batch_size, args.num_threads) < 1:
-        raise UserError("--batch_size, --num_threads: expected 1 or more.")
     if args.window < 64 or 2 * args.overlap > args.window:
         raise UserError(f"--window {args.window} --overlap {args.overlap}: expected windows of 64 pixels or more "
                         "that share at most half.")

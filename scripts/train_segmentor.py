@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
-from ldm.cli import add_classes  # noqa: E402
+from ldm.cli import add_classes, positive_float  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.segmentation.dlc_training import ESTIMATORS  # noqa: E402
 from post_processing.segmentation.mixing import MIXES  # noqa: E402
@@ -38,10 +38,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--mask_folder", help="folder of masks with the stems of the images")
     add("--synthetic_txt_file", help="manifest of synthesized pairs, as resample.py writes")
     add("--synthetic_root", help="where its paths start (default: its folder)")
-    add(
-        "--synthetic_ratio", type=float, default=1.0, help="synthesized images for each real one in every batch when "
-        "both are given: 1 = half and half, 3 = three quarters; the numbers of files do not matter",
-    )  # fmt: skip
+    add("--synthetic_ratio", type=positive_float, default=1.0, help="synthesized images for each real one in every "
+        "batch when both are given: 1 = half and half, 3 = three quarters; the numbers of files do not matter")
     add("--augment", choices=("none", *MIXES), default="none", help="mix pairs of the training set, half of the time")
     add("--noise_correction", choices=ESTIMATORS, default="none", help="correct the loss of synthesized pixels by "
         "how often their labels are wrong: found by hoc (neighbours in feature space, no further labels), audit (masks "

@@ -12,8 +12,7 @@ from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import open_image
 from ldm.data.manifest import read_manifest
 from ldm.util import UserError
-from post_processing.evaluation.pseudo_masks import predict_classes
-from post_processing.segmentation.scenes import predict_scene, window_spans, window_weights
+from post_processing.segmentation.scenes import predict_classes, predict_scene, window_spans, window_weights
 
 rasterio = pytest.importorskip("rasterio")
 pytest.importorskip("mmseg")

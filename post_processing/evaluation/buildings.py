@@ -75,9 +75,8 @@ def coco_masks() -> Any:
     try:
         import pycocotools.mask as masks
     except ImportError as error:
-        raise UserError(
-            f"pycocotools cannot be imported ({error}). Expected the packages of requirements/seg.txt. Install them."
-        ) from error
+        raise UserError(f"pycocotools cannot be imported ({error}). Expected the packages of requirements/seg.txt. "
+                        "Install them.") from error
     return masks
 
 
@@ -91,9 +90,8 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
     return coco_masks().decode(rle).astype(bool)
 
 
-def read_coco(
-    path: str | Path, categories: Sequence[str] = (), truth: str | Path | None = None, crowds_are_objects: bool = False
-) -> dict[str, Scene]:
+def read_coco(path: str | Path, categories: Sequence[str] = (), truth: str | Path | None = None,
+              crowds_are_objects: bool = False) -> dict[str, Scene]:
     """Read annotations: polygons of any number of parts, RLE (compressed or not), crowds, images without buildings.
 
     Args:
@@ -161,10 +159,8 @@ def choose_categories(known: Sequence[Mapping[str, Any]], names: Sequence[str], 
     """Ids of the named categories, of the only one if none is named; UserError for unknown or missing names."""
     ids = {str(one["name"]): one["id"] for one in known}
     if (not names and len(ids) != 1) or not set(names) <= set(ids):
-        raise UserError(
-            f"{path}: categories {', '.join(sorted(ids))}; wanted: {', '.join(names) or 'not given'}. Expected names "
-            "from the file. Choose those of buildings with --categories."
-        )
+        raise UserError(f"{path}: categories {', '.join(sorted(ids))}; wanted: {', '.join(names) or 'not given'}. "
+                        "Expected names from the file. Choose those of buildings with --categories.")
     return {ids[name] for name in names or ids}
 
 
@@ -306,15 +302,15 @@ def join_rings(rings: Sequence[np.ndarray]) -> np.ndarray:
     return joined
 
 
-def yolo_lines(scene: Scene, class_index: int = 0) -> list[str]:
-    """Lines `class x y x y ...` of a YOLO-seg label file, coordinates as shares of width and height; no crowds."""
+def yolo_lines(scene: Scene) -> list[str]:
+    """Lines `0 x y x y ...` of a YOLO-seg label file, coordinates as shares of width and height; no crowds."""
     height, width = scene.size
     lines = []
     for instance in scene.instances:
         outer, holes = trace_rings(decode(instance.rle))
         if outer and not instance.is_crowd:
             points = join_rings([*outer, *holes]) / (width, height)
-            lines.append(" ".join([str(class_index), *(f"{value:.6f}" for value in points.ravel())]))
+            lines.append(" ".join(["0", *(f"{value:.6f}" for value in points.ravel())]))
     return lines
 
 
@@ -354,9 +350,8 @@ def key_by_stem(scenes: Mapping[str, Scene], what: str) -> dict[str, Scene]:
     return {Path(name).stem: scene for name, scene in scenes.items()}
 
 
-def score_instances(
-    truth: Mapping[str, Scene], predicted: Mapping[str, Scene], threshold: float = 0.5
-) -> dict[str, Any]:
+def score_instances(truth: Mapping[str, Scene], predicted: Mapping[str, Scene],
+                    threshold: float = 0.5) -> dict[str, Any]:
     """F1 over all images of the truth (file name -> scene); images without predictions count as missed.
 
     Predictions belong to the image of their file name or, if one has no such image, all to that of their stem: made

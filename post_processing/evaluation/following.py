@@ -24,9 +24,9 @@ from post_processing.evaluation.scores import (
     position,
     score_pairs,
 )
-from post_processing.run_index import Sample, plain_arguments, read_mask_at, read_run, run_batches
+from post_processing.run_index import Sample, read_mask_at, read_run, run_batches
 from post_processing.segmentation.dataset import list_pairs
-from post_processing.segmentation.loading import image_batches, predict_batches
+from post_processing.segmentation.loading import map_images, predict_batches
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
@@ -37,10 +37,8 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     table = segmentor.class_table
     run_table = ClassTable.load(run["class_table"]) if run.get("class_table") else table
     if not same_names(run_table.names, table.names):
-        raise UserError(
-            f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
-            f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}."
-        )
+        raise UserError(f"--segmentor: it knows the classes {', '.join(table.names)}. Expected those of the run, "
+                        f"{', '.join(run_table.names)}. Train a segmentor with the run's class table {run_table.name}.")
     pairs = list_pairs(table, manifest=args.real, data_root=args.real_root or Path(args.real).parent)
     real = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     synthesized, shuffled = score_run(samples, run_table, segmentor, args)
@@ -48,7 +46,6 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
     floor = mean_of(floors)
     synthesized_result = synthesized.result()
     results = {
-        "measure": "mask_following",
         "metric": "mmseg IoUMetric, percent, 255 ignored",
         "class_table": table.name,
         "real": real,
@@ -58,7 +55,6 @@ def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], st
         "position": position(synthesized_result["mIoU"], floor["mIoU"], real["mIoU"]),
         "images": {"real": len(pairs), "synthesized": len(samples), "masks": len({(s.mask, s.size) for s in samples})},
         "sizes": sorted({sample.size for sample in samples}),
-        "arguments": plain_arguments(args),
         "checkpoint": run.get("settings", {}),
     }
     return results, mask_table(results)
@@ -71,13 +67,12 @@ def measure_segmentor(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     score = score_pairs(segmentor, pairs, args.batch_size, args.num_threads)
     score = {"OA": score["aAcc"], **score}
     rows = [(key, score[key]) for key in ("OA", "mIoU", "mAcc")] + [(f"IoU {k}", v) for k, v in score["IoU"].items()]
-    results = {"measure": "segmentor", "metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
-    return results | {"arguments": plain_arguments(args)}, markdown_table(["", "%"], rows)
+    results = {"metric": "mmseg IoUMetric, percent, 255 ignored", "images": len(pairs), **score}
+    return results, markdown_table(["", "%"], rows)
 
 
-def score_run(
-    samples: Sequence[Sample], table: ClassTable, segmentor: Segmentor, args: argparse.Namespace
-) -> tuple[SegmentationScore, list[SegmentationScore]]:
+def score_run(samples: Sequence[Sample], table: ClassTable, segmentor: Segmentor,
+              args: argparse.Namespace) -> tuple[SegmentationScore, list[SegmentationScore]]:
     """Score images against their own masks and, in the same pass, against each shuffling of the masks.
 
     Masks are shuffled as wholes: all images of one mask are held against the same other mask.
@@ -91,7 +86,7 @@ def score_run(
     @lru_cache(maxsize=2048)
     def mask_of(number: int) -> torch.Tensor:
         path, size = keys[number]
-        return torch.from_numpy(read_mask_at(path, table, size).copy())
+        return torch.from_numpy(read_mask_at(path, table, size))
 
     batches = run_batches(samples, table, args.batch_size, args.num_threads)
     for batch, prediction, masks in predict_batches(segmentor, batches):
@@ -140,19 +135,16 @@ def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any
     """Compare colour statistics of images of the same masks generated with two sets of references."""
     set_a, set_b = select_sets(args)
     pairs = pair_by_mask(set_a, set_b)
-    statistics = make_statistics({path for pair in pairs for s in pair for path in (s.image, s.reference)}, args)
-
-    def stack(paths: list[Path]) -> torch.Tensor:
-
-        return torch.stack([statistics[path] for path in paths])
-
-    image_a, image_b = stack([a.image for a, _ in pairs]), stack([b.image for _, b in pairs])
-    reference_a, reference_b = stack([a.reference for a, _ in pairs]), stack([b.reference for _, b in pairs])
+    device = choose_device(args.device)
+    statistics = map_images(sorted({path for pair in pairs for s in pair for path in (s.image, s.reference)}),
+                            lambda images: colour_statistics(images.to(device)), args.batch_size, args.num_threads)
+    image_a, image_b, reference_a, reference_b = (
+        torch.stack([statistics[path] for path in paths])
+        for paths in zip(*((a.image, b.image, a.reference, b.reference) for a, b in pairs), strict=True))
     result_a = compare_references(image_a, reference_a, reference_b)
     result_b = compare_references(image_b, reference_b, reference_a)
     count = result_a["pairs"] + result_b["pairs"]
     results = {
-        "measure": "reference_following",
         "metric": "Euclidean distance of (mean, standard deviation) of CIE L*, a*, b* (D65), 6 numbers an image",
         "A": result_a,
         "B": result_b,
@@ -162,7 +154,6 @@ def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any
         "masks": len({(a.mask, a.size) for a, _ in pairs}),
         "images": {"A": len({a.image for a, _ in pairs}), "B": len({b.image for _, b in pairs})},
         "references": {"A": len({a.reference for a, _ in pairs}), "B": len({b.reference for _, b in pairs})},
-        "arguments": plain_arguments(args),
     }
     return results, reference_table(results)
 
@@ -174,9 +165,8 @@ def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
         UserError: if the flags do not define two sets, a set is empty, or a sample lies in both.
     """
     if len(args.run) > 2 or (len(args.run) == 1 and not (args.set_a and args.set_b)):
-        raise UserError(
-            "--run: expected two runs, or one run with both --set_a and --set_b (patterns of reference paths)."
-        )
+        raise UserError("--run: expected two runs, or one run with both --set_a and --set_b (patterns of reference "
+                        "paths).")
     runs = [read_run(folder, args.data_root)[0] for folder in args.run]
 
     def select(samples: list[Sample], pattern: str | None) -> list[Sample]:
@@ -189,9 +179,8 @@ def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
             raise UserError(f"{flag} {getattr(args, flag[2:])}: no sample with such a reference. Check the pattern.")
     both = {s.image for s in set_a} & {s.image for s in set_b}
     if both:
-        raise UserError(
-            f"--set_a, --set_b: {len(both)} samples lie in both sets. Expected separate sets. Narrow a pattern."
-        )
+        raise UserError(f"--set_a, --set_b: {len(both)} samples lie in both sets. Expected separate sets. Narrow a "
+                        "pattern.")
     return set_a, set_b
 
 
@@ -204,15 +193,6 @@ def pair_by_mask(set_a: Sequence[Sample], set_b: Sequence[Sample]) -> list[tuple
     if not pairs:
         raise UserError("--run: no mask has images with references of both sets. Expected the same masks in both.")
     return pairs
-
-
-def make_statistics(paths: set[Path], args: argparse.Namespace) -> dict[Path, torch.Tensor]:
-    """Colour statistics of every file, batched over files of one size."""
-    device = choose_device(args.device)
-    result: dict[Path, torch.Tensor] = {}
-    for batch, images in image_batches(sorted(paths), args.batch_size, args.num_threads):
-        result.update(zip(batch, colour_statistics(images.to(device)).cpu(), strict=True))
-    return result
 
 
 def reference_table(results: dict[str, Any]) -> str:

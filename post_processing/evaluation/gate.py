@@ -10,14 +10,13 @@ import numpy as np
 from ldm.cli import markdown_table
 from ldm.util import UserError
 from post_processing.evaluation.scores import class_areas, iou_of, mean_iou
-from post_processing.run_index import Sample, plain_arguments, read_run, run_batches
+from post_processing.run_index import Sample, read_run, run_batches
 from post_processing.segmentation.loading import predict_batches
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
 
 
-def paired_drops(
-    exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], draws: int = 2000, seed: int = 0
-) -> dict[str, np.ndarray]:
+def paired_drops(exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], draws: int = 2000,
+                 seed: int = 0) -> dict[str, np.ndarray]:
     """How much lower the IoUs of other images of the same masks and noise are.
 
     The bootstrap draws groups (all images of one mask) with replacement, for both sides the same ones, so that what
@@ -26,8 +25,7 @@ def paired_drops(
     Args:
         exact, other: class_areas of the pairs, (N, 3, K).
         groups: group of each pair; those of a group are not independent.
-        draws: number of bootstrap draws.
-        seed: seed of the draws.
+        draws, seed: of the bootstrap.
 
     Returns:
         `mIoU` (3,) and `IoU` (K, 3): drop in points, lower and upper end of its 95 % interval; NaN for classes that no
@@ -64,10 +62,8 @@ def verdict(drop: Sequence[float], limit: float) -> str:
     return "pass" if drop[2] < limit else "open" if drop[0] < limit else "fail"
 
 
-def judge(
-    exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], class_names: Sequence[str],
-    max_drop: float, rare: int, max_rare_drop: float, draws: int, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+def judge(exact: np.ndarray, other: np.ndarray, groups: Sequence[Hashable], class_names: Sequence[str], max_drop: float,
+          rare: int, max_rare_drop: float, draws: int, seed: int) -> dict[str, Any]:
     """One line of the gate's table.
 
     Args:
@@ -110,23 +106,20 @@ def measure_consistency(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     exact_areas = measure_areas(exact.values(), segmentor, args)
     metric = "paired drop of IoU in points, 95 % bootstrap interval"
     fingerprint = exact_run.get("settings", {})
-    results: dict[str, Any] = {"measure": "consistency", "metric": metric, "exact": fingerprint, "runs": {}}
+    results: dict[str, Any] = {"metric": metric, "exact": fingerprint, "runs": {}}
     for folder in args.run:
         others, run = read_run(folder, args.data_root)
         check_same_conditions(folder, run, exact_run)
         other = order_pairs(others)
         if other.keys() != exact.keys():
-            raise UserError(
-                f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} images."
-                " Expected the same rows, copies and seed in both. Finish both runs."
-            )
+            raise UserError(f"--run: {folder} and --exact {args.exact} differ in {len(other.keys() ^ exact.keys())} "
+                            "images. Expected the same rows, copies and seed in both. Finish both runs.")
         areas = measure_areas(other.values(), segmentor, args)
         groups = [sample.mask for sample in exact.values()]
         line = judge(exact_areas, areas, groups, segmentor.class_table.names, args.max_drop, args.rare,
                      args.max_rare_drop, args.draws, args.seed)  # fmt: skip
         results["runs"][folder] = line | {"fingerprint": run.get("settings", {})}
-    results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()}),
-                "arguments": plain_arguments(args)}  # fmt: skip
+    results |= {"pictures": len(exact), "masks": len({sample.mask for sample in exact.values()})}
     return results, consistency_table(results, args)
 
 
@@ -141,22 +134,18 @@ def check_same_conditions(folder: str, run: dict[str, Any], exact: dict[str, Any
     names = ("checkpoint_sha256", "config_sha256", "inputs_sha256", "dataset", "H", "W", "seed", "fixed_code")
     different = [name for name in names if one.get(name) != other.get(name)]
     if different:
-        raise UserError(
-            f"--run: {folder} was generated with another {', '.join(different)} than --exact. Expected other"
-            " sampling settings only. Generate it again."
-        )
+        raise UserError(f"--run: {folder} was generated with another {', '.join(different)} than --exact. Expected "
+                        "other sampling settings only. Generate it again.")
 
 
 def measure_areas(samples: Iterable[Sample], segmentor: Segmentor, args: argparse.Namespace) -> np.ndarray:
     """Areas of right, predicted and true pixels a class of every sample, (N, 3, K); see class_areas."""
-    samples, table = list(samples), segmentor.class_table
-    areas = np.zeros((len(samples), 3, table.num_classes))
-    number_of = {sample.image: number for number, sample in enumerate(samples)}
+    samples, table, areas = list(samples), segmentor.class_table, {}
     batches = run_batches(samples, table, args.batch_size, args.num_threads)
     for batch, prediction, masks in predict_batches(segmentor, batches):
-        numbers = [number_of[loaded.pair.image] for loaded in batch]
-        areas[numbers] = class_areas(prediction, masks, table.num_classes, table.ignore_index)
-    return areas
+        found = class_areas(prediction, masks, table.num_classes, table.ignore_index)
+        areas.update(zip((loaded.pair.image for loaded in batch), found, strict=True))
+    return np.stack([areas[sample.image] for sample in samples])
 
 
 def consistency_table(results: dict[str, Any], args: argparse.Namespace) -> str:

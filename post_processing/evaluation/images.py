@@ -5,7 +5,7 @@ Inception network on the same real images may be held against published ones: se
 """
 
 import argparse
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from ldm.cli import choose_device, markdown_table
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
-from post_processing.run_index import plain_arguments, read_run
-from post_processing.segmentation.backbone import find_imagenet_weights, load_imagenet_backbone
-from post_processing.segmentation.loading import image_batches
+from post_processing.run_index import read_run
+from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone
+from post_processing.segmentation.loading import map_images
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg, segmentor_of
 
 Extract = Callable[[torch.Tensor], torch.Tensor]
@@ -57,17 +57,15 @@ def frechet_distance(features: np.ndarray, other: np.ndarray) -> float:
     return max(float(metric.compute()), 0.0)
 
 
-def kernel_distance(
-    features: np.ndarray, other: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def kernel_distance(features: np.ndarray, other: np.ndarray, subsets: int = 100, subset_size: int = 1000,
+                    seed: int = 0) -> tuple[float, float]:
     """KID: mean and standard deviation of the unbiased squared maximum mean discrepancy over random subsets.
 
     Args:
         features, other: (N, D) and (M, D).
-        subsets: number of draws.
+        subsets, seed: number and seed of the draws.
         subset_size: rows drawn from each set without replacement; at most half of the smaller set, for draws of all
             of its rows would have no spread.
-        seed: seed of the draws.
     Raises:
         ValueError: for sets of fewer than two rows.
     Source: Binkowski et al. 2018, as torchmetrics computes it.
@@ -95,8 +93,7 @@ def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **dra
 
     Args:
         real, synthesized: features, (N, D) and (M, D).
-        seed: seed of the parts and the draws.
-        draws: subsets and subset_size, see kernel_distance.
+        seed, draws: of the parts and the subsets (see kernel_distance).
 
     Returns:
         `all`, `same_size`, `floor`, each with fid, kid (mean), kid_sd, and the numbers of images.
@@ -120,15 +117,7 @@ def compare_sets(real: np.ndarray, synthesized: np.ndarray, seed: int = 0, **dra
 
 
 def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
-    """What the last layer of a segmentor decides from, averaged over the image.
-
-    Args:
-        segmentor: the segmentor; its (last) head ends in mmseg's `conv_seg`.
-        images: (B, 3, H, W) uint8 RGB.
-
-    Returns:
-        (B, C) float32.
-    """
+    """What the last layer, `conv_seg`, decides from, averaged: (B, 3, H, W) uint8 RGB -> (B, C) float32."""
     kept: list[torch.Tensor] = []
     last = segmentor.head.conv_seg
     hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].float().mean(dim=(2, 3))))
@@ -139,66 +128,6 @@ def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tens
     return kept[0]
 
 
-def load_mobilenet() -> torch.nn.Module:
-    """MobileNetV2 with ImageNet's weights from the installed package, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: if the package of the weights is not installed.
-        UserError: if MMSegmentation is not.
-    """
-    require_mmseg()
-    from mmseg.models.backbones import MobileNetV2
-
-    network = MobileNetV2(out_indices=(6,))
-    load_imagenet_backbone(network, find_imagenet_weights())
-    network.eval()  # mmseg's returns nothing
-    return network
-
-
-@torch.no_grad()
-def mobilenet_features(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Last stage of MobileNetV2, averaged over the image.
-
-    Args:
-        network: from load_mobilenet.
-        images: (B, 3, H, W) uint8 RGB on its device.
-
-    Returns:
-        (B, 320) float32.
-    """
-    mean, deviation = images.new_tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], dtype=torch.float32)[..., None, None]
-    return network((images - mean) / deviation).mean(dim=(2, 3))
-
-
-def mean_pair_distances(
-    groups: Mapping[Hashable, Sequence[int]],
-    load: Callable[[Sequence[int]], torch.Tensor],
-    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> dict[Hashable, float]:
-    """Mean distance over all pairs of samples in each group of two or more; the others are left out.
-
-    Args:
-        groups: group -> numbers of its samples.
-        load: numbers of samples -> images (B, 3, H, W) in [-1, 1].
-        distance: two batches of images -> (B,).
-    """
-    means = {}
-    for group, members in groups.items():
-        if len(members) > 1:
-            images = load(members)
-            pairs = combinations(range(len(members)), 2)
-            values = [distance(images[a : a + 1], images[b : b + 1]).item() for a, b in pairs]
-            means[group] = float(np.mean(values))
-    return means
-
-
-def read_images(paths: Sequence[Path]) -> torch.Tensor:
-    """Images of one size, (B, 3, H, W) uint8 RGB, in the order of the files."""
-    found = {path: image for batch, images in image_batches(paths, len(paths), 4)
-             for path, image in zip(batch, images, strict=True)}  # fmt: skip
-    return torch.stack([found[path] for path in paths])
-
-
 def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     device = choose_device(args.device)
@@ -206,24 +135,31 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
         segmentor = segmentor_of(args)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
     if not args.vgg:
-        mobilenet = load_mobilenet().to(device)
-        return "MobileNetV2 (320)", lambda images: mobilenet_features(mobilenet, images.to(device))
+        require_mmseg()
+        from mmseg.models.backbones import MobileNetV2
 
+        network = MobileNetV2(out_indices=(6,)).to(device)
+        load_backbone(network, find_imagenet_weights())
+        network.eval()  # mmseg's returns nothing
+        mean, deviation = torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device)[..., None, None]
+        return "MobileNetV2 (320)", torch.no_grad()(
+            lambda images: network((images.to(device) - mean) / deviation).mean(dim=(2, 3)))
     vgg = PerceptualLoss(args.vgg).to(device)
     return "VGG16 relu5_3 (512)", torch.no_grad()(
-        lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3))
-    )
+        lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3)))
 
 
-def read_features(
-    paths: Sequence[Path], extract: Extract, args: argparse.Namespace
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def read_features(paths: Sequence[Path], extract: Extract,
+                  args: argparse.Namespace) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Features of image files, (N, D) float32, in the order of the files, and the (height, width) that occur."""
-    found, sizes = {}, set()
-    for batch, images in image_batches(paths, args.batch_size, args.num_threads):
-        found.update(zip(batch, extract(images).float().cpu().numpy(), strict=True))
+    sizes = set()
+
+    def look(images: torch.Tensor) -> torch.Tensor:
         sizes.add(tuple(images.shape[-2:]))
-    return np.stack([found[path] for path in paths]), sorted(sizes)
+        return extract(images).float()
+
+    found = map_images(paths, look, args.batch_size, args.num_threads)
+    return np.stack([found[path].numpy() for path in paths]), sorted(sizes)
 
 
 def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -235,10 +171,8 @@ def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]
     synthesized, sizes = read_features([sample.image for sample in samples], extract, args)
     results = compare_sets(real, synthesized, args.seed, subsets=args.subsets, subset_size=args.subset_size)
     note = "These are not the published FID and KID: another network. Compare them with each other only."
-    results = {"measure": "distribution", "features": name, "columns": real.shape[1], "note": note, **results,
-               "sizes": {"real": real_sizes, "synthesized": sizes},
-               "arguments": plain_arguments(args),
-               "checkpoint": run.get("settings", {})}  # fmt: skip
+    results = {"features": name, "columns": real.shape[1], "note": note, **results,
+               "sizes": {"real": real_sizes, "synthesized": sizes}, "checkpoint": run.get("settings", {})}
     return results, distribution_table(results)
 
 
@@ -266,23 +200,22 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     samples, run = read_run(args.run, args.data_root)
     device = choose_device(args.device)
     lpips = PerceptualLoss(args.vgg).to(device)
-    groups: dict[Any, list[int]] = {}
-    for number, sample in enumerate(samples):
-        groups.setdefault((sample.mask, sample.reference, sample.size), []).append(number)
-    with torch.no_grad():
-        means = list(mean_pair_distances(
-            groups, lambda numbers: read_images([samples[number].image for number in numbers]).to(device) / 127.5 - 1,
-            lpips,
-        ).values())  # fmt: skip
+    groups: dict[Any, list[Path]] = {}
+    for sample in samples:
+        groups.setdefault((sample.mask, sample.reference, sample.size), []).append(sample.image)
+    means = []
+    for paths in (paths for paths in groups.values() if len(paths) > 1):
+        found = map_images(paths, lambda images: images, len(paths), 4)
+        images = [found[path][None].to(device) / 127.5 - 1 for path in paths]
+        with torch.no_grad():
+            means.append(float(np.mean([lpips(one, two).item() for one, two in combinations(images, 2)])))
     if not means:
         raise UserError(f"--run {args.run}: one sample a mask and reference. Expected two or more. Generate with "
                         "--num_per_mask 4.")  # fmt: skip
     pairs = sum(len(one) * (len(one) - 1) // 2 for one in groups.values())
     error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
-    results = {"measure": "diversity", "metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
-               "standard_error": error, "groups": len(means), "pairs": pairs,
-               "arguments": plain_arguments(args),
-               "checkpoint": run.get("settings", {})}  # fmt: skip
+    results = {"metric": "LPIPS (VGG16, version 0.1)", "lpips": float(np.mean(means)),
+               "standard_error": error, "groups": len(means), "pairs": pairs, "checkpoint": run.get("settings", {})}
     plus = "" if error is None else f" ± {error:.4f} (standard error over masks)"
     return results, (f"LPIPS diversity {results['lpips']:.4f}{plus}: {pairs} pairs of samples of {len(means)} masks "
                      "with one reference each. 0 = all samples are the same; VGG16, not AlexNet.\n")  # fmt: skip

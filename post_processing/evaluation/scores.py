@@ -16,16 +16,9 @@ WHITE_D65 = (0.95047, 1.0, 1.08883)
 
 
 def class_areas(prediction: torch.Tensor, mask: torch.Tensor, num_classes: int, ignore_index: int = 255) -> np.ndarray:
-    """Pixels of each class in every image, as needed for its IoU.
+    """Right, predicted and true pixels of each class in every image: twice (B, H, W) integer -> (B, 3, K) float64.
 
-    Args:
-        prediction: class ids, (B, H, W) integer.
-        mask: true class ids, (B, H, W) integer; ignore_index where there is none.
-        num_classes: K.
-        ignore_index: marks pixels that do not count.
-
-    Returns:
-        (B, 3, K) float64: right pixels, predicted pixels, true pixels.
+    Pixels where the mask is ignore_index do not count.
     """
     mask, prediction = mask.to(prediction.device).long(), prediction.long()
     counted = mask != ignore_index
@@ -62,18 +55,10 @@ class SegmentationScore:
         self.areas = np.zeros((3, len(self.class_names)))
 
     def add(self, prediction: torch.Tensor, mask: torch.Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            prediction: class ids, (B, H, W) integer.
-            mask: true class ids, (B, H, W) integer; ignore_index where there is none.
-        Raises:
-            ValueError: if the shapes differ.
-        """
+        """Count a batch of class ids, both (B, H, W) integer; ValueError if the shapes differ."""
         if prediction.shape != mask.shape:
-            raise ValueError(
-                f"score: prediction {tuple(prediction.shape)}, mask {tuple(mask.shape)}. Expected equal shapes."
-            )
+            raise ValueError(f"score: prediction {tuple(prediction.shape)}, mask {tuple(mask.shape)}. Expected equal "
+                             "shapes.")
         self.areas += class_areas(prediction, mask, len(self.class_names), self.ignore_index).sum(axis=0)
 
     def result(self) -> dict[str, Any]:
@@ -106,20 +91,10 @@ class SegmentationScore:
         }
 
 
-def score_pairs(
-    segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
-) -> dict[str, Any]:
-    """Score a segmentor on real pairs, masks brought to the size of their images.
+def score_pairs(segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int) -> dict[str, Any]:
+    """Score a segmentor on real pairs (see SegmentationScore.result); UserError naming those that cannot be read.
 
-    Args:
-        segmentor: the segmentor.
-        pairs: the files; masks are read with the segmentor's class table.
-        batch_size: images at once.
-        workers: threads that read.
-    Returns:
-        See SegmentationScore.result.
-    Raises:
-        UserError: naming pairs that cannot be read.
+    Masks are read with the segmentor's class table and brought to the size of their images.
     """
     table, problems = segmentor.class_table, []
     score = SegmentationScore(table.names, table.ignore_index)
@@ -137,7 +112,7 @@ def derange(groups: Sequence[Any], seed: int) -> list[int]:
 
     Args:
         groups: one hashable value per item (the size of a mask); items swap only with items of the same value.
-        seed: seed of the permutation.
+        seed: of the permutation.
     Returns:
         For each item the index of the item that takes its place.
     Raises:
@@ -150,9 +125,8 @@ def derange(groups: Sequence[Any], seed: int) -> list[int]:
         members.setdefault(group, []).append(index)
     for group, indices in members.items():
         if len(indices) < 2:
-            raise ValueError(
-                f"shuffled masks: only one mask of size {group}. Expected two or more different masks a size."
-            )
+            raise ValueError(f"shuffled masks: only one mask of size {group}. Expected two or more different masks a "
+                             "size.")
         order = np.arange(len(indices))
         for last in range(len(order) - 1, 0, -1):  # Sattolo: swapping only with earlier places gives one long cycle
             other = int(generator.integers(0, last))
@@ -170,11 +144,7 @@ def position(value: float, floor: float, ceiling: float) -> float | None:
 def rgb_to_lab(images: torch.Tensor) -> torch.Tensor:
     """Convert sRGB to CIE L*a*b* (white D65), where distances are about as large as they look.
 
-    Args:
-        images: (B, 3, H, W) uint8.
-    Returns:
-        (B, 3, H, W) float32: L* in [0, 100], a* and b* about [-110, 110].
-    Source: IEC 61966-2-1 (sRGB), CIE 15 (L*a*b*).
+    (B, 3, H, W) uint8 -> float32: L* in [0, 100], a* and b* about [-110, 110]. IEC 61966-2-1 (sRGB), CIE 15 (L*a*b*).
     """
     value = images.float() / 255
     linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
@@ -209,9 +179,8 @@ def compare_references(result: torch.Tensor, own: torch.Tensor, other: torch.Ten
     """Is each result nearer in colour statistics to its own reference than to the other one?
 
     Args:
-        result: statistics of synthesized images, (N, 6).
-        own: statistics of the references they were generated with, (N, 6).
-        other: statistics of references of the other set, (N, 6).
+        result, own, other: statistics (N, 6) of synthesized images, of their references, and of references of the other
+            set.
     Returns:
         pairs (N), nearer (count), share (percent; a tie is not nearer), distance_own, distance_other and
         distance_references (means of the Euclidean distances; the last is between the two references).

@@ -13,9 +13,8 @@ from post_processing.gain.sets import (
     write_masks,
     write_random_drop,
     write_real_set,
-    write_rectified,
+    write_synthesized,
     write_targets,
-    write_unfiltered,
 )
 from post_processing.gain.stages import Stage
 
@@ -84,6 +83,11 @@ LABELS = {arm.name: arm.label for arm in ARMS.values()}
 DEFAULT_ARMS = "real,joint,synthetic,unfiltered,copy_paste,cutmix"
 
 
+def files_of(folder: Path) -> list[str]:
+    """Config and weights of the segmentor that was trained there."""
+    return [str(folder / name) for name in ("config.json", "segmentor.pth")]
+
+
 class Plan:
     """The stages of a measurement and where their results lie.
 
@@ -137,7 +141,7 @@ class Plan:
     def preparations(self) -> list[Stage]:
         """The stages before trainings, whether an arm needs them or not."""
         args, first = self.args, self.outdir / self.first
-        base = [str(first / name) for name in ("config.json", "segmentor.pth")]
+        base = files_of(first)
         given = [os.path.abspath(path) for path in args.references if Path(path).is_file()]
         run, masks, iou, chosen = (
             str(self.outdir / name) for name in ("synthesis", "filter/masks", "resample/iou", "resample/set"))
@@ -180,8 +184,9 @@ class Plan:
             Stage("filter", (filter_command,), ("synthesis", self.first, *(fold.name for fold in folds))),
             Stage("resample", (score, resample_command), ("filter",)),
             Stage("rectified_synthesis", (rectify,), ("masks", self.first), (args.ckpt,), is_sharded=True),
-            Stage("rectified", needs=("rectified_synthesis",), action=lambda: write_rectified(self)),
-            Stage("unfiltered", needs=("synthesis",), action=lambda: write_unfiltered(self)),
+            Stage("rectified", needs=("rectified_synthesis",),
+                  action=lambda: write_synthesized(self, "rectified", "rectified_synthesis")),
+            Stage("unfiltered", needs=("synthesis",), action=lambda: write_synthesized(self, "unfiltered")),
             Stage("random_drop", needs=("filter",), action=lambda: write_random_drop(self)),
             Stage("targets", (), ("sets",), tuple(given), action=lambda: write_targets(self),
                   settings={"references": args.references}),
@@ -190,10 +195,9 @@ class Plan:
     def judged(self) -> list[str]:
         """Flags of the filter: real pairs, not trained on if there are any, whose losses make its class means."""
         if self.folds:
-            parts = [[str(self.outdir / self.fold(number).name / name) for name in ("config.json", "segmentor.pth")]
-                     for number in range(self.folds)]
-            return [word for number, part in enumerate(parts)
-                    for word in ("--fold", *part, str(self.outdir / f"sets/fold_{number}.json"))]
+            return [word for number in range(self.folds)
+                    for word in ("--fold", *files_of(self.outdir / self.fold(number).name),
+                                 str(self.outdir / f"sets/fold_{number}.json"))]
         if self.val and self.args.hardness_folds is None:
             return ["--hardness_txt_file", self.val]
         return ["--real_txt_file", self.manifests["real"]]
@@ -233,8 +237,7 @@ class Plan:
             for place, steps, data, extra in [*((*it, ()) for it in halves),
                                               (folder, args.steps - half, arm.data, start)]
         ]  # fmt: skip
-        segmentor = [str(folder / part) for part in ("config.json", "segmentor.pth")]
-        commands.append(self.scoring(segmentor, self.test, str(folder / "test")))
+        commands.append(self.scoring(files_of(folder), self.test, str(folder / "test")))
         inputs = [self.config, *([] if args.held_out else [self.test]), *([self.val] if self.val else [])]
         inputs += [self.table] if Path(self.table).is_file() else []
         inputs += [audited] if "{noise_matrix}" in arm.data else []

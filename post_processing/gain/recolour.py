@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 def recolour(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Give an image the mean and covariance that a reference's colours have in CIE L*a*b* (see match_colours).
 
-    Args:
-        image: (H, W, 3) uint8.
-        reference: (h, w, 3) uint8.
-    Returns:
-        (H, W, 3) uint8; colours that no screen has are clipped.
+    (H, W, 3) and (h, w, 3) uint8 -> (H, W, 3) uint8; colours that no screen has are clipped.
     """
     own, wanted = (rgb_to_lab(torch.from_numpy(np.array(one)).permute(2, 0, 1)[None])[0].flatten(1).T
                    for one in (image, reference))

@@ -123,11 +123,9 @@ def show(value: tuple[float, float | None] | None, is_signed: bool = False) -> s
 
 
 def read_curves(work_dirs: Mapping[str, Sequence[Path]], key: str) -> dict[str, list[tuple[int, float]]]:
-    """Curves from mmengine's logs, (step, mean over the trainings of an arm); lines cut off by a kill are left out.
+    """Curves of `loss` or of the validation's `mIoU` from mmengine's logs: arm -> (step, mean over its trainings).
 
-    Args:
-        work_dirs: arm -> folders of its trainings.
-        key: `loss`, or `mIoU` for the validation's.
+    Lines that a kill cut off are left out.
     """
     curves = {}
     for arm, folders in work_dirs.items():
@@ -176,14 +174,7 @@ def draw_examples(run_folder: Path, filtered: Path, count: int, class_table: Cla
 
 
 def make_page(table: str, facts: Sequence[str], drawings: Sequence[str], examples: Image.Image | None) -> str:
-    """One HTML page that needs no other file.
-
-    Args:
-        table: Markdown table (see make_table).
-        facts: sentences on what was measured and how.
-        drawings: SVG images.
-        examples: sheet of samples, or None.
-    """
+    """One HTML page that needs no other file: facts, a Markdown table, SVG drawings, a sheet of samples."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])

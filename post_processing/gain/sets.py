@@ -18,7 +18,7 @@ from ldm.data.prepare.sources import choose_groups
 from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
-from post_processing.segmentation.dataset import class_weights
+from post_processing.segmentation.dataset import class_weights, count_pixels
 from post_processing.segmentation.loading import load_pair
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to the name of an image
 SPLIT_SEED = 23
+CANDIDATES = 64  # masks that one is chosen of, to come near to given shares
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth generating
 
 
@@ -95,12 +96,12 @@ def write_pairs(plan: "Plan", path: str, rows: Sequence[Row]) -> None:
     write_manifest(path, [{"source": row.mask_name, "target": str(relative(row.image, plan.root))} for row in rows])
 
 
-def list_references(plan: "Plan") -> list[str]:
+def list_references(plan: "Plan", split: tuple[list[Row], ...] | None = None) -> list[str]:
     """All references, paths below the data root: those of --references, and images that lost their labels.
 
     Images that are held out are among them only where there are no others of --references.
     """
-    _, others, held_out = split_real(plan)
+    _, others, held_out = split or split_real(plan)
     rows = [*others, *([] if plan.args.references else held_out)]
     return [*find_references(plan.args.references, Path(plan.root)),
             *(str(relative(row.image, plan.root)) for row in rows)]  # fmt: skip
@@ -117,10 +118,7 @@ def link_references(plan: "Plan") -> None:
 
 def read_shares(folder: Path) -> np.ndarray:
     """Share of every class in what predict_masks.py wrote, (K,) float64, sum 1; UserError if no pixel has a class."""
-    table, pixels = ClassTable.load(str(folder / "classes.yaml")), np.zeros(256)
-    for path in (folder / "masks").glob("*.png"):
-        pixels += np.bincount(read_mask(path, table).ravel(), minlength=256)
-    pixels = pixels[: table.num_classes]
+    pixels = count_pixels((folder / "masks").glob("*.png"), ClassTable.load(str(folder / "classes.yaml")))
     if not pixels.any():
         raise UserError(f"--match_shares: no pixel in {folder} has a class. Expected predicted masks of references.")
     return pixels / pixels.sum()
@@ -129,38 +127,34 @@ def read_shares(folder: Path) -> np.ndarray:
 def write_masks(plan: "Plan") -> None:
     """Write the manifest of the masks to generate with their references; with --mix_masks also the masks themselves."""
     args, table = plan.args, ClassTable.load(plan.table)
-    real = split_real(plan)[0]
-    pool = list_references(plan)
+    split = split_real(plan)
+    real, pool = split[0], list_references(plan, split)
     shares = read_shares(plan.outdir / "shares") if args.match_shares else None
     if plan.has_references and len(pool) < args.num_per_mask:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
-    items, pairs = list_items(real, plan.root, pool, table, args.num_masks, args.balance, args.num_per_mask, shares)
+    prompts, chosen = choose_masks(real, table, args.num_masks, args.balance, shares)
+    random, items, pairs = np.random.default_rng([SPLIT_SEED, 2]), [], []
+    for place in chosen:
+        item = {"source": real[place].mask_name, "target": str(relative(real[place].image, plan.root)),
+                "prompt": prompts[place]}  # fmt: skip
+        numbers = random.choice(len(pool), args.num_per_mask, replace=False) if pool else []
+        items += [{**item, "ref_image": pool[number]} for number in numbers] if pool else [item]
+        pairs += [real[place]] * (len(numbers) or 1)
     if args.mix_masks:
         items = write_mixtures(Path(plan.mask_root), items, pairs, plan.root, table)
     write_manifest(plan.manifests["painted"], items)
     logger.info("%d rows to generate, %d references", len(items), len(pool))
 
 
-def write_unfiltered(plan: "Plan") -> None:
-    """Write all synthesized images with their whole masks as a training set; images are linked, not copied."""
-    write_synthesized(plan, "unfiltered", lambda sample, mask: np.zeros(mask.shape, bool))
-
-
-def write_rectified(plan: "Plan") -> None:
-    """The same of the images that were sampled with a guide."""
-    write_synthesized(plan, "rectified", lambda sample, mask: np.zeros(mask.shape, bool), "rectified_synthesis")
-
-
-def write_synthesized(
-    plan: "Plan", name: str, choose_dropped: Callable[["Sample", np.ndarray], np.ndarray], run: str = "synthesis"
-) -> None:
-    """Write all synthesized images as a training set.
+def write_synthesized(plan: "Plan", name: str, run: str = "synthesis",
+                      choose_dropped: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+    """Write all synthesized images as a training set; they are linked, not copied.
 
     Args:
         plan: the measurement.
         name: folder of the set, and its key in the plan's manifests.
-        choose_dropped: called with each sample and its mask (H, W) uint8; gives the pixels (H, W) bool to ignore.
         run: folder of the images.
+        choose_dropped: called with each mask (H, W) uint8, gives the pixels (H, W) bool to ignore; None = none are.
     """
     folder, (samples, table) = plan.outdir / name, read_samples(plan, run)
     for part in ("images", "masks"):
@@ -169,7 +163,8 @@ def write_synthesized(
     for sample in samples:
         loaded = load_pair(sample, table, is_resized=True)
         image, mask = f"images/{sample.image.name}", f"masks/{sample.image.stem}.png"
-        atomic_write(folder / mask, encode_mask(loaded.raw, choose_dropped(sample, loaded.mask), table))
+        dropped = choose_dropped(loaded.mask) if choose_dropped else np.zeros(loaded.mask.shape, bool)
+        atomic_write(folder / mask, encode_mask(loaded.raw, dropped, table))
         (folder / image).unlink(missing_ok=True)
         link_or_copy(sample.image, folder / image)
         rows.append({"source": mask, "target": image})
@@ -197,7 +192,7 @@ def write_random_drop(plan: "Plan") -> None:
         kept += np.bincount(mask.ravel(), minlength=256)
     random, left = np.random.default_rng([SPLIT_SEED, 3]), np.stack([pixels - kept, kept])  # to drop and to keep
 
-    def choose(_: "Sample", mask: np.ndarray) -> np.ndarray:
+    def choose(mask: np.ndarray) -> np.ndarray:
         is_dropped = np.zeros(mask.size, bool)
         for number in range(table.num_classes):
             places = np.flatnonzero(mask == number)
@@ -206,7 +201,7 @@ def write_random_drop(plan: "Plan") -> None:
             left[:, number] -= count, len(places) - count
         return is_dropped.reshape(mask.shape)
 
-    write_synthesized(plan, "random_drop", choose)
+    write_synthesized(plan, "random_drop", choose_dropped=choose)
     logger.info("dropped %d of %d pixels at random, as many of each class as the filter",
                 (pixels - kept)[: table.num_classes].sum(), pixels[: table.num_classes].sum())  # fmt: skip
 
@@ -219,35 +214,6 @@ def write_targets(plan: "Plan") -> None:
     write_manifest(plan.manifests["targets"], [{"target": image} for image in dict.fromkeys(images)])
 
 
-def list_items(
-    real: Sequence[Row], root: str, pool: Sequence[str], table: ClassTable, count: int | None, balance: float,
-    copies: int, shares: np.ndarray | None = None,
-) -> tuple[list[dict[str, str]], list[Row]]:
-    """Draw the masks to generate and give each its references.
-
-    Args:
-        real: labelled pairs.
-        root: data root that paths are relative to.
-        pool: reference images; empty = the generator takes none.
-        count: masks; None = all.
-        balance: see choose_masks.
-        copies: references a mask, each with a row of its own.
-        shares: see choose_masks.
-    Returns:
-        Entries of a manifest (source, target, prompt, and ref_image if there is a pool), and the pair of each.
-    """
-    prompts, chosen = choose_masks(real, table, count, balance, shares)
-    rng = np.random.default_rng([SPLIT_SEED, 2])
-    items, pairs = [], []
-    for place in chosen:
-        item = {"source": real[place].mask_name, "target": str(relative(real[place].image, root)),
-                "prompt": prompts[place]}  # fmt: skip
-        numbers = rng.choice(len(pool), copies, replace=False) if pool else []
-        items += [{**item, "ref_image": pool[number]} for number in numbers] if pool else [item]
-        pairs += [real[place]] * (len(numbers) or 1)
-    return items, pairs
-
-
 def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequence[Row], root: str,
                    table: ClassTable) -> list[dict[str, str]]:
     """Write new layouts: into each mask, and alike into its image, a box of another pair of the draw is pasted.
@@ -256,7 +222,8 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
 
     Args:
         folder: gets masks/, images/ and references/, so that all paths of the result start there.
-        items, pairs: from list_items.
+        items: entries of a manifest, one for each image to generate.
+        pairs: the real pair of each.
         root: where the references of the items start.
         table: class table of the masks.
     Returns:
@@ -293,9 +260,8 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
     return mixed
 
 
-def choose_masks(
-    rows: Sequence[Row], table: ClassTable, count: int | None, balance: float, shares: np.ndarray | None = None
-) -> tuple[list[str], list[int]]:
+def choose_masks(rows: Sequence[Row], table: ClassTable, count: int | None, balance: float,
+                 shares: np.ndarray | None = None) -> tuple[list[str], list[int]]:
     """Draw the masks to generate from: the chance of one is the sum over its classes of (share in the set) ** -balance.
 
     Args:
@@ -323,7 +289,7 @@ def choose_masks(
     return prompts, sorted(map(int, drawn))
 
 
-def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: int = 64) -> list[int]:
+def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int) -> list[int]:
     """Draw masks whose class shares together come near to given ones.
 
     One mask after the other: of some random candidates the one that brings the sum nearest (L1), so that masks of all
@@ -333,7 +299,6 @@ def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: 
         pixels: (N, K) pixels of each class; masks without any are never drawn.
         shares: (K,) wanted, sum 1.
         count: masks, at most as many as have a class.
-        candidates: looked at for each.
     Returns:
         Places of the drawn masks.
     """
@@ -342,7 +307,7 @@ def draw_shares(pixels: np.ndarray, shares: np.ndarray, count: int, candidates: 
     mixes = pixels / pixels.sum(1, keepdims=True).clip(1)
     total = np.zeros(len(shares))
     for number in range(1, count + 1):
-        some = random.choice(left, min(candidates, len(left)), replace=False)
+        some = random.choice(left, min(CANDIDATES, len(left)), replace=False)
         best = some[np.abs((total + mixes[some]) / number - shares).sum(1).argmin()]
         total += mixes[best]
         left = left[left != best]

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,28 +132,20 @@ class StageRunner:
             UserError: if there are such and overwrite is false, another process works in the folder, or a stage fails.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.alone():
+        held = take_lock(self.folder / ".lock")  # the kernel frees it when a process dies
+        if held is None:
+            raise UserError(f"{self.folder}: another measurement works here. Wait for it to end.")
+        with held:
             changed = [name for name in self.stages if self.state(name) == "changed"]
             if changed and not overwrite:
                 first = self.place(changed[0])
                 differences = first.changes(first.read())
-                raise UserError(
-                    f"{self.folder}: {len(changed)} stages were run with other settings ({changed[0]}: {differences})."
-                    " Give another --outdir, or --overwrite to run them again."
-                )
+                raise UserError(f"{self.folder}: {len(changed)} stages were run with other settings ({changed[0]}: "
+                                f"{differences}). Give another --outdir, or --overwrite to run them again.")
             for name in changed:
                 if (self.folder / name).exists():  # not any more if it lay in another one's folder
                     shutil.rmtree(self.folder / name)
             self.run_open()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the folder's lock; UserError if another process has it. The kernel frees it when a process dies."""
-        held = take_lock(self.folder / ".lock")
-        if held is None:
-            raise UserError(f"{self.folder}: another measurement works here. Wait for it to end.")
-        with held:
-            yield
 
     def run_open(self) -> None:
         """Start every stage as soon as what it needs is finished, and wait for all."""
@@ -218,10 +210,8 @@ class StageRunner:
             self.processes.discard(process)
         if code:
             lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-            raise UserError(
-                f"stage {name}: exit code {code} ({' / '.join(lines[-SHOWN_LINES:])}). All output is in {log_path}."
-                " Mend the cause and give the same command again."
-            )
+            raise UserError(f"stage {name}: exit code {code} ({' / '.join(lines[-SHOWN_LINES:])}). All output is in "
+                            f"{log_path}. Mend the cause and give the same command again.")
 
     def stop(self) -> None:
         """End the processes that still run, and start no others."""

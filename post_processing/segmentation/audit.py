@@ -23,19 +23,9 @@ from post_processing.segmentation.noise import count_corrections, estimate_from_
 FOLDERS = ("images", "masks", "corrected")
 
 
-def write_audit(
-    folder: Path, pairs: Sequence[Pair], table: ClassTable, count: int, seed: int
-) -> list[str]:
-    """Draw pairs and lay them out to be corrected.
+def write_audit(folder: Path, pairs: Sequence[Pair], table: ClassTable, count: int, seed: int) -> list[str]:
+    """Draw `count` pairs, or all, and lay them out to be corrected; returns their names.
 
-    Args:
-        folder: new or empty.
-        pairs: the files.
-        table: the classes.
-        count: pairs to draw; all if there are fewer.
-        seed: of the draw.
-    Returns:
-        Names of the drawn pairs.
     Raises:
         UserError: if the folder holds something: corrections must not be lost.
     """

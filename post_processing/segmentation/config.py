@@ -79,6 +79,13 @@ def walk(tree: Any) -> Iterator[dict]:
             nodes.extend(node)
 
 
+def find_heads(model: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The heads in a model's config, each with its key, `decode_head` (all of a cascade) before `auxiliary_head`."""
+    found = [(key, model.get(key)) for key in ("decode_head", "auxiliary_head")]
+    return [(key, head) for key, heads in found if heads
+            for head in (heads if isinstance(heads, list | tuple) else [heads])]  # fmt: skip
+
+
 def is_known_type(name: str) -> bool:
     """Whether a `type` is a name in a registry or a class of this project, and not a path to anything importable."""
     if "." not in name:

@@ -4,7 +4,7 @@ Nothing is copied into mmseg and no class list is edited: a config names `TABLE_
 table travels inside the config.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,9 @@ def dataset_config(table: ClassTable, pipeline: Sequence[Mapping[str, Any]], *, 
     return node | ({"is_synthetic": True} if is_synthetic else {})
 
 
-def list_pairs(
-    table: ClassTable | None,
-    *,
-    manifest: str | Path | None = None,
-    data_root: str | Path = ".",
-    image_folder: str | Path | None = None,
-    mask_folder: str | Path | None = None,
-    check_files: bool = True,
-) -> list[Pair]:
+def list_pairs(table: ClassTable | None, *, manifest: str | Path | None = None, data_root: str | Path = ".",
+               image_folder: str | Path | None = None, mask_folder: str | Path | None = None,
+               check_files: bool = True) -> list[Pair]:
     """Find the images with masks of a manifest or of two folders, in a fixed order, each pair once.
 
     Args:
@@ -62,45 +56,32 @@ def list_pairs(
         FileNotFoundError: if a folder is missing.
     """
     if (manifest is None) == (image_folder is None or mask_folder is None):
-        raise ValueError(
-            "dataset: expected either a manifest or both an image folder and a mask folder. Give one of the two."
-        )
+        raise ValueError("dataset: expected either a manifest or both an image folder and a mask folder. Give one of "
+                         "the two.")
     if manifest is not None:
         rows = read_manifest(manifest, data_root, need=("image",), table=table, check_files=check_files)
         pairs = list(dict.fromkeys(Pair(row.image, row.mask) for row in rows))  # rows may differ in the reference only
     else:
-        pairs = match_folders(Path(image_folder), Path(mask_folder))
+        images, masks = find_images(Path(image_folder)), find_images(Path(mask_folder))
+        pairs, lacking, _ = pair_images(images, masks)
+        problems = [*images.problems, *masks.problems]
+        if lacking:
+            first = ", ".join(images.files[name].name for name in lacking[:5])
+            problems.append(
+                f"dataset: {len(lacking)} of {len(images.files)} images in {image_folder} have no mask in {mask_folder}"
+                f" ({first}). Expected a mask with the stem of every image.")
+        if problems:
+            raise UserError("; ".join(problems))
     if not pairs:
         raise ValueError(f"dataset: no pairs in {manifest or image_folder}. Expected at least one image with its mask.")
-    return pairs
-
-
-def match_folders(image_folder: Path, mask_folder: Path) -> list[Pair]:
-    """Pair the images of a folder with the masks of the same stem in another one (see list_pairs)."""
-    images, masks = find_images(image_folder), find_images(mask_folder)
-    pairs, lacking, _ = pair_images(images, masks)
-    problems = [*images.problems, *masks.problems]
-    if lacking:
-        first = ", ".join(images.files[name].name for name in lacking[:5])
-        problems.append(
-            f"dataset: {len(lacking)} of {len(images.files)} images in {image_folder} have no mask in {mask_folder} "
-            f"({first}). Expected a mask with the stem of every image."
-        )
-    if problems:
-        raise UserError("; ".join(problems))
     return pairs
 
 
 class TableSegDataset(torch.utils.data.Dataset):
     """Image-mask pairs that pass through an mmseg pipeline; masks are read exactly, through the class table."""
 
-    def __init__(
-        self,
-        class_table: Mapping[str, Any] | str,
-        pipeline: Sequence[Mapping[str, Any]] = (),
-        is_synthetic: bool = False,
-        **source: Any,
-    ) -> None:
+    def __init__(self, class_table: Mapping[str, Any] | str, pipeline: Sequence[Mapping[str, Any]] = (),
+                 is_synthetic: bool = False, **source: Any) -> None:
         """List the files; see dataset_config for the arguments."""
         from mmengine.dataset import Compose
 
@@ -128,31 +109,22 @@ class TableSegDataset(torch.utils.data.Dataset):
             ValueError: if image and mask differ in size.
         """
         pair = self.pairs[index]
-        image = read_image(pair.image, None)
-        if image.shape[2] == 3:
-            image = np.ascontiguousarray(image[:, :, ::-1])  # mmseg's transforms expect BGR
-        mask = read_mask(pair.mask, self.table)
+        image, mask = read_image(pair.image, None), read_mask(pair.mask, self.table)
         if image.shape[:2] != mask.shape:
-            raise ValueError(
-                f"dataset: image {pair.image} has {image.shape[:2]} pixels, mask {pair.mask} {mask.shape}. "
-                "Expected equal sizes (height, width). Replace one of them."
-            )
-        size = image.shape[:2]
-        sample = self.pipeline(
-            {
-                "img": image,
-                "gt_seg_map": mask,
-                "seg_fields": ["gt_seg_map"],
-                "img_path": str(pair.image),
-                "seg_map_path": str(pair.mask),
-                "ori_shape": size,
-                "img_shape": size,
-                "reduce_zero_label": False,
-                "sample_idx": index,
-                "is_synthetic": self.is_synthetic,
-            }
-        )
+            raise ValueError(f"dataset: image {pair.image} has {image.shape[:2]} pixels, mask {pair.mask} "
+                             f"{mask.shape}. Expected equal sizes (height, width). Replace one of them.")
+        sample = self.pipeline(make_sample(image, mask, index, img_path=str(pair.image), seg_map_path=str(pair.mask),
+                                           is_synthetic=self.is_synthetic))  # fmt: skip
         return note_origin(sample, self.is_synthetic)
+
+
+def make_sample(image: np.ndarray, mask: np.ndarray, index: int, **more: Any) -> dict[str, Any]:
+    """What mmseg's transforms expect to be loaded, of an image (H, W, C) uint8 and a mask (H, W) uint8."""
+    if image.shape[2] == 3:
+        image = np.ascontiguousarray(image[:, :, ::-1])  # they expect BGR
+    size = image.shape[:2]
+    return {"img": image, "gt_seg_map": mask, "seg_fields": ["gt_seg_map"], "ori_shape": size, "img_shape": size,
+            "reduce_zero_label": False, "sample_idx": index, **more}  # fmt: skip
 
 
 def note_origin(sample: dict[str, Any], is_synthetic: bool) -> dict[str, Any]:
@@ -162,11 +134,11 @@ def note_origin(sample: dict[str, Any], is_synthetic: bool) -> dict[str, Any]:
     return sample
 
 
-def count_pixels(pairs: Sequence[Pair], table: ClassTable) -> np.ndarray:
+def count_pixels(masks: Iterable[Path], table: ClassTable) -> np.ndarray:
     """Pixels of each class over all masks, (K,) int64; ignored pixels are not counted."""
     total = np.zeros(256, dtype=np.int64)
-    for pair in pairs:
-        total += np.bincount(read_mask(pair.mask, table).ravel(), minlength=256)
+    for mask in masks:
+        total += np.bincount(read_mask(mask, table).ravel(), minlength=256)
     return total[: table.num_classes]
 
 

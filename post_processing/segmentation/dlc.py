@@ -15,29 +15,30 @@ import numpy as np
 import torch
 from torch import nn
 
+from ldm.data.classes import IGNORE_INDEX
 from ldm.util import UserError
 
 DOTTED = "post_processing.segmentation.dlc."
 CORRECTED_LOSS = DOTTED + "CorrectedCrossEntropy"
 MARK_DOMAIN = DOTTED + "MarkDomain"
-IGNORED = 255
 CODE = 64  # labels of one domain
 WEIGHT_CODE = 256  # above label and domain: how much less than 1 a pixel counts, in 1/256
 TRUSTED, SYNTHETIC, BORDER, PSEUDO = range(4)  # real pairs; synthetic pairs; their class borders; predicted labels
 NUM_DOMAINS = 4
 FLOOR = 1e-8  # of a transition probability
+VOLUME_WEIGHT = 1e-2  # of log|det T| while it is learned (VolMinNet: Li et al., ICML 2021)
 LEARNED_START = 0.97  # diagonal that a learned matrix starts from
 
 
 def encode_domain(mask: np.ndarray, domain: int | np.ndarray) -> np.ndarray:
     """Write the domain into a mask: (H, W) uint8 of 0..63 or 255 -> label + 64 domain, 255 stays."""
-    return np.where(mask == IGNORED, IGNORED, mask + CODE * np.uint8(domain)).astype(np.uint8)
+    return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, mask + CODE * np.uint8(domain)).astype(np.uint8)
 
 
 def check_capacity(num_classes: int, domain: int) -> None:
     """UserError unless the labels of a domain fit into a byte beside 255."""
-    if num_classes > CODE or num_classes - 1 + CODE * domain >= IGNORED:
-        most = min(CODE, IGNORED - CODE * domain)
+    if num_classes > CODE or num_classes - 1 + CODE * domain >= IGNORE_INDEX:
+        most = min(CODE, IGNORE_INDEX - CODE * domain)
         raise UserError(f"noise correction: {num_classes} classes in domain {domain}. Expected at most {most}, since a "
                         "label and its domain share a byte. Merge classes, or train without.")
 
@@ -62,10 +63,10 @@ class MarkDomain:
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         """Code the mask of one pair; ValueError naming ids that are no classes."""
         mask = results["gt_seg_map"]
-        wrong = np.unique(mask[(mask >= self.num_classes) & (mask != IGNORED)])
+        wrong = np.unique(mask[(mask >= self.num_classes) & (mask != IGNORE_INDEX)])
         if len(wrong):
             raise ValueError(f"mask {results.get('seg_map_path')}: ids {wrong.tolist()}. Expected 0.."
-                             f"{self.num_classes - 1} or {IGNORED}. Choose the right class table.")
+                             f"{self.num_classes - 1} or {IGNORE_INDEX}. Choose the right class table.")
         domain = np.where(find_borders(mask, self.border), BORDER, self.domain) if self.border else self.domain
         return {**results, "gt_seg_map": encode_domain(mask, domain)}
 
@@ -87,7 +88,7 @@ def decode_labels(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
         Labels and domains (0 where ignored), weights float32 in [0, 1], and bool, true where not ignored.
     """
     code = labels & (WEIGHT_CODE - 1)
-    is_valid = code != IGNORED
+    is_valid = code != IGNORE_INDEX
     code = code.where(is_valid, code.new_zeros(()))
     return code & (CODE - 1), code >> 6, 1 - (labels >> 8) / WEIGHT_CODE, is_valid
 
@@ -101,34 +102,24 @@ class CorrectedCrossEntropy(nn.Module):
     checkpoints hold it. Works in any head that calls its losses as mmseg's do.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        label_smoothing: float = 0.0,
-        is_learned: bool = False,
-        volume_weight: float = 1e-2,
-        class_weight: Sequence[float] | None = None,
-        loss_weight: float = 1.0,
-        loss_name: str = "loss_ce",
-    ) -> None:
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0, is_learned: bool = False,
+                 class_weight: Sequence[float] | None = None, loss_weight: float = 1.0) -> None:
         """Start with the identity in every domain.
 
         Args:
             num_classes: K, at most 64.
             label_smoothing: share of the loss that asks for equal probabilities, at pixels that are not trusted.
-            is_learned: T of synthetic pixels is a parameter, trained once `start_learning` was called.
-            volume_weight: of log|det T| while it is learned (VolMinNet: Li et al., ICML 2021).
+            is_learned: T of synthetic pixels is a parameter, trained once `set_transition({})` was called.
             class_weight: K weights of the classes (see without_weights).
             loss_weight: of the whole.
-            loss_name: key in the log; has to start with `loss_`.
         Raises:
             UserError: if there are too many classes.
         """
         super().__init__()
         check_capacity(num_classes, TRUSTED)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        self.is_learned, self.volume_weight, self.loss_weight = is_learned, volume_weight, loss_weight
-        self.loss_name = loss_name
+        self.is_learned, self.loss_weight = is_learned, loss_weight
+        self.loss_name = "loss_ce"  # in the log
         identity = torch.eye(num_classes)
         self.register_buffer("transition", identity.repeat(NUM_DOMAINS, 1, 1))
         self.register_buffer("is_estimated", torch.tensor(False))
@@ -146,10 +137,6 @@ class CorrectedCrossEntropy(nn.Module):
             raise ValueError("noise correction: a matrix for trusted labels. Expected domains 1 to 3.")
         for domain, matrix in transitions.items():
             self.transition[domain] = matrix.to(self.transition)
-        self.is_estimated.fill_(True)
-
-    def start_learning(self) -> None:
-        """Let a learned matrix take effect."""
         self.is_estimated.fill_(True)
 
     def current_transition(self) -> torch.Tensor:
@@ -172,9 +159,8 @@ class CorrectedCrossEntropy(nn.Module):
             return log_p
         return (log_p - self.class_weight.clamp_min(FLOOR).log()[:, None, None]).log_softmax(1)
 
-    def forward(
-        self, seg_logits: torch.Tensor, seg_label: torch.Tensor, weight: torch.Tensor | None = None, **_: Any
-    ) -> torch.Tensor:
+    def forward(self, seg_logits: torch.Tensor, seg_label: torch.Tensor, weight: torch.Tensor | None = None,
+                **_: Any) -> torch.Tensor:
         """Mean loss over the pixels that are not ignored, 0 if all are.
 
         Args:
@@ -205,7 +191,7 @@ class CorrectedCrossEntropy(nn.Module):
         mean = total / own.sum().clamp_min(torch.finfo(torch.float32).tiny)
         if self.is_learned:
             volume = torch.linalg.slogdet(transition[SYNTHETIC]).logabsdet
-            mean = mean + self.volume_weight * volume * self.is_estimated
+            mean = mean + VOLUME_WEIGHT * volume * self.is_estimated
         return self.loss_weight * mean
 
 

@@ -22,6 +22,7 @@ from ldm.data.classes import ClassTable, same_names
 from ldm.data.images import Pair
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
+from post_processing.segmentation.config import find_heads
 from post_processing.segmentation.dataset import list_pairs
 from post_processing.segmentation.dlc import (
     BORDER,
@@ -44,7 +45,7 @@ from post_processing.segmentation.noise import (
     read_noise,
     write_noise,
 )
-from post_processing.segmentation.segmentor import load_segmentor
+from post_processing.segmentation.segmentor import list_heads, load_segmentor, unwrap
 from post_processing.segmentation.self_training import add_self_training
 
 LOG = logging.getLogger(__name__)
@@ -96,11 +97,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespace, nodes: Sequence[dict]) -> None:
     """Change a config in place: coded labels, the corrected loss in all heads, the hook that finds T, target images.
 
-    Args:
-        config: with classes and class weights filled in.
-        table: the classes.
-        args: the command line, checked.
-        nodes: config nodes of the training sets; those of synthesized pairs get their domain coded.
+    Classes and class weights are filled in; `nodes` are those of the training sets.
     """
     check_capacity(table.num_classes, BORDER if args.noise_border else SYNTHETIC)
     for node in nodes:
@@ -132,18 +129,16 @@ def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespac
 
 def correct_losses(config: Any, num_classes: int, label_smoothing: float, is_learned: bool) -> None:
     """Replace the cross entropy of every head of a config by the corrected one; UserError for other losses."""
-    for key in ("decode_head", "auxiliary_head"):
-        heads = config.model.get(key)
-        for head in heads if isinstance(heads, list | tuple) else [heads] if heads else []:
-            loss = head.get("loss_decode") or dict(type="CrossEntropyLoss")
-            is_plain = isinstance(loss, Mapping) and loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)
-            if not is_plain or loss.get("use_sigmoid") or loss.get("use_mask"):
-                raise UserError(f"--noise_correction: {key} {head.get('type')} has the loss {loss}. Expected "
-                                "CrossEntropyLoss with softmax alone: no other loss reads labels of several domains.")
-            head["loss_decode"] = dict(
-                type=CORRECTED_LOSS, num_classes=num_classes, label_smoothing=label_smoothing, is_learned=is_learned,
-                class_weight=loss.get("class_weight"), loss_weight=loss.get("loss_weight", 1.0),
-            )  # fmt: skip
+    for key, head in find_heads(config.model):
+        loss = head.get("loss_decode") or dict(type="CrossEntropyLoss")
+        is_plain = isinstance(loss, Mapping) and loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)
+        if not is_plain or loss.get("use_sigmoid") or loss.get("use_mask"):
+            raise UserError(f"--noise_correction: {key} {head.get('type')} has the loss {loss}. Expected "
+                            "CrossEntropyLoss with softmax alone: no other loss reads labels of several domains.")
+        head["loss_decode"] = dict(
+            type=CORRECTED_LOSS, num_classes=num_classes, label_smoothing=label_smoothing, is_learned=is_learned,
+            class_weight=loss.get("class_weight"), loss_weight=loss.get("loss_weight", 1.0),
+        )  # fmt: skip
 
 
 def check_heads(model: torch.nn.Module) -> None:
@@ -155,15 +150,6 @@ def check_heads(model: torch.nn.Module) -> None:
         if not is_usual or head.sampler is not None or head.out_channels != head.num_classes:
             raise UserError(f"--noise_correction: {type(head).__name__} does not compute its loss for every pixel and "
                             "class by BaseDecodeHead.loss_by_feat. Expected a head such as SegformerHead or PSPHead.")
-
-
-def list_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Decode heads of an mmseg model, the one that predicts last, auxiliary ones before."""
-    heads = []
-    for name in ("auxiliary_head", "decode_head"):
-        head = getattr(model, name, None)
-        heads += [] if head is None else list(head) if isinstance(head, torch.nn.ModuleList) else [head]
-    return heads
 
 
 def find_matrices(table: ClassTable, args: argparse.Namespace) -> dict[int, torch.Tensor]:
@@ -217,9 +203,8 @@ def log_estimate(transition: torch.Tensor, notes: Sequence[str], names: Sequence
         LOG.warning("label noise: %s", note)
 
 
-def make_noise_hook(
-    kind: str, names: Sequence[str], start: int, seed: int, domains: Sequence[int], matrices: Mapping[str, Any]
-) -> Any:
+def make_noise_hook(kind: str, names: Sequence[str], start: int, seed: int, domains: Sequence[int],
+                    matrices: Mapping[str, Any]) -> Any:
     """Make the mmengine hook that gives the losses their T.
 
     Args:
@@ -252,14 +237,15 @@ def make_noise_hook(
                 return
             if kind == "learned":
                 for loss in losses:
-                    loss.start_learning()
+                    loss.set_transition({})
             else:
                 self.estimate(runner, losses)
 
         def estimate(self, runner: Any, losses: Sequence[Any]) -> None:
             found = {domain: torch.eye(len(names), dtype=torch.float64) for domain in domains}
             if is_rank_zero():
-                dataset = synthetic_part(runner.train_dataloader.dataset)
+                dataset = runner.train_dataloader.dataset
+                dataset = getattr(dataset, "datasets", [dataset])[-1]  # the synthesized part of a joint set comes last
                 counts = collect_consensus(unwrap(runner.model), dataset, seed, domains, len(names))
                 found, notes, labels = {}, {}, {}
                 for domain in domains:
@@ -291,16 +277,6 @@ def make_noise_hook(
     return NoiseHook()
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside a distributed wrapper."""
-    return getattr(model, "module", model)
-
-
-def synthetic_part(dataset: Any) -> Any:
-    """The part of a training set that was synthesized: the second of a joint one, else all."""
-    return dataset.datasets[1] if len(getattr(dataset, "datasets", ())) == 2 else dataset
-
-
 @contextlib.contextmanager
 def private_randomness(seed: int) -> Iterator[None]:
     """Seed the global generators for the block, and put them back: the training's draws go on as without it."""
@@ -317,9 +293,8 @@ def private_randomness(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def collect_consensus(
-    model: torch.nn.Module, dataset: Any, seed: int, domains: Sequence[int], num_classes: int
-) -> dict[int, torch.Tensor]:
+def collect_consensus(model: torch.nn.Module, dataset: Any, seed: int, domains: Sequence[int],
+                      num_classes: int) -> dict[int, torch.Tensor]:
     """Label triples of neighbouring points of the synthesized images, in the features before the classifier.
 
     Every round draws its own images, and in each a grid of points with a random offset; neighbours are sought within
@@ -328,9 +303,7 @@ def collect_consensus(
     Args:
         model: mmseg model, not wrapped.
         dataset: gives packed samples with coded labels.
-        seed: of the draws.
-        domains: whose points are counted.
-        num_classes: K.
+        seed, domains, num_classes: of the draws; whose points are counted; K.
     Returns:
         domain -> (K, K, K) float64 counts on the CPU (see count_consensus).
     """
@@ -358,9 +331,8 @@ def collect_consensus(
     return counts
 
 
-def read_points(
-    model: torch.nn.Module, samples: Sequence[dict[str, Any]], generator: np.random.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def read_points(model: torch.nn.Module, samples: Sequence[dict[str, Any]],
+                generator: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield label (n,), domain (n,) and feature (n, D) of a grid of points of each image, ignored ones left out."""
     batch = {"inputs": [sample["inputs"] for sample in samples],
              "data_samples": [sample["data_samples"] for sample in samples]}  # fmt: skip

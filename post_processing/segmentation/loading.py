@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from ldm.data.classes import ClassTable, decode_values, read_raw_mask
-from ldm.data.images import IMAGE_SUFFIXES, Pair, read_image
+from ldm.data.images import IMAGE_SUFFIXES, Pair, find_images, read_image
 from ldm.files import file_identity
 from ldm.generation.machine import in_parts
+from ldm.util import UserError
 from post_processing.segmentation.segmentor import Segmentor
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,12 @@ def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
 
     Raises:
         FileNotFoundError: if a folder is missing, or none of the images has a mask.
-        ValueError: if there are no images.
+        ValueError: if there are no images, or two of one name.
     """
-    for folder in (image_folder, mask_folder):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"folder not found: {folder}. Expected a folder of images. Check the path.")
-    images = sorted(path for path in image_folder.iterdir() if is_image(path))
-    masks = {path.stem: path for path in sorted(mask_folder.iterdir()) if is_image(path)}
+    found, masks = find_images(image_folder), find_images(mask_folder).files
+    if found.problems:
+        raise UserError("; ".join(found.problems[:5]))
+    images = list(found.files.values())
     if not images:
         raise ValueError(f"{image_folder}: no images. Expected files ending in {', '.join(IMAGE_SUFFIXES)}.")
     pairs = []
@@ -64,25 +64,14 @@ def find_generated(image_folder: Path, mask_folder: Path) -> list[Pair]:
         stem = SEED_ENDING.sub("", image.stem)  # the end only: a mask may be called a_seed_1 itself
         pairs.append(Pair(image, masks.get(stem) or masks.get(image.stem) or mask_folder / f"{stem}.png", image.stem))
     if not any(pair.mask.is_file() for pair in pairs):
-        raise FileNotFoundError(
-            f"{mask_folder}: none of the {len(pairs)} images in {image_folder} has its mask there (the first would "
-            f"be {pairs[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the mask's own name. Check the folders."
-        )
+        raise FileNotFoundError(f"{mask_folder}: none of the {len(pairs)} images in {image_folder} has its mask there "
+                                f"(the first would be {pairs[0].mask.name}). Expected {{mask stem}}_seed_{{N}} or the "
+                                "mask's own name. Check the folders.")
     return pairs
 
 
-def is_image(path: Path) -> bool:
-    """Whether a directory entry is an image by its name; hidden files are not."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
 def load_pair(pair: Pair, table: ClassTable, is_resized: bool = False) -> Loaded:
-    """Read an image and its mask.
-
-    Args:
-        pair: the files.
-        table: class table that the mask is read with.
-        is_resized: the image may have another size than the mask, which is brought to it then (nearest pixel).
+    """Read an image and its mask, which is brought to the image's size (nearest pixel) if `is_resized`.
 
     Raises:
         FileNotFoundError: if one is missing.
@@ -93,18 +82,18 @@ def load_pair(pair: Pair, table: ClassTable, is_resized: bool = False) -> Loaded
     size = image.shape[:2]
     if raw.shape[:2] != size:
         if not is_resized:
-            raise ValueError(
-                f"mask {pair.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its image {pair.image.name} "
-                f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them."
-            )
-        raw = raw[nearest_places(raw.shape[0], size[0])][:, nearest_places(raw.shape[1], size[1])]
+            raise ValueError(f"mask {pair.mask}: {raw.shape[0]}x{raw.shape[1]} pixels, its image {pair.image.name} "
+                             f"{size[0]}x{size[1]} (height x width). Expected equal sizes. Replace one of them.")
+        raw = resize_nearest(raw, size)
     return Loaded(pair, image, decode_values(raw, table, pair.mask), raw, identity_of(pair))
 
 
-def nearest_places(length: int, new_length: int) -> np.ndarray:
-    """Which of `length` pixels in a row Pillow's NEAREST takes for each of `new_length`: (new_length,) int32."""
-    row = Image.fromarray(np.arange(length, dtype=np.int32)[None])
-    return np.asarray(row.resize((new_length, 1), Image.Resampling.NEAREST))[0]
+def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bring (H, W, ...) numbers to another (height, width) by the nearest pixel, which is Pillow's."""
+    rows, columns = (
+        np.asarray(Image.fromarray(np.arange(old, dtype=np.int32)[None]).resize((new, 1), Image.Resampling.NEAREST))[0]
+        for old, new in zip(values.shape[:2], size, strict=True))
+    return values[rows][:, columns]
 
 
 def identity_of(pair: Pair) -> dict[str, str]:
@@ -156,14 +145,9 @@ def stream_batches(
     yield from groups.values()
 
 
-def load_batches(
-    pairs: Iterable[Pair],
-    table: ClassTable,
-    batch_size: int,
-    workers: int,
-    on_failure: Callable[[Pair, Exception], None] | None = None,
-    is_resized: bool = False,
-) -> Iterator[list[Loaded]]:
+def load_batches(pairs: Iterable[Pair], table: ClassTable, batch_size: int, workers: int,
+                 on_failure: Callable[[Pair, Exception], None] | None = None,
+                 is_resized: bool = False) -> Iterator[list[Loaded]]:
     """Yield batches of images with their masks (see stream_batches and load_pair)."""
 
     def load(pair: Pair) -> Loaded:
@@ -173,12 +157,15 @@ def load_batches(
         yield [loaded for _, loaded in batch]
 
 
-def image_batches(paths: Iterable[Path], batch_size: int, workers: int) -> Iterator[tuple[list[Path], torch.Tensor]]:
-    """Yield paths and their images (B, 3, H, W) uint8 RGB, in batches of one size (see stream_batches)."""
+def map_images(paths: Iterable[Path], work: Callable[[torch.Tensor], torch.Tensor], batch_size: int,
+               workers: int) -> dict[Path, torch.Tensor]:  # fmt: skip
+    """What a function of images (B, 3, H, W) uint8 RGB gives for each file, on the CPU, in batches of one size."""
+    results: dict[Path, torch.Tensor] = {}
     for batch in stream_batches(paths, lambda path: read_image(path, None), lambda image: image.shape[:2], batch_size,
                                 workers):  # fmt: skip
-        images = torch.from_numpy(np.stack([image for _, image in batch]))
-        yield [path for path, _ in batch], images.permute(0, 3, 1, 2)
+        images = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2)
+        results.update(zip((path for path, _ in batch), work(images).cpu(), strict=True))
+    return results
 
 
 def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,11 +176,8 @@ def stack_batch(batch: Sequence[Loaded], device: torch.device) -> tuple[torch.Te
 
 
 def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[Result]:
-    """Call a function on a batch, or on halves, quarters, ... of it where memory ends.
+    """Call a function on a batch of tensors (B, ...), or on halves, quarters, ... of it where memory ends.
 
-    Args:
-        function: takes as many tensors as there are in `batch`, each with the same part of it.
-        batch: tensors (B, ...).
     Returns:
         What the function gave for each part, in order.
     Raises:
@@ -206,9 +190,8 @@ def run_in_parts(function: Callable[..., Result], *batch: torch.Tensor) -> list[
     return in_parts(run, range(len(batch[0])), len(batch[0]))
 
 
-def predict_batches(
-    segmentor: Segmentor, batches: Iterable[list[Loaded]]
-) -> Iterator[tuple[list[Loaded], torch.Tensor, torch.Tensor]]:
+def predict_batches(segmentor: Segmentor,
+                    batches: Iterable[list[Loaded]]) -> Iterator[tuple[list[Loaded], torch.Tensor, torch.Tensor]]:
     """Yield each batch with the predicted classes and the masks, (B, H, W) uint8 on the segmentor's device."""
     for batch in batches:
         images, masks = stack_batch(batch, segmentor.device)

@@ -8,36 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.data.classes import IGNORE_INDEX
 from post_processing.segmentation.dataset import note_origin
 
 # mmengine imports these classes by their dotted paths.
 JOINT_DATASET = "post_processing.segmentation.mixing.JointSegDataset"
 RATIO_SAMPLER = "post_processing.segmentation.mixing.RatioSampler"
 MIX_DATASET = "post_processing.segmentation.mixing.MixSegDataset"
+MIXED_SHARE = 0.5  # of the pairs
 MIXES = ("copy_paste", "cutmix")
-IGNORED = 255
 
 
 class JointSegDataset(torch.utils.data.ConcatDataset):
     """Two datasets, real pairs and synthesized pairs, one behind the other; RatioSampler draws from it."""
 
     def __init__(self, datasets: Sequence[Mapping[str, Any]]) -> None:
-        """Build both.
-
-        Args:
-            datasets: config nodes, real first (see mmseg_dataset.dataset_config).
-        Raises:
-            ValueError: if they are not two with the same classes.
-        """
+        """Build both from their config nodes, real first; ValueError if they are not two with the same classes."""
         from mmengine.registry import DATASETS
 
         super().__init__([DATASETS.build(dict(node)) for node in datasets])
         classes = [part.metainfo["classes"] for part in self.datasets]
         if len(classes) != 2 or classes[0] != classes[1]:
-            raise ValueError(
-                f"joint dataset: {len(classes)} parts with classes {classes}. Expected two, real and synthetic, of one"
-                " class table."
-            )
+            raise ValueError(f"joint dataset: {len(classes)} parts with classes {classes}. Expected two, real and "
+                             "synthetic, of one class table.")
 
     @property
     def metainfo(self) -> dict[str, Any]:
@@ -101,16 +94,13 @@ class MixSegDataset(torch.utils.data.Dataset):
     classes of the second tile are pasted; Yun et al. 2019 (CutMix): a box is pasted, its area share uniform in [0, 1].
     """
 
-    def __init__(
-        self, dataset: Mapping[str, Any], kind: str, pipeline: Sequence[Mapping[str, Any]], probability: float = 0.5
-    ) -> None:
+    def __init__(self, dataset: Mapping[str, Any], kind: str, pipeline: Sequence[Mapping[str, Any]]) -> None:
         """Build the dataset to mix.
 
         Args:
             dataset: config node whose pipeline ends before PackSegInputs.
             kind: `copy_paste` or `cutmix`.
             pipeline: transforms after mixing, usually PackSegInputs alone.
-            probability: share of the pairs that are mixed.
         Raises:
             ValueError: for another kind.
         """
@@ -120,7 +110,7 @@ class MixSegDataset(torch.utils.data.Dataset):
         if kind not in MIXES:
             raise ValueError(f"mixing: {kind!r} is unknown. Expected one of {', '.join(MIXES)}.")
         self.dataset = DATASETS.build(dict(dataset))
-        self.kind, self.probability, self.pipeline = kind, probability, Compose(list(pipeline))
+        self.kind, self.pipeline = kind, Compose(list(pipeline))
 
     @property
     def metainfo(self) -> dict[str, Any]:
@@ -134,7 +124,7 @@ class MixSegDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Load one pair, mix another one into it, and run the rest of the pipeline."""
         pair = self.dataset[index]
-        if np.random.rand() < self.probability:
+        if np.random.rand() < MIXED_SHARE:
             paste(pair, self.dataset[np.random.randint(len(self.dataset))], self.kind)
         return note_origin(self.pipeline(pair), pair.get("is_synthetic", False))
 
@@ -154,7 +144,7 @@ def paste(pair: dict[str, Any], other: Mapping[str, Any], kind: str) -> None:
 
 def choose_classes(mask: np.ndarray) -> np.ndarray:
     """Pixels of a random half (rounded up) of the classes in a mask, (h, w) bool; ignored pixels never."""
-    present = np.unique(mask[mask != IGNORED])
+    present = np.unique(mask[mask != IGNORE_INDEX])
     return np.isin(mask, np.random.choice(present, (len(present) + 1) // 2, replace=False) if len(present) else [])
 
 

@@ -52,12 +52,11 @@ def count_consensus(labels: torch.Tensor, features: torch.Tensor, num_classes: i
     return counts.view(num_classes, num_classes, num_classes).double()
 
 
-def estimate_hoc(counts: torch.Tensor, steps: int = HOC_STEPS) -> torch.Tensor:
+def estimate_hoc(counts: torch.Tensor) -> torch.Tensor:
     """Find the T under which points and their neighbours would be labelled as they are.
 
     Args:
         counts: (K, K, K) from count_consensus, of one or several sets of points.
-        steps: of Adam.
     Returns:
         (K, K) float64. The start is near the identity: of the solutions, which a permutation of the classes does not
         tell apart, it takes the diagonally dominant one.
@@ -70,7 +69,7 @@ def estimate_hoc(counts: torch.Tensor, steps: int = HOC_STEPS) -> torch.Tensor:
         thirds = torch.einsum("i,ij,ik,il->jkl", prior, transition, transition, transition)
         return (prior @ transition - first).norm() + (seconds - second).norm() + (thirds - third).norm()
 
-    return fit(distance, len(first), [(steps, 0.1)], third)
+    return fit(distance, len(first), [(HOC_STEPS, 0.1)], third)
 
 
 def estimate_from_teacher(predicted: torch.Tensor, confusion: torch.Tensor) -> torch.Tensor:
@@ -119,25 +118,23 @@ def estimate_from_counts(counts: np.ndarray | torch.Tensor) -> torch.Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def make_safe(
-    transition: torch.Tensor, labels: torch.Tensor | None, names: Sequence[str]
-) -> tuple[torch.Tensor, list[str]]:
-    """Replace rows of an estimate that must not be trusted by those of the identity.
+def make_safe(transition: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, list[str]]:
+    """Replace rows of an estimate (K, K) that must not be trusted by those of the identity.
 
     Args:
-        transition: (K, K).
-        labels: (K,) points labelled with each class; None = enough of all.
-        names: K names of the classes.
+        transition: the estimate.
+        labels: (K,) points labelled with each class.
+        names: of the classes.
     Returns:
         The matrix, and what was replaced and why.
     """
     transition = transition.double().clone()
     identity, notes = torch.eye(len(transition), dtype=torch.float64, device=transition.device), []
     for number, name in enumerate(names):
-        diagonal, count = float(transition[number, number]), None if labels is None else int(labels[number])
+        diagonal, count = float(transition[number, number]), int(labels[number])
         if not torch.isfinite(transition[number]).all():
             reason = "the estimate is not finite"
-        elif count is not None and count < LEAST_POINTS:
+        elif count < LEAST_POINTS:
             reason = f"{count} points, at least {LEAST_POINTS} are needed"
         elif diagonal < LEAST_DIAGONAL:
             reason = f"the estimate says {diagonal:.2f} of it is labelled right, at least {LEAST_DIAGONAL} are needed"
@@ -160,18 +157,9 @@ def describe(transition: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def write_noise(
-    path: Path, transitions: Mapping[int, torch.Tensor], names: Sequence[str], estimator: str, **facts: Any
-) -> None:
-    """Write estimates as JSON, atomically.
-
-    Args:
-        path: usually work_dir/noise.json.
-        transitions: domain -> (K, K).
-        names: K names of the classes.
-        estimator: how T was found.
-        facts: further plain values (seed, counts, notes).
-    """
+def write_noise(path: Path, transitions: Mapping[int, torch.Tensor], names: Sequence[str], estimator: str,
+                **facts: Any) -> None:
+    """Write estimates, domain -> (K, K), as JSON with how they were found and further plain values."""
     domains = {str(domain): describe(matrix) for domain, matrix in transitions.items()}
     write_json(path, {"classes": list(names), "estimator": estimator, "domains": domains, **facts})
 

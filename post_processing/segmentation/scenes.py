@@ -1,4 +1,4 @@
-"""Scenes of any size, predicted by windows whose borders are blended."""
+"""Masks predicted for images that have none: of a batch, and of scenes of any size by windows with blended borders."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -8,8 +8,33 @@ import torch
 
 from ldm.data.classes import IGNORE_INDEX
 from ldm.data.images import OpenImage
-from post_processing.evaluation.pseudo_masks import STRIDE, class_probabilities, pick_classes
 from post_processing.segmentation.segmentor import Segmentor
+
+STRIDE = 32  # the coarsest grid of the usual backbones, pixels
+
+
+def class_probabilities(segmentor: Segmentor, images: torch.Tensor) -> torch.Tensor:
+    """Probability of every class in every pixel: (B, 3, H, W) uint8 RGB -> (B, K, H, W) float32.
+
+    Sides that STRIDE does not divide are filled up with the last row or column. mmseg would stretch the coarse scores
+    over them instead, so that an image and a part of it were predicted on different grids.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = (torch.arange(-(-side // STRIDE) * STRIDE).clamp(max=side - 1) for side in (height, width))
+    if len(rows) > height or len(columns) > width:
+        images = images[:, :, rows][:, :, :, columns]
+    return segmentor.logits(images)[:, :, :height, :width].softmax(dim=1)
+
+
+def pick_classes(probabilities: torch.Tensor, threshold: float = 0.0) -> np.ndarray:
+    """Most likely class of every pixel, 255 below the threshold: (B, K, H, W) in [0, 1] -> (B, H, W) uint8."""
+    confidence, ids = probabilities.max(dim=1)
+    return ids.to(torch.uint8).masked_fill(confidence < threshold, IGNORE_INDEX).cpu().numpy()
+
+
+def predict_classes(segmentor: Segmentor, images: torch.Tensor, threshold: float = 0.0) -> np.ndarray:
+    """Classes of a batch of images, (B, 3, H, W) uint8 RGB -> (B, H, W) uint8 (see pick_classes)."""
+    return pick_classes(class_probabilities(segmentor, images), threshold)
 
 
 def window_weights(length: int, overlap: int, at_start: bool, at_end: bool) -> torch.Tensor:
@@ -49,13 +74,12 @@ def window_spans(length: int, window: int, overlap: int) -> list[tuple[int, int]
 
 
 @torch.inference_mode()
-def predict_scene(
-    segmentor: Segmentor, image: OpenImage, window: int, overlap: int, batch_size: int, threshold: float = 0.0
-) -> Iterator[tuple[int, np.ndarray]]:
+def predict_scene(segmentor: Segmentor, image: OpenImage, window: int, overlap: int, batch_size: int,
+                  threshold: float = 0.0) -> Iterator[tuple[int, np.ndarray]]:
     """Predict an image by windows; what is in memory are the rows of one window.
 
     Args:
-        segmentor: the segmentor.
+        segmentor: whose classes are wanted.
         image: opened, RGB.
         window: side of the windows, pixels.
         overlap: pixels that neighbours share, at most half of window and at most window - STRIDE.

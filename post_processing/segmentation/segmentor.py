@@ -14,23 +14,8 @@ from ldm.cli import choose_device
 from ldm.data.classes import ClassTable, same_names
 from ldm.files import atomic_write
 from ldm.util import UserError
-from ldm.weights.files import refusal
+from ldm.weights.files import StandIn, refusal
 from post_processing.segmentation.config import fill_preprocessor, read_config
-
-
-class Discarded:
-    """Takes the place of training-only objects in a checkpoint while it is read; keeps nothing and runs nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Discarded":
-        """Swallow any arguments: a pickle may rebuild the object in several ways."""
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Swallow any arguments."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
-
 
 # mmengine writes loss histories beside the weights; their pickles ask for these two names.
 HISTORY_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
@@ -70,7 +55,7 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
     if not path.is_file():
         raise FileNotFoundError(f"segmentor checkpoint not found: {path}. Give the segmentor.pth of a training.")
     try:
-        replaced = replaced or {HISTORY_BUFFER: Discarded, HISTORY_METHOD: Discarded}
+        replaced = replaced or {HISTORY_BUFFER: StandIn, HISTORY_METHOD: StandIn}
         with torch.serialization.safe_globals(allowed_globals(replaced)), path.open("rb") as file, \
                 warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
@@ -78,34 +63,39 @@ def read_checkpoint(path: str | Path, replaced: Mapping[str, Any] | None = None)
             is_pickle = file.peek(2)[:1] == b"\x80" or file.peek(2)[:2] == b"PK"
             content = torch.load(file if is_pickle else path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"segmentor checkpoint {path}: contains something other than weights and plain values, or is no torch file "
-            f"({refusal(error)}). Expected tensors only; nothing was run. Save the state_dict alone."
-        ) from error
+        raise UserError(f"segmentor checkpoint {path}: contains something other than weights and plain values, or is "
+                        f"no torch file ({refusal(error)}). Expected tensors only; nothing was run. Save the "
+                        "state_dict alone.") from error
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(
             f"segmentor checkpoint {path}: cannot be read ({refusal(error)}). Is the file complete?") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of weights."
-        )
+        raise ValueError(f"segmentor checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of "
+                         "weights.")
     return content if "state_dict" in content else {"state_dict": content}
 
 
 def save_checkpoint(path: str | Path, model: torch.nn.Module, class_table: ClassTable, **meta: Any) -> None:
-    """Write weights and class table as one file of tensors and plain values, atomically.
-
-    Args:
-        path: file to write, usually run_dir/segmentor.pth.
-        model: the mmseg model.
-        class_table: what its classes mean.
-        meta: further plain values (steps, seed).
-    """
+    """Write weights, class table and further plain values as one file, atomically."""
     path = Path(path)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     table = class_table.to_dict()
     meta = {"class_table": table, "dataset_meta": dataset_meta(class_table), **meta}
     atomic_write(path, lambda file: torch.save({"state_dict": state_dict, "meta": meta}, file))
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a distributed wrapper."""
+    return getattr(model, "module", model)
+
+
+def list_heads(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Decode heads of an mmseg model, the one that predicts last, auxiliary ones before."""
+    heads = []
+    for name in ("auxiliary_head", "decode_head"):
+        head = getattr(model, name, None)
+        heads += [] if head is None else list(head) if isinstance(head, torch.nn.ModuleList) else [head]
+    return heads
 
 
 def dataset_meta(class_table: ClassTable) -> dict[str, Any]:
@@ -117,23 +107,12 @@ class Segmentor:
     """An mmseg model in evaluation mode that takes batches of images as they are on disk."""
 
     def __init__(self, model: torch.nn.Module, class_table: ClassTable, device: str | torch.device = "cpu") -> None:
-        """Wrap a model.
-
-        Args:
-            model: an mmseg segmentor whose head has as many classes as the table.
-            class_table: what its class ids mean.
-            device: where it runs.
-        Raises:
-            ValueError: if the model has another number of classes than the table.
-        """
-        is_cascade = isinstance(model.decode_head, torch.nn.ModuleList)
-        self.head = model.decode_head[-1] if is_cascade else model.decode_head
+        """Wrap an mmseg segmentor; ValueError if its head has another number of classes than the table."""
+        self.head = list_heads(model)[-1]
         count = self.head.num_classes
         if count != class_table.num_classes:
-            raise ValueError(
-                f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class table "
-                f"{class_table.name}. Give the table that it was trained with."
-            )
+            raise ValueError(f"segmentor: it has {count} classes. Expected the {class_table.num_classes} of class "
+                             f"table {class_table.name}. Give the table that it was trained with.")
         mean = getattr(model.data_preprocessor, "mean", None)  # (C, 1, 1), or (1, 1, 1) for all
         self.channels = mean.numel() if isinstance(mean, torch.Tensor) and mean.numel() > 1 else 3
         if self.channels != 3 and getattr(model.data_preprocessor, "channel_conversion", False):
@@ -155,10 +134,8 @@ class Segmentor:
             ValueError: for another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.channels:
-            raise ValueError(
-                f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, (B, "
-                f"{self.channels}, H, W)."
-            )
+            raise ValueError(f"segmentor: got images of {images.dtype}, shape {tuple(images.shape)}. Expected uint8, "
+                             f"(B, {self.channels}, H, W).")
         return self.scores(images.to(self.device, non_blocking=True))
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
@@ -189,10 +166,8 @@ def require_mmseg() -> None:
             import mmseg.models  # noqa: F401  registers the models
         from mmengine.registry import init_default_scope
     except ImportError as error:
-        raise UserError(
-            f"MMSegmentation cannot be imported ({error}). Expected the packages of requirements/seg.txt and, with "
-            "--no-deps, requirements/seg.nodeps.txt. Install them."
-        ) from error
+        raise UserError(f"MMSegmentation cannot be imported ({error}). Expected the packages of requirements/seg.txt "
+                        "and, with --no-deps, requirements/seg.nodeps.txt. Install them.") from error
     init_default_scope("mmseg")
 
 
@@ -221,14 +196,9 @@ def build_model(config: str | Path | Mapping[str, Any]) -> torch.nn.Module:
                         f"{str(error)[:300]}). Expected one of MMSegmentation 1.x. See --debug.") from error
 
 
-def load_segmentor(
-    config: str | Path,
-    checkpoint: str | Path,
-    device: str | torch.device = "cpu",
-    class_table: ClassTable | None = None,
-    default_table: ClassTable | None = None,
-    names_suffice: bool = False,
-) -> Segmentor:
+def load_segmentor(config: str | Path, checkpoint: str | Path, device: str | torch.device = "cpu",
+                   class_table: ClassTable | None = None, default_table: ClassTable | None = None,
+                   names_suffice: bool = False) -> Segmentor:
     """Load a trained segmentor.
 
     Args:
@@ -258,16 +228,14 @@ def load_segmentor(
                         "without that flag need a segmentor.pth of scripts/train_segmentor.py, which holds one.")
     names = list(names or class_table.names)
     if not same_names(names, class_table.names):
-        raise UserError(
-            f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected {list(class_table.names)} of "
-            f"class table {class_table.name}. Give the table that it was trained with."
-        )
+        raise UserError(f"segmentor checkpoint {checkpoint}: trained on classes {names}. Expected "
+                        f"{list(class_table.names)} of class table {class_table.name}. Give the table that it was "
+                        "trained with.")
     model = build_model(config)
     report = check_weights(model, content["state_dict"])
     if report:
-        raise ValueError(
-            f"segmentor checkpoint {checkpoint}: does not fit {config}: {report}. Give the pair of one training."
-        )
+        raise ValueError(f"segmentor checkpoint {checkpoint}: does not fit {config}: {report}. Give the pair of one "
+                         "training.")
     model.load_state_dict(content["state_dict"])
     return Segmentor(model, class_table, device)
 

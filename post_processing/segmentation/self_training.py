@@ -16,9 +16,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ldm.data.classes import IGNORE_INDEX
 from ldm.data.images import find_images, read_image
 from ldm.util import UserError, is_rank_zero
-from post_processing.segmentation.dlc import CODE, IGNORED, PSEUDO, WEIGHT_CODE, check_capacity
+from post_processing.segmentation.dataset import make_sample
+from post_processing.segmentation.dlc import CODE, PSEUDO, WEIGHT_CODE, check_capacity
+from post_processing.segmentation.segmentor import unwrap
 
 SELF_TRAINING_HOOK = "post_processing.segmentation.self_training.make_self_training_hook"
 TARGET_DATASET = "post_processing.segmentation.self_training.TargetDataset"
@@ -79,11 +82,9 @@ class TargetDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Load an image: `inputs` (3, h, w) uint8 BGR, `data_samples` with 0 where there is an image, 255 elsewhere."""
-        image = np.ascontiguousarray(read_image(self.images[index])[:, :, ::-1])
-        size = image.shape[:2]
-        return self.pipeline({"img": image, "gt_seg_map": np.zeros(size, np.uint8), "seg_fields": ["gt_seg_map"],
-                              "img_path": self.images[index], "ori_shape": size, "img_shape": size,
-                              "reduce_zero_label": False, "sample_idx": index})  # fmt: skip
+        image = read_image(self.images[index])
+        mask = np.zeros(image.shape[:2], np.uint8)
+        return self.pipeline(make_sample(image, mask, index, img_path=self.images[index]))
 
 
 def add_self_training(config: Any, args: Any, num_classes: int) -> None:
@@ -122,19 +123,16 @@ def make_pseudo_labels(logits: torch.Tensor, is_image: torch.Tensor) -> torch.Te
     is_sure = (probability >= CONFIDENT) & is_image
     share = is_sure.sum((1, 2)) / is_image.sum((1, 2)).clamp_min(1)
     weight_code = ((1 - share) * WEIGHT_CODE).round().long()[:, None, None] * WEIGHT_CODE
-    return torch.where(is_image, label + CODE * PSEUDO + weight_code, IGNORED)
+    return torch.where(is_image, label + CODE * PSEUDO + weight_code, IGNORE_INDEX)
 
 
 def choose_half(labels: torch.Tensor, num_classes: int, generator: torch.Generator) -> torch.Tensor:
-    """Pixels of a random half (rounded up) of the classes of each mask, (B, H, W) bool; ignored pixels never.
+    """Pixels of a random half (rounded up) of the classes of each mask, ignored ones never.
 
-    Args:
-        labels: (B, H, W) int64, coded.
-        num_classes: K.
-        generator: on the CPU; the draw waits for nothing on the device.
+    (B, H, W) int64, coded -> bool. The generator is the CPU's, so that the draw waits for nothing on the device.
     """
     code = labels & (WEIGHT_CODE - 1)
-    classes = torch.where(code == IGNORED, num_classes, code & (CODE - 1))
+    classes = torch.where(code == IGNORE_INDEX, num_classes, code & (CODE - 1))
     is_there = functional.one_hot(classes, num_classes + 1)[..., :num_classes].flatten(1, 2).any(1)
     draws = torch.rand(is_there.shape, generator=generator).to(labels.device).masked_fill(~is_there, 2.0)
     rank = draws.argsort(1).argsort(1)
@@ -152,14 +150,7 @@ def hide_blocks(images: torch.Tensor, fill: torch.Tensor, generator: torch.Gener
 
 
 def change_colours(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Change brightness, contrast and saturation, and blur, each image by draws of its own.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        generator: on the CPU.
-    Returns:
-        The same form.
-    """
+    """Change brightness, contrast and saturation, and blur, each image (B, 3, H, W) uint8 by draws of its own."""
     count = len(images)
     draws = torch.rand(6, count, generator=generator).to(images.device)
     factors = (1 + JITTER * (2 * draws[:3] - 1))[..., None, None, None]
@@ -179,10 +170,8 @@ def change_colours(images: torch.Tensor, generator: torch.Generator) -> torch.Te
     return changed.round().clamp(0, 255).to(torch.uint8)
 
 
-def mix_batch(
-    source: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, torch.Tensor], num_classes: int,
-    fill: torch.Tensor, generator: torch.Generator,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def mix_batch(source: tuple[torch.Tensor, torch.Tensor], target: tuple[torch.Tensor, torch.Tensor], num_classes: int,
+              fill: torch.Tensor, generator: torch.Generator) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Make what the student learns from beside its labelled images.
 
     Args:
@@ -203,9 +192,8 @@ def mix_batch(
             (hide_blocks(change_colours(target[0], generator), fill, generator), target[1])]  # fmt: skip
 
 
-def stack_padded(
-    batch: dict[str, Any], size: tuple[int, int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stack_padded(batch: dict[str, Any], size: tuple[int, int],
+                 device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, 3, H, W) uint8 and labels (B, H, W) int64 of a list batch, padded right and below (0 and 255)."""
 
     def pad(tensor: torch.Tensor, value: int) -> torch.Tensor:
@@ -213,18 +201,12 @@ def stack_padded(
         return functional.pad(tensor, (0, size[1] - width, 0, size[0] - height), value=value)
 
     images = torch.stack([pad(image, 0) for image in batch["inputs"]])
-    labels = torch.stack([pad(sample.gt_sem_seg.data[0], IGNORED) for sample in batch["data_samples"]])
+    labels = torch.stack([pad(sample.gt_sem_seg.data[0], IGNORE_INDEX) for sample in batch["data_samples"]])
     return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def make_self_training_hook(loader: dict[str, Any], num_classes: int, seed: int) -> Any:
-    """Make the mmengine hook that holds the teacher and adds target images to each batch.
-
-    Args:
-        loader: node of the loader of target images.
-        num_classes: K, at most 63.
-        seed: of mixtures, masks and colours.
-    """
+    """Make the mmengine hook that holds the teacher and adds target images, from a loader's node, to each batch."""
     from mmengine.dist import get_rank
     from mmengine.hooks import Hook
     from mmengine.structures import PixelData
@@ -235,7 +217,7 @@ def make_self_training_hook(loader: dict[str, Any], num_classes: int, seed: int)
         loaded: dict[str, Any] | None = None
 
         def before_train(self, runner: Any) -> None:
-            student = getattr(runner.model, "module", runner.model)
+            student = unwrap(runner.model)
             self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
             self.moves = 0
             if self.loaded:
@@ -246,7 +228,7 @@ def make_self_training_hook(loader: dict[str, Any], num_classes: int, seed: int)
             self.batches = iter(self.loader)
 
         def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-            student = getattr(runner.model, "module", runner.model)
+            student = unwrap(runner.model)
             device = next(student.parameters()).device
             batch = next(self.batches)
             images = [*data_batch["inputs"], *batch["inputs"]]
@@ -257,7 +239,7 @@ def make_self_training_hook(loader: dict[str, Any], num_classes: int, seed: int)
                 inputs = self.teacher.data_preprocessor({"inputs": list(target)}, training=False)["inputs"]
                 logits = self.teacher(inputs, None, mode="tensor")
                 logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            pseudo = make_pseudo_labels(logits, is_image != IGNORED)
+            pseudo = make_pseudo_labels(logits, is_image != IGNORE_INDEX)
             count = min(len(source[0]), len(target))
             generator = torch.Generator().manual_seed((seed * 1000 + get_rank()) * 10_000_000 + runner.iter)
             source, target = ([tensor[:count] for tensor in pair] for pair in (source, (target, pseudo)))
@@ -271,7 +253,7 @@ def make_self_training_hook(loader: dict[str, Any], num_classes: int, seed: int)
                     data_batch["data_samples"].append(sample)
 
         def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-            update_average(self.teacher, getattr(runner.model, "module", runner.model), self.moves)
+            update_average(self.teacher, unwrap(runner.model), self.moves)
             self.moves += 1
 
         def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:

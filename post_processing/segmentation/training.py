@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from ldm.data.classes import ClassTable
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone
+from post_processing.segmentation.config import find_heads, read_config, walk
 from post_processing.segmentation.dataset import class_weights, count_pixels, dataset_config, list_pairs
 from post_processing.segmentation.dlc import CORRECTED_LOSS
 from post_processing.segmentation.dlc_training import NOISE_FLAGS, add_noise_correction, check_flags, is_corrected
@@ -28,9 +28,9 @@ from post_processing.segmentation.segmentor import (
     HISTORY_METHOD,
     check_weights,
     read_checkpoint,
-    read_config,
     require_mmseg,
     save_checkpoint,
+    unwrap,
 )
 
 LOG = logging.getLogger(__name__)
@@ -54,7 +54,11 @@ def train_segmentor(args: argparse.Namespace) -> Path:
     if args.threads:
         torch.set_num_threads(args.threads)
     require_mmseg()
-    work_dir = prepare_work_dir(args)
+    work_dir = Path(args.work_dir)
+    if (work_dir / "segmentor.pth").exists() and not (args.overwrite or args.resume):
+        raise FileExistsError(
+            f"{work_dir}: holds a trained segmentor. Give another --work_dir, --resume or --overwrite.")
+    work_dir.mkdir(parents=True, exist_ok=True)
     use_safe_reader()
     config, table = make_config(args)
     runner = build_runner(config, args.init_from)
@@ -65,8 +69,8 @@ def train_segmentor(args: argparse.Namespace) -> Path:
     minutes = (time.time() - started) / 60
     path = work_dir / "segmentor.pth"
     if is_rank_zero():
-        model, steps = getattr(model, "module", model), runner.max_iters
-        save_checkpoint(path, model, table, steps=steps, seed=args.seed)
+        steps = runner.max_iters
+        save_checkpoint(path, unwrap(model), table, steps=steps, seed=args.seed)
         read_checkpoint(path)  # what was written must pass the reader that others use
         LOG.info("%d steps in %.1f minutes; wrote %s and config.json", steps, minutes, path)
     return path
@@ -84,10 +88,8 @@ def load_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     config = read_config(args.config)
     given = [f"--{name}" for name in args.given if name in (*SETTINGS, *DATA_FLAGS)]
     if "train_dataloader" in config and given:
-        raise UserError(
-            f"{', '.join(given)}: {args.config} has its own data and schedule. Expected neither on the command line. "
-            "Change them there, or leave the flags out."
-        )
+        raise UserError(f"{', '.join(given)}: {args.config} has its own data and schedule. Expected neither on the "
+                        "command line. Change them there, or leave the flags out.")
     for name in SETTINGS:
         if getattr(args, name) is not None:
             config[name] = getattr(args, name)
@@ -114,13 +116,11 @@ def list_sources(args: argparse.Namespace) -> list[dict[str, Any]]:
 def fill_data(config: Any, table: ClassTable, args: argparse.Namespace) -> None:
     """Set classes, class weights and the training loader of a config in place."""
     sources = list_sources(args)
-    if not 0 < args.synthetic_ratio < float("inf"):
-        raise UserError(f"--synthetic_ratio: {args.synthetic_ratio}. Expected images for each real one, above 0.")
     share = args.synthetic_ratio / (1 + args.synthetic_ratio) if len(sources) == 2 else 0.0
     drawn = np.zeros(table.num_classes)
     for source, weight in zip(sources, (1 - share, share), strict=False):
         pairs = list_pairs(table, **{key: value for key, value in source.items() if key != "is_synthetic"})
-        pixels = count_pixels(pairs, table)
+        pixels = count_pixels((pair.mask for pair in pairs), table)
         drawn += weight * pixels / max(pixels.sum(), 1)
         LOG.info("%d pairs, %.0f %% of the draws: %s", len(pairs), 100 * weight, source["manifest"] or "folders")
     LOG.info("class shares of the pixels drawn: %s",
@@ -165,9 +165,8 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not torch.cuda.is_available():
-        raise UserError(
-            f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use GPUS=1."
-        )
+        raise UserError(f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use "
+                        "GPUS=1.")
     config.launcher = "pytorch" if processes > 1 else "none"
     config.sync_bn = "torch" if processes > 1 else None
     config.randomness = dict(seed=args.seed)
@@ -208,29 +207,19 @@ def fill_classes(model: dict[str, Any], num_classes: int, weights: list[float] |
     Raises:
         UserError: if there are weights and a head whose losses take none.
     """
-    for key in ("decode_head", "auxiliary_head"):
-        heads = model.get(key)
-        for head in heads if isinstance(heads, list | tuple) else [heads] if heads else []:
-            inner = [node for node in find_nodes(head) if "num_classes" in node or "loss_decode" in node] or [head]
-            for node in inner:
-                node["num_classes"] = num_classes
-            losses = [loss for node in inner for loss in find_nodes(node.get("loss_decode"))
-                      if loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)]  # fmt: skip
-            if weights and not losses:
-                raise UserError(f"config: loss_decode of {key} {head.get('type')} has no CrossEntropyLoss, but the "
-                                "classes have weights. Expected a loss that takes them, or class_balance = 0.")
-            for loss in losses if weights else ():
-                loss["class_weight"] = weights
-                if loss["type"] == "CrossEntropyLoss":
-                    loss["avg_non_ignore"] = False  # with weights mmseg leaves ignored pixels out, and stops if told so
-
-
-def find_nodes(node: Any) -> Iterator[dict[str, Any]]:
-    """A config node and all nodes inside it, parents first."""
-    if isinstance(node, Mapping):
-        yield node
-    for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ():
-        yield from find_nodes(child)
+    for key, head in find_heads(model):
+        inner = [node for node in walk(head) if "num_classes" in node or "loss_decode" in node] or [head]
+        for node in inner:
+            node["num_classes"] = num_classes
+        losses = [loss for node in inner for loss in walk(node.get("loss_decode"))
+                  if loss.get("type") in ("CrossEntropyLoss", CORRECTED_LOSS)]  # fmt: skip
+        if weights and not losses:
+            raise UserError(f"config: loss_decode of {key} {head.get('type')} has no CrossEntropyLoss, but the "
+                            "classes have weights. Expected a loss that takes them, or class_balance = 0.")
+        for loss in losses if weights else ():
+            loss["class_weight"] = weights
+            if loss["type"] == "CrossEntropyLoss":
+                loss["avg_non_ignore"] = False  # with weights mmseg leaves ignored pixels out, and stops if told so
 
 
 def make_loader(dataset: dict[str, Any], batch_size: int, num_workers: int, is_training: bool) -> dict[str, Any]:
@@ -242,17 +231,6 @@ def make_loader(dataset: dict[str, Any], batch_size: int, num_workers: int, is_t
         sampler=dict(type="InfiniteSampler" if is_training else "DefaultSampler", shuffle=is_training),
         dataset=dataset,
     )
-
-
-def prepare_work_dir(args: argparse.Namespace) -> Path:
-    """Create the output folder; refuse one that holds a finished training unless told otherwise."""
-    work_dir = Path(args.work_dir)
-    if (work_dir / "segmentor.pth").exists() and not (args.overwrite or args.resume):
-        raise FileExistsError(
-            f"{work_dir}: holds a trained segmentor. Give another --work_dir, --resume or --overwrite."
-        )
-    work_dir.mkdir(parents=True, exist_ok=True)
-    return work_dir
 
 
 def use_safe_reader() -> None:
@@ -278,7 +256,7 @@ def build_runner(config: Any, init_from: str | None) -> Any:
     runner = Runner.from_cfg(config)
     # A line for every parameter, hundreds of them.
     runner.logger.addFilter(lambda record: "paramwise_options" not in record.getMessage())
-    model = getattr(runner.model, "module", runner.model)
+    model = unwrap(runner.model)
     if config.get("channels_last", False):
         runner.model.to(memory_format=torch.channels_last)
     init = config.get("init_backbone", "none")

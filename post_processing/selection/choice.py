@@ -39,15 +39,14 @@ def shuffled(candidates: Sequence[Candidate], seed: int) -> list[Candidate]:
     return sorted(candidates, key=place)
 
 
-def keep_by_rule(
-    candidates: Sequence[Candidate], rare: Sequence[int], min_rare_pixels: int, valid_ratio: float, count_ignored: bool
-) -> list[Candidate]:
+def keep_by_rule(candidates: Sequence[Candidate], rare: Sequence[int], min_rare_pixels: int, valid_ratio: float,
+                 count_ignored: bool) -> list[Candidate]:
     """Keep images in which a rare class survives, or most of the mask does.
 
     Args:
         candidates: the images.
         rare: ids of rare classes.
-        min_rare_pixels: pixels of one rare class that must survive, at least 1.
+        min_rare_pixels: of one rare class must survive, at least 1.
         valid_ratio: else more than this share of the mask must survive.
         count_ignored: take the share of all pixels; otherwise of those that the mask gives a class.
     Source: TISynth's resample.py, where count_ignored is on and min_rare_pixels is 1.
@@ -63,14 +62,7 @@ def keep_by_rule(
 
 
 def mask_hardness(before: np.ndarray, mean: np.ndarray) -> float:
-    """Pixel-weighted mean of the class losses over a mask; classes without statistics do not count.
-
-    Args:
-        before: (K,) pixels of each class.
-        mean: (K,) float64 class losses, NaN where there are none.
-    Returns:
-        The hardness; 0 for a mask without any class of known loss.
-    """
+    """Mean of class losses (K,), weighted by a mask's pixels (K,); NaN losses do not count, and 0 if all are."""
     known = ~np.isnan(mean)
     pixels = before[known].sum()
     return float((before[known] * mean[known]).sum() / pixels) if pixels else 0.0
@@ -79,11 +71,7 @@ def mask_hardness(before: np.ndarray, mean: np.ndarray) -> float:
 def keep_by_hardness(candidates: Sequence[Candidate], mean: np.ndarray, seed: int) -> list[Candidate]:
     """Keep more images of harder masks: of the i-th of M masks (i from 1, easiest first) min(1 + round(n i / M), n).
 
-    Args:
-        candidates: the images; n is the number of those of one mask.
-        mean: see mask_hardness.
-        seed: of the choice among the images of a mask.
-    Source: FreeMask (Yang et al. 2023), section 3.3.
+    n is the number of images of one mask, among which `seed` chooses. Source: FreeMask (Yang et al. 2023), section 3.3.
     """
     groups: dict[str, list[Candidate]] = defaultdict(list)
     for candidate in shuffled(candidates, seed):
@@ -96,17 +84,12 @@ def keep_by_hardness(candidates: Sequence[Candidate], mean: np.ndarray, seed: in
     return kept
 
 
-def cap(
-    candidates: Sequence[Candidate], max_per_mask: int | None, max_per_class: int | None, seed: int
-) -> list[Candidate]:
+def cap(candidates: Sequence[Candidate], max_per_mask: int | None, max_per_class: int | None,
+        seed: int) -> list[Candidate]:
     """Leave out images at random until no mask and no class has too many.
 
-    Args:
-        candidates: the images.
-        max_per_mask: most images of one mask.
-        max_per_class: most images kept for the sake of one class: each counts for the class that the fewest of the
-            images show, of those that survive in it, so that a common class in an image does not cost it a rare one.
-        seed: of the choice.
+    An image counts for the class that the fewest of the images show, of those that survive in it, so that a common
+    class does not cost it a rare one.
     """
     shown = np.sum([candidate.after > 0 for candidate in candidates], axis=0) if candidates else np.zeros(0)
     of_mask: dict[str, int] = defaultdict(int)

@@ -40,12 +40,9 @@ class Hardness:
     fingerprint: dict[str, Any]
 
     def limits(self, margin: float) -> torch.Tensor:
-        """Loss above which a pixel is dropped, by mask value.
+        """Loss above which a pixel is dropped, `margin` times its class mean, by mask value: (256,) float32.
 
-        Args:
-            margin: factor on the class means.
-        Returns:
-            (256,) float32; infinite for ignored pixels and for classes without statistics, which are left alone.
+        Infinite for ignored pixels and for classes without statistics, which are left alone.
         """
         limits = np.full(256, np.inf)
         limits[: len(self.mean)] = np.where(np.isnan(self.mean), np.inf, margin * self.mean)
@@ -61,12 +58,7 @@ class Hardness:
 
 
 def read_hardness(path: Path) -> Hardness:
-    """Read hardness.json.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        UserError: if it is something else.
-    """
+    """Read hardness.json; FileNotFoundError or UserError if it is missing or something else."""
     if not path.is_file():
         raise FileNotFoundError(f"hardness not found: {path}. Expected what filter.py writes. Check the path.")
     try:
@@ -76,20 +68,12 @@ def read_hardness(path: Path) -> Hardness:
         pixels = np.array([int(entry["pixels"]) for entry in classes.values()], np.int64)
         return Hardness(tuple(classes), np.array(mean, np.float64), pixels, dict(content["fingerprint"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a hardness file ({type(error).__name__} {error}). Expected what filter.py writes. Remove it."
-        ) from error
+        raise UserError(f"{path}: not a hardness file ({type(error).__name__} {error}). Expected what filter.py "
+                        "writes. Remove it.") from error
 
 
 def pixel_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every pixel.
-
-    Args:
-        logits: (B, K, H, W) float32.
-        mask: (B, H, W) int64, 0..K-1, 255 = ignored.
-    Returns:
-        (B, H, W) float32 >= 0, 0 where the mask is ignored.
-    """
+    """Cross entropy of every pixel: (B, K, H, W) float32, (B, H, W) int64 -> (B, H, W) float32, 0 where it is 255."""
     if logits.is_cuda:
         return F.cross_entropy(logits, mask, ignore_index=255, reduction="none")
     # On a CPU strips of rows that stay in the cache are up to four times as fast, and equal to the last bit.
@@ -120,21 +104,12 @@ def fingerprint_of(config: str | Path, checkpoint: str | Path, table: ClassTable
     }
 
 
-def get_hardness(
-    path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Pair]]], batch_size: int, workers: int
-) -> Hardness:
+def get_hardness(path: Path, fingerprint: dict, parts: Iterable[tuple[Segmentor, Sequence[Pair]]], batch_size: int,
+                 workers: int) -> Hardness:
     """Take the hardness from a file if it was measured from the same, else measure and write it.
 
-    Processes that ask at the same time wait for the one that measures.
-
-    Args:
-        path: the file.
-        fingerprint: what the hardness depends on.
-        parts: segmentors of one class table, each with the pairs that it judges; loaded only where they are needed.
-        batch_size: tiles at once.
-        workers: threads that read.
-    Returns:
-        Means over the pixels of all parts.
+    Processes that ask at the same time wait for the one that measures. The means are over the pixels of all `parts`:
+    segmentors of one class table, each with the pairs that it judges, loaded only where they are needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f".{path.name}.lock")):  # of its own: measuring takes long
@@ -159,9 +134,8 @@ def pool_hardness(parts: Sequence[Hardness]) -> Hardness:
 
 
 @torch.inference_mode()
-def measure_hardness(
-    fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int, workers: int
-) -> Hardness:
+def measure_hardness(fingerprint: dict, segmentor: Segmentor, pairs: Sequence[Pair], batch_size: int,
+                     workers: int) -> Hardness:
     """Mean loss of each class over all its pixels in the real pairs, summed in double precision.
 
     Raises:

@@ -49,14 +49,12 @@ def judge_pixels(loss: torch.Tensor, mask: torch.Tensor, limits: torch.Tensor) -
 
 
 @torch.inference_mode()
-def judge_batch(
-    segmentor: Segmentor, images: torch.Tensor, masks: torch.Tensor, limits: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def judge_batch(segmentor: Segmentor, images: torch.Tensor, masks: torch.Tensor,
+                limits: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Judge a batch, in parts if the device's memory is too small for it.
 
     Args:
-        segmentor: the judge.
-        images, masks: see stack_batch.
+        segmentor, images, masks: see stack_batch.
         limits: see judge_pixels; on the segmentor's device.
     Returns:
         (B, H, W) bool of dropped pixels, (B, 256, 2) int64 counts, (B,) float64 sums of the loss.
@@ -118,7 +116,7 @@ class PixelFilter:
         Args:
             segmentor: the judge.
             work: folder for what is not complete, of this process alone, on the file system of the output folder.
-            pairs: the images with their masks.
+            pairs: the images.
         Returns:
             A record with `image`, `mask` and `reason` for each image that could not be judged.
         Raises:
