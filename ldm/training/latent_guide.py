@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.classes import ClassTable, read_mask, same_names
+from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask, same_names
 from ldm.data.images import read_image
 from ldm.data.transforms import resize_image, resize_mask
 from ldm.methods.base import Method
@@ -31,7 +31,6 @@ from ldm.weights.load import load_method, read_model_config
 log = logging.getLogger(__name__)
 
 DETAIL = 4  # scores for each latent along both axes: classes are finer than latents of 8 pixels
-IGNORED = 255
 
 
 class LatentGuide:
@@ -102,7 +101,7 @@ class Tiles(Dataset):
 
 
 @torch.no_grad()
-def encode_pairs(method: Method, pairs: Sequence[tuple[Path, Path]], table: ClassTable, device: torch.device,
+def encode_pairs(method: Method, pairs: Sequence[tuple[Path, Path]], table: ClassTable, device: torch.device | str,
                  num_workers: int = 0) -> tuple[Tensor, Tensor]:
     """Clean latents of all images, plain and mirrored along both axes, and their masks, on the CPU.
 
@@ -142,7 +141,6 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
         UserError: if the generator has no latents, or other classes; if the loss is not finite, or no pixel has a
             class.
     """
-    device = torch.device(device)
     method = load_method(checkpoint, read_model_config(checkpoint), device)
     space = method.latent_space()
     if not space:
@@ -162,13 +160,13 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
     order, late = torch.Generator().manual_seed(seed), deque(maxlen=max(max_steps // 10, 1))
     for step in tqdm(range(max_steps), desc="guide on latents"):
         chosen = torch.randint(len(latents), (batch_size,), generator=order)
-        if not (masks[chosen] != IGNORED).any():
+        if not (masks[chosen] != IGNORE_INDEX).any():
             continue
         clean, mask = latents[chosen].to(device).float(), masks[chosen].to(device).long()
         level = noise * spread * torch.rand(batch_size, 1, 1, 1, generator=order)
         noisy = clean + (level * torch.randn(clean.shape, generator=order)).to(device)
         scores = F.interpolate(network(noisy), mask.shape[-2:], mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(scores, mask, ignore_index=IGNORED)
+        loss = F.cross_entropy(scores, mask, ignore_index=IGNORE_INDEX)
         if not bool(loss.isfinite()):
             raise UserError(f"--on_latents: the loss at step {step} is {loss.item()}. Expected a finite one. Take a "
                             f"smaller --learning_rate than {learning_rate:g}; nothing was written.")
@@ -176,7 +174,7 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
         loss.backward()
         optimizer.step()
         schedule.step()
-        known = mask != IGNORED
+        known = mask != IGNORE_INDEX
         late.append(torch.stack([loss.detach(), (scores.argmax(1) == mask)[known].float().mean()]))
     if not late:
         raise UserError(f"--on_latents: none of {len(masks)} masks has a pixel with a class. Expected labelled pairs.")
