@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--work_dir", required=True, help="output folder")
     add("--max_steps", type=positive_int, help="optimizer steps (default: the config's)")
     add("--batch_size", type=positive_int, help="tiles a step (default: the config's)")
-    add("--learning_rate", type=positive_float, help="peak rate (default: the config's)")
+    add("--learning_rate", type=float, help="peak rate (default: the config's)")
     add("--init_backbone", help="imagenet (MobileNetV2), none or a file of weights (default: the config's)")
     add("--init_from", help="segmentor.pth to start from: pre-training on synthesized pairs, fine-tuning on real ones")
     add("--class_balance", type=float, help="exponent of the class weights, 0 = none (default: the config's)")
