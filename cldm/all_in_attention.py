@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from cldm.control import Features
-from ldm.modules.attention import CrossAttention, FeedForward, FixedContext
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention, FixedContext
 from ldm.modules.blocks import zero_module
 from ldm.modules.unet import UNet
 
 
-class AllInAttentionBlock(nn.Module):
-    """Attention to the reference, to the mask, to itself, to the text; then feed-forward.
+class AllInAttentionBlock(BasicTransformerBlock):
+    """Attention to the reference and to the mask in front of a block of Stable Diffusion.
 
     The names are those of the published weights, in which `ssl` labels the attention to the *mask* features although
     the reference branch is called `ssl_stage_model`: `attn00_ls_trainable` attends to the reference,
@@ -29,43 +29,24 @@ class AllInAttentionBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int, source_dim: int,
                  normalise_sources: bool, zero_out: bool) -> None:
-        super().__init__()
-        self.attn1 = CrossAttention(dim, None, heads, head_dim)
-        self.ff = FeedForward(dim)
-        self.attn2 = CrossAttention(dim, context_dim, heads, head_dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.norm3 = nn.LayerNorm(dim)
+        super().__init__(dim, heads, head_dim, context_dim)
         self.attn00_ls_trainable = CrossAttention(dim, source_dim, heads, head_dim)
         self.attn01_ssl_trainable = CrossAttention(dim, source_dim, heads, head_dim)
         self.norm00_trainable = nn.LayerNorm(dim)
         self.norm01_trainable = nn.LayerNorm(dim)
-        if normalise_sources:
-            self.reference_norm_trainable = nn.LayerNorm(source_dim)
-            self.hint_norm_trainable = nn.LayerNorm(source_dim)
-        else:
-            self.reference_norm_trainable, self.hint_norm_trainable = nn.Identity(), nn.Identity()
+        self.reference_norm_trainable = nn.LayerNorm(source_dim) if normalise_sources else nn.Identity()
+        self.hint_norm_trainable = nn.LayerNorm(source_dim) if normalise_sources else nn.Identity()
         if zero_out:
             zero_module(self.attn00_ls_trainable.to_out)
             zero_module(self.attn01_ssl_trainable.to_out)
 
     def forward(self, x: Tensor, context: Tensor, hint: Tensor, reference: Tensor) -> Tensor:
-        """Transform the features.
-
-        Args:
-            x: (B, N, dim).
-            context: (B, L, context_dim).
-            hint, reference: feature maps of the two branches, (B, source_dim, h, w).
-        Returns:
-            (B, N, dim).
-        """
+        """Features (B, N, dim), text (B, L, context_dim), maps of two branches (B, source_dim, h, w) -> (B, N, dim)."""
         reference = self.reference_norm_trainable(reference.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
         hint = self.hint_norm_trainable(hint.flatten(2).transpose(1, 2))  # (B, h*w, source_dim)
         x = x + self.attn00_ls_trainable(self.norm00_trainable(x), reference)
         x = x + self.attn01_ssl_trainable(self.norm01_trainable(x), hint)
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return super().forward(x, context)
 
 
 class AllInAttentionUNet(UNet):
@@ -94,46 +75,26 @@ class AllInAttentionUNet(UNet):
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Features, reference: Features,
                 look: Tensor | None = None) -> Tensor:
-        """Prediction under control.
+        """Prediction (see UNet) from the features of the mask branch and of the reference branch.
 
-        Args:
-            latent: (B, in_channels, h, w).
-            timestep: (B,) int64.
-            context: (B, L, context_dim).
-            hint, reference: features of the mask branch and of the reference branch.
-            look: (B, E), see UNetEncoder.embed_timestep.
-        Returns:
-            (B, out_channels, h, w).
+        `look`: (B, E), see UNetEncoder.embed_timestep.
         """
         embedding = self.embed_timestep(timestep, look)
         return self.decode(list(self.encode(latent, embedding, context)), embedding, context, hint, reference)
 
     def decode(self, skips: Sequence[Tensor], embedding: Tensor, context: Tensor | FixedContext, hint: Features,
                reference: Features) -> Tensor:
-        """Prediction from the features of the encoder, which `encode` yields.
-
-        Args:
-            skips: encoder features of every input block.
-            embedding: (B, E) of the timestep.
-            context, hint, reference: see forward.
-        Returns:
-            (B, out_channels, h, w).
-        """
+        """Prediction from the features of every input block, `skips`, which `encode` yields (see forward)."""
         skips = list(skips)
+        hints, references = (list(f.raw if self.is_residual else f.projected) for f in (hint, reference))
+        h = self.run(self.middle_block, skips[-1], embedding, context=context, hint=hints.pop(),
+                     reference=references.pop())
         if self.is_residual:
-            added = [a + b for a, b in zip(hint.projected, reference.projected, strict=True)]
-            sources = list(zip(hint.raw, reference.raw, strict=True))
-        else:
-            sources = list(zip(hint.projected, reference.projected, strict=True))
-        to_hint, to_reference = sources.pop()
-        h = self.run(self.middle_block, skips[-1], embedding, context=context, hint=to_hint, reference=to_reference)
-        if self.is_residual:
-            h = h + added.pop()
-            skips = [skip + extra for skip, extra in zip(skips, added, strict=True)]
+            *added, extra = (a + b for a, b in zip(hint.projected, reference.projected, strict=True))
+            h, skips = h + extra, [skip + extra for skip, extra in zip(skips, added, strict=True)]
         for block in self.output_blocks:
-            to_hint, to_reference = sources.pop()
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context, hint=to_hint,
-                         reference=to_reference)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), embedding, context=context, hint=hints.pop(),
+                         reference=references.pop())
         return self.out(h)
 
     def attended(self) -> list[bool]:

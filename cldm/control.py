@@ -52,29 +52,14 @@ class ControlBranch(UNetEncoder):
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                 look: Tensor | None = None) -> Features:
-        """Features for the decoder.
-
-        Args:
-            latent: noised latent (B, in_channels, h, w).
-            timestep: (B,) int64.
-            context: (B, L, context_dim).
-            hint: (B, hint_channels, H, W); its size divided by the strides must be that of the latent.
-            look: (B, E), see UNetEncoder.embed_timestep.
-        Raises:
-            ValueError: if the sizes do not fit.
-        """
+        """Features for the decoder; arguments as for the U-Net, `hint` as for `stem`."""
         return self.features(latent, timestep, context, self.stem(hint, latent.shape[-2:]), look)
 
     def stem(self, hint: Tensor, size: Sequence[int]) -> Tensor:
-        """What the branch adds behind its first convolution; it depends on nothing but the hint.
+        """What the branch adds behind its first convolution: (B, hint_channels, H, W) -> (B, model_channels, h, w).
 
-        Args:
-            hint: (B, hint_channels, H, W).
-            size: (h, w) of the latent.
-        Returns:
-            (B, model_channels, h, w).
         Raises:
-            ValueError: if the sizes do not fit.
+            ValueError: if H, W divided by the strides are not the `size` (h, w) of the latent.
         """
         stem = self.input_hint_block(hint)
         if stem.shape[-2:] != tuple(size):

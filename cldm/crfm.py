@@ -4,6 +4,7 @@ Source: Yang et al. 2025 (arXiv 2512.16740). Where its public code departs from 
 the default is what the equations say.
 """
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,7 +75,6 @@ class CRFM(LatentDiffusion):
             set_norm_groups(self.first_stage_model, norm_groups)
         self.network = MaskTransformer(transformer, mlp_modulation, init, use_checkpoint)
         self.size_factor = self.first_stage_model.downsampling * self.network.patch_size
-        self._vectors: PromptVectors | None = None
 
     def start_training(self) -> None:
         """Start the mask stream where no file had it, and add the adapters, if they train (see Method)."""
@@ -110,30 +110,29 @@ class CRFM(LatentDiffusion):
         """The blocks of three streams, for torch.compile."""
         return list(self.network.mask_blocks)
 
+    @cached_property
     def vectors(self) -> PromptVectors:
         """The vectors of prompts; UserError if the config names no folder."""
-        if self._vectors is None:
-            if not self.vectors_dir:
-                raise UserError("model.params.vectors_dir: no folder with the vectors of the prompts. Make it with "
-                                "scripts/encode_prompts.py and name it: model.params.vectors_dir=DIR for train.py, "
-                                "--vectors DIR for inference.py.")
-            self._vectors = PromptVectors(self.vectors_dir)
-        return self._vectors
+        if not self.vectors_dir:
+            raise UserError("model.params.vectors_dir: no folder with the vectors of the prompts. Make it with "
+                            "scripts/encode_prompts.py and name it: model.params.vectors_dir=DIR for train.py, "
+                            "--vectors DIR for inference.py.")
+        return PromptVectors(self.vectors_dir)
 
     def check_prompts(self, prompts: Collection[str]) -> None:
         """UserError where prompts lack vectors, among them the empty one where it is used (see Method)."""
         needs_empty = self.dropout[0] > 0 or self.dropout[1] > 0 or self.own_sampling.guidance_scale != 1
         config = self.network.base.config
-        self.vectors().check({*prompts, *([""] if needs_empty else [])}, config.joint_attention_dim,
+        self.vectors.check({*prompts, *([""] if needs_empty else [])}, config.joint_attention_dim,
                              config.pooled_projection_dim)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the vectors were made with (see Method)."""
-        return {"vectors_sha256": digest_of(self.vectors().fingerprint())}
+        return {"vectors_sha256": digest_of(self.vectors.fingerprint())}
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Context (B, L, D) and pooled vectors (B, P) of prompts, as they are stored."""
-        pairs = [self.vectors().read(prompt) for prompt in prompts]
+        pairs = [self.vectors.read(prompt) for prompt in prompts]
         return tuple(torch.stack(parts).to(device, non_blocking=True) for parts in zip(*pairs, strict=True))
 
     @torch.no_grad()
@@ -175,17 +174,7 @@ class CRFM(LatentDiffusion):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor,
                       mask_latent: Tensor) -> Tensor:
-        """Velocity.
-
-        Args:
-            latent: noised, (B, C, h, w).
-            timestep: (B,) float32 in (0, 1000].
-            context: (B, L, D) vectors of the prompts' tokens.
-            pooled: (B, P).
-            mask_latent: (B, C, h, w).
-        Returns:
-            (B, C, h, w).
-        """
+        """Velocity (see DiffusionMethod and `conditions`)."""
         tensors = latent, context, pooled, mask_latent
         if not torch.is_autocast_enabled(latent.device.type):  # weights may be of 16 bits, as their file is
             dtype = self.network.mask_proj.weight.dtype

@@ -11,10 +11,8 @@ GAIN = 8  # AdamW moves a weight by about the learning rate a step: from zero, t
 
 
 def pool_statistics(latent: Tensor) -> Tensor:
-    """What is left of a latent when places no longer count: colours, and how strong the texture is at two scales.
+    """What is left of a latent (B, C, h, w) when places no longer count: colours, and texture at two scales.
 
-    Args:
-        latent: (B, C, h, w), about unit variance.
     Returns:
         (B, 3C) float32: of every channel the mean, the standard deviation of its pixels, and that of its means over
         windows of COARSE x COARSE pixels (0 where the latent is not larger than one).

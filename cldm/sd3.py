@@ -182,16 +182,13 @@ class MaskTransformer(nn.Module):
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor,
                 mask_latent: Tensor | None = None) -> Tensor:
-        """Velocity.
+        """Velocity (B, C, h, w).
 
         Args:
             latent: noised image latent, (B, C, h, w).
             timestep: (B,) float, 1000 times the noise level.
-            context: (B, L, joint_attention_dim) vectors of the prompt's tokens.
-            pooled: (B, pooled_projection_dim) vector of the prompt.
+            context, pooled: vectors of the prompt's tokens (B, L, joint_attention_dim), and (B, pooled_projection_dim).
             mask_latent: (B, C, h, w) latent of the mask's image; None = without a mask.
-        Returns:
-            (B, C, h, w).
         """
         base = self.base
         if mask_latent is None:
@@ -212,10 +209,9 @@ class MaskTransformer(nn.Module):
             else:
                 image, text, mask = stream(*arguments)
         tokens = base.proj_out(base.norm_out(image, embedding))
-        patch = self.patch_size
-        height, width = size[0] // patch, size[1] // patch
-        tokens = tokens.reshape(len(tokens), height, width, patch, patch, base.out_channels)
-        return torch.einsum("nhwpqc->nchpwq", tokens).reshape(len(tokens), base.out_channels, *size)
+        patch, (height, width) = self.patch_size, size
+        tokens = tokens.reshape(len(tokens), height // patch, width // patch, patch, patch, base.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", tokens).reshape(len(tokens), base.out_channels, height, width)
 
     def image_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the base that image tokens pass through alone, by name; the rest sees text or time."""
@@ -239,10 +235,6 @@ class MaskTransformer(nn.Module):
     def lora_parameters(self) -> list[nn.Parameter]:
         """Parameters of the adapters."""
         return [p for name, p in self.base.named_parameters() if ".lora_" in name]
-
-    def merged_state(self) -> dict[str, Tensor]:
-        """State under the names without adapters, with what adapters change added to the weights."""
-        return merge_lora(self.state_dict())
 
 
 def merge_lora(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

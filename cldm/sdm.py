@@ -39,13 +39,5 @@ class SDM(PixelDiffusion):
         set_norm_groups(self, norm_groups)
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, hint: Tensor) -> Tensor:
-        """Output of the network.
-
-        Args:
-            latent: noised images, (B, image_channels, H, W).
-            timestep: (B,) int64.
-            hint: (B, hint_channels, H, W).
-        Returns:
-            Predicted noise and, behind it, the values of learned_log_variance: (B, 2 * image_channels, H, W).
-        """
+        """Predicted noise and, behind it, the values of learned_log_variance (see DiffusionMethod)."""
         return self.model.diffusion_model(latent, timestep, hint=hint)

@@ -33,13 +33,5 @@ class SegGuided(PixelDiffusion):
         set_norm_groups(self, norm_groups)
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, hint: Tensor) -> Tensor:
-        """Output of the network.
-
-        Args:
-            latent: noised images, (B, image_channels, H, W).
-            timestep: (B,) int64.
-            hint: (B, hint_channels, H, W).
-        Returns:
-            Prediction of kind prediction_type, like latent.
-        """
+        """Prediction of kind prediction_type (see DiffusionMethod)."""
         return self.model.diffusion_model(torch.cat([latent, hint], dim=1), timestep)

@@ -66,12 +66,7 @@ class SpadeResBlock(nn.Module):
 
 
 def spade_parts(hint_channels: int, hidden: int, head_dim: int) -> Parts:
-    """Layers of SDM's U-Net: a plain encoder that never sees the mask, SPADE blocks in middle and decoder.
-
-    Args:
-        hint_channels, hidden: see SpadeNorm.
-        head_dim: width of an attention head.
-    """
+    """Layers of SDM's U-Net: a plain encoder that never sees the mask, SPADE blocks in middle and decoder."""
     def late(width_in: int, width_out: int, embedding_dim: int, resample: str | None = None) -> nn.Module:
         return SpadeResBlock(width_in, width_out, embedding_dim, hint_channels, hidden, resample)
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from cldm.all_in_attention import AllInAttentionUNet
-from cldm.control import STEM_WIDTHS, ControlBranch
+from cldm.control import STEM_WIDTHS, ControlBranch, Features
 from cldm.look import ReferenceStatistics
-from cldm.prepared import PreparedTISynth
 from ldm.data.transforms import encode_mask, hint_channels
 from ldm.methods.base import WeightGroup
 from ldm.methods.latent import LatentDiffusion, check_names
+from ldm.modules.attention import FixedContext
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.blocks import set_norm_groups
 from ldm.sampling.modes import MODES, Sampling
@@ -89,11 +89,6 @@ class TISynth(LatentDiffusion):
         if factor not in (1, 2, 4, 8):
             raise ValueError(f"autoencoder: downsampling {factor} is not possible here. Expected 1, 2, 4 or 8.")
         return tuple(2 if factor >= 2 ** (i + 1) else 1 for i in range(3))
-
-    @property
-    def text_encoder(self) -> nn.Module:
-        """The text encoder (its name in checkpoints is cond_stage_model)."""
-        return self.cond_stage_model
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """The groups named in `train`, without parameters that no gradient can reach.
@@ -177,12 +172,7 @@ class TISynth(LatentDiffusion):
 
     def null_conditions(self, conditions: Mapping[str, Tensor],
                         drops: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Conditions without some; those that stay are the same tensors.
-
-        Args:
-            conditions: from `conditions`.
-            drops: some of `prompt`, `mask`, `reference`; None = guidance_drops.
-        """
+        """Conditions without some of `prompt`, `mask`, `reference` (see DiffusionMethod); the others stay the same."""
         drops = self.guidance_drops if drops is None else drops
         null = dict(conditions)
         if "prompt" in drops:
@@ -199,7 +189,8 @@ class TISynth(LatentDiffusion):
         if self.setting(sampling, "reuse_every") < 1:
             raise ValueError(f"sampling: reuse_every is {sampling.method['reuse_every']!r}. Expected at least 1.")
 
-    def prepare(self, branches: Sequence[Mapping[str, Tensor]], sampling: Sampling = MODES["exact"]) -> PreparedTISynth:
+    def prepare(self, branches: Sequence[Mapping[str, Tensor]],
+                sampling: Sampling = MODES["exact"]) -> "PreparedTISynth":
         """Predictions for the branches of guidance with all that stays the same computed now (see PreparedTISynth)."""
         return PreparedTISynth(self, branches, self.setting(sampling, "share_control"),
                                self.setting(sampling, "reuse_every"))
@@ -234,21 +225,75 @@ class TISynth(LatentDiffusion):
 
     def predict_noise(self, latent: Tensor, timestep: Tensor, context: Tensor, hint: Tensor,
                       reference_latent: Tensor, look: Tensor | None = None) -> Tensor:
-        """Output of the network.
+        """Prediction of kind prediction_type (see DiffusionMethod and `conditions`).
 
-        Args:
-            latent: noised, (B, C, h, w).
-            timestep: (B,) int64.
-            context: (B, L, D) text embedding.
-            hint: (B, K, H, W) encoded mask.
-            reference_latent: (B, C, h, w) scaled.
-            look: (B, 3, E), what reference_statistics adds to the timestep embeddings of U-Net, mask branch and
-                reference branch.
-        Returns:
-            Prediction of kind prediction_type, (B, C, h, w).
+        `look` is what reference_statistics adds to the timestep embeddings of U-Net, mask and reference branch.
         """
         unet, mask, reference = (None, None, None) if look is None else look.unbind(1)
         context = self.control_model.join_context(context, self.ssl_stage_model, self.model.diffusion_model)
         from_mask = self.control_model(latent, timestep, context, hint, mask)
         from_reference = self.ssl_stage_model(latent, timestep, context, reference_latent, reference)
         return self.model.diffusion_model(latent, timestep, context, from_mask, from_reference, unet)
+
+
+class PreparedTISynth:
+    """Predictions of a TISynth for the branches of guidance, in one run of a sampler.
+
+    Stems of hints and reference latents, and the text's keys and values of all layers are computed once. With the
+    defaults, predictions are those of predict_noise.
+
+    Args:
+        method: in evaluation mode.
+        branches: `context`, `hint`, `reference_latent` (and `look` if the method has it) of every branch, B samples
+            each; the last has all conditions.
+        share_control: run a control branch for the last branch only, where all branches give it the same hint (or
+            reference). An approximation: the others' text would have changed its features a little.
+        reuse_every: run the encoder and the control branches at the first of every so many calls, and only the decoder
+            at the others. An approximation (Li et al. 2023, Faster Diffusion).
+    """
+
+    def __init__(self, method: TISynth, branches: Sequence[Mapping[str, Tensor]], share_control: bool = False,
+                 reuse_every: int = 1) -> None:
+        self.unet, self.reuse_every, self.calls = method.model.diffusion_model, reuse_every, 0
+        self.context = FixedContext(torch.cat([branch["context"] for branch in branches]))
+        self.look, *looks = (torch.cat([branch["look"] for branch in branches]).unbind(1) if "look" in branches[-1]
+                             else (None, None, None))
+        self.controls = []  # network, stem, look, whether it runs for the last branch only
+        for network, key, look in ((method.control_model, "hint", looks[0]),
+                                   (method.ssl_stage_model, "reference_latent", looks[1])):
+            known = {id(branch[key]): branch[key] for branch in branches}
+            stems = {number: network.stem(hint, branches[-1]["reference_latent"].shape[-2:])
+                     for number, hint in known.items()}
+            stem = torch.cat([stems[id(branch[key])] for branch in branches])
+            self.controls.append((network, stem, look, share_control and len(known) == 1))
+        self.kept: tuple[Sequence[Tensor], ...] | None = None  # features: of the encoder, and two of each branch
+
+    def __call__(self, latent: Tensor, timestep: Tensor, count: int) -> Tensor:
+        """Prediction of the last `count` branches (see ldm.sampling.guidance.PredictBranches)."""
+        rows = len(latent)
+        context, embedding = self.context.last(rows), self.unet.embed_timestep(timestep, last(self.look, rows))
+        # Guidance that sets in again wants branches that were not kept.
+        if self.calls % self.reuse_every == 0 or self.kept is None or len(self.kept[0][0]) < rows:
+            features = (self.run_control(*control, latent, timestep, count) for control in self.controls)
+            maps = [tensors for both in features for tensors in both]
+            self.kept = (list(self.unet.encode(latent, embedding, context)), *maps)
+        self.calls += 1
+        skips, *maps = ([last(tensor, rows) for tensor in tensors] for tensors in self.kept)
+        if self.reuse_every == 1:
+            self.kept = None  # the features are by far the largest tensors
+        return self.unet.decode(skips, embedding, context, Features(*maps[:2]), Features(*maps[2:]))
+
+    def run_control(self, network: ControlBranch, stem: Tensor, look: Tensor | None, is_shared: bool, latent: Tensor,
+                    timestep: Tensor, count: int) -> Features:
+        """Features of a control branch for the last `count` branches."""
+        used = len(latent) // count if is_shared else len(latent)
+        features = network.features(latent[-used:], timestep[-used:], self.context.last(used), stem[-used:],
+                                    last(look, used))
+        if used == len(latent):
+            return features
+        return Features(*([tensor.repeat(count, 1, 1, 1) for tensor in tensors] for tensors in features))
+
+
+def last(tensor: Tensor | None, rows: int) -> Tensor | None:
+    """The last `rows` samples, if there are any."""
+    return None if tensor is None else tensor[-rows:]

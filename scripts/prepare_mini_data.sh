@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prepares the training data of the small model (configs/model/tisynth_mini.yaml) and the masks it is tested on.
+# Prepares the training data of the small model (scripts/train_mini.sh) and the masks it is tested on.
 #   sh scripts/prepare_mini_data.sh DATA_DIR OUT
 # DATA_DIR holds dubai/ and oam_kampala/ (img_train label_train img_test label_test), and images without masks:
 # usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each

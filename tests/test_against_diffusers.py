@@ -2,17 +2,22 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny import ROOT, randomize
 from torch import Tensor, nn
 
 from cldm.tisynth import TISynth
+from ldm.modules.blocks import set_norm_groups
 from ldm.modules.unet import UNet
-from ldm.weights.checkpoint import open_checkpoint
-from ldm.weights.names import PARTS, from_diffusers, to_diffusers
+from ldm.util import load_config
+from ldm.weights.checkpoint import open_checkpoint, save_safetensors
+from ldm.weights.load import build_skeleton
+from ldm.weights.names import PARTS, to_our_names
 from scripts import convert_checkpoint
 
 diffusers = pytest.importorskip("diffusers")
@@ -30,29 +35,47 @@ CONFIG = {"target": "cldm.tisynth.TISynth", "params": {
                                 "tokenizer": str(ROOT / "configs/model/mini_tokenizer.json")}}}}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def method() -> TISynth:
-    return randomize(TISynth(**CONFIG["params"]), 0.15).eval()
+SHARED = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "cross_attention_dim": 24, "attention_head_dim": 4,
+          "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")}  # fmt: skip
+CLASSES = 5  # of the table, whose one-hot masks the control branch takes
 
 
 @pytest.fixture(scope="module")
-def folder(method: TISynth, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The method, converted to a diffusers folder by our own script."""
-    from omegaconf import OmegaConf
+def theirs() -> dict[str, nn.Module]:
+    """The four parts in diffusers and transformers, with random weights."""
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(
+            **SHARED, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")),
+        "controlnet": diffusers.ControlNetModel(**SHARED, conditioning_channels=CLASSES),
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(32, 32, 64, 64), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            vocab_size=1024, hidden_size=24, intermediate_size=96, num_attention_heads=2, num_hidden_layers=2,
+            max_position_embeddings=16, hidden_act="quick_gelu", bos_token_id=1022, eos_token_id=1023)),
+    }  # fmt: skip
+    return {name: randomize(part, 0.15).eval() for name, part in parts.items()}
 
-    from ldm.weights.checkpoint import save_safetensors
 
+@pytest.fixture(scope="module")
+def folder(theirs: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parts as diffusers and transformers write them."""
     root = tmp_path_factory.mktemp("diffusers")
-    save_safetensors(root / "ours.safetensors", method.state_dict(), OmegaConf.create({"model": CONFIG}))
-    convert_checkpoint.main([str(root / "ours.safetensors"), str(root / "folder")])
-    return root / "folder"
+    for name, part in theirs.items():
+        part.save_pretrained(root / name)
+    return root
 
 
-def load(kind: type[nn.Module], path: Path) -> nn.Module:
-    module, report = kind.from_pretrained(path, output_loading_info=True)
-    problems = {key: report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)}
-    assert not problems
-    return module.eval()
+@pytest.fixture(scope="module")
+def method(folder: Path) -> TISynth:
+    """A TISynth filled from the folder by our reader, which must have a tensor for every one of the four parts."""
+    method = randomize(TISynth(**CONFIG["params"]), 0.15).eval()
+    stored = open_checkpoint(folder).tensors
+    expected = {name for name in method.state_dict() if name.startswith(tuple(PARTS.values()))}
+    assert set(stored) == {name for name in expected if "trainable" not in name}
+    result = method.load_state_dict({name: one.read() for name, one in stored.items()}, strict=False)
+    assert not result.unexpected_keys
+    return method
 
 
 def inputs(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,17 +90,14 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_unet(method: TISynth, folder: Path, record_property) -> None:
+def test_unet(method: TISynth, theirs: dict[str, nn.Module], record_property) -> None:
     ours = UNet(in_channels=4, out_channels=4, **WIDTH).eval()
-    from cldm.tisynth import set_norm_groups
-
     set_norm_groups(ours, 32)
     weights = method.model.diffusion_model.state_dict()
     ours.load_state_dict({name: weights[name] for name in ours.state_dict()})
-    theirs = load(diffusers.UNet2DConditionModel, folder / "unet")
     for size in SIZES:
         latent, timestep, context = inputs(*size)
-        found = difference(ours(latent, timestep, context), theirs(latent, timestep, context).sample)
+        found = difference(ours(latent, timestep, context), theirs["unet"](latent, timestep, context).sample)
         record_property(f"unet {size}", found)
         assert found <= 1e-4
 
@@ -91,8 +111,6 @@ def test_unet_of_stable_diffusion_2(tmp_path: Path, record_property) -> None:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")), 0.15).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path / "unet")
     stored = open_checkpoint(tmp_path).tensors
-    from cldm.tisynth import set_norm_groups
-
     ours = UNet(in_channels=4, out_channels=4, **{**WIDTH, "num_head_channels": 16}).eval()
     set_norm_groups(ours, 32)
     ours.load_state_dict({name: stored[PARTS["unet"] + name].read() for name in ours.state_dict()})
@@ -105,9 +123,6 @@ def test_unet_of_stable_diffusion_2(tmp_path: Path, record_property) -> None:
 
 
 def test_sd21_has_the_sizes_of_stable_diffusion_2_1() -> None:
-    from ldm.util import load_config
-    from ldm.weights.load import build_skeleton
-
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(
             cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
@@ -117,8 +132,8 @@ def test_sd21_has_the_sizes_of_stable_diffusion_2_1() -> None:
     plain = [name for name, _ in method.model.diffusion_model.named_parameters() if "trainable" not in name]
     own = dict(method.model.diffusion_model.named_parameters())
     assert sum(own[name].numel() for name in plain) == sum(p.numel() for p in unet.parameters()) == 865_910_724
-    names = from_diffusers("unet", unet.state_dict())
-    assert {name.removeprefix(PARTS["unet"]) for name in names.values()} == set(plain)
+    names, _ = to_our_names(unet.state_dict())
+    assert {name.removeprefix(PARTS["unet"]) for name in names} == set(plain)
     assert sum(p.numel() for p in method.cond_stage_model.parameters()) == sum(p.numel() for p in text.parameters())
     heads = [block.attn1.heads for name, block in method.model.diffusion_model.named_modules()
              if name.endswith("transformer_blocks.0") and name.startswith("input")]  # fmt: skip
@@ -126,12 +141,11 @@ def test_sd21_has_the_sizes_of_stable_diffusion_2_1() -> None:
 
 
 @torch.no_grad()
-def test_controlnet(method: TISynth, folder: Path, record_property) -> None:
-    theirs = load(diffusers.ControlNetModel, folder / "controlnet")
+def test_controlnet(method: TISynth, theirs: dict[str, nn.Module], record_property) -> None:
     for height, width in SIZES:
         latent, timestep, context = inputs(height, width)
-        hint = torch.rand(2, 6, 8 * height, 8 * width)[:, : method.control_model.input_hint_block[0].in_channels]
-        down, middle = theirs(latent, timestep, context, hint, return_dict=False)
+        hint = torch.rand(2, CLASSES, 8 * height, 8 * width)
+        down, middle = theirs["controlnet"](latent, timestep, context, hint, return_dict=False)
         ours = method.control_model(latent, timestep, context, hint).projected
         assert len(ours) == len(down) + 1
         found = max(difference(a, b) for a, b in zip(ours, [*down, middle], strict=True))
@@ -140,8 +154,8 @@ def test_controlnet(method: TISynth, folder: Path, record_property) -> None:
 
 
 @torch.no_grad()
-def test_autoencoder(method: TISynth, folder: Path, record_property) -> None:
-    theirs, ours = load(diffusers.AutoencoderKL, folder / "vae"), method.first_stage_model
+def test_autoencoder(method: TISynth, theirs: dict[str, nn.Module], record_property) -> None:
+    theirs, ours = theirs["vae"], method.first_stage_model
     for height, width in [(32, 32), (32, 64), (24, 16)]:
         image = torch.rand(2, 3, height, width) * 2 - 1
         latent = ours.encode(image)
@@ -153,25 +167,38 @@ def test_autoencoder(method: TISynth, folder: Path, record_property) -> None:
 
 
 @torch.no_grad()
-def test_text_encoder(method: TISynth, folder: Path, record_property) -> None:
-    theirs = load(transformers.CLIPTextModel, folder / "text_encoder")
+def test_text_encoder(method: TISynth, theirs: dict[str, nn.Module], record_property) -> None:
     ids = torch.randint(0, 1000, (3, 16), generator=torch.Generator().manual_seed(0))
-    found = difference(method.text_encoder(ids), theirs(ids).last_hidden_state)
+    found = difference(method.cond_stage_model(ids), theirs["text_encoder"](ids).last_hidden_state)
     record_property("text", found)
     assert found <= 1e-4
 
 
-def test_the_way_back_gives_every_bit(method: TISynth, folder: Path, tmp_path: Path) -> None:
-    convert_checkpoint.main([str(folder), str(tmp_path / "back.safetensors")])
-    back = open_checkpoint(tmp_path / "back.safetensors")
+def test_a_folder_becomes_a_file_with_every_bit(method: TISynth, folder: Path, tmp_path: Path) -> None:
+    """With `tisynth/` beside the parts, where conversions of old put what diffusers has no place for."""
     own = method.state_dict()
+    shutil.copytree(folder, tmp_path / "folder")
+    rest = {name: value for name, value in own.items() if name not in open_checkpoint(folder).tensors}
+    save_safetensors(tmp_path / "folder/tisynth/model.safetensors", rest, OmegaConf.create({"model": CONFIG}))
+    convert_checkpoint.main([str(tmp_path / "folder"), str(tmp_path / "one.safetensors")])
+    back = open_checkpoint(tmp_path / "one.safetensors")
     assert set(back.tensors) == set(own) and back.config["model"]["target"] == CONFIG["target"]
     assert all(torch.equal(back.tensors[name].read(), own[name]) for name in own)
 
 
-def test_sharded_and_single_parts(method: TISynth, folder: Path, tmp_path: Path) -> None:
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-    unet.save_pretrained(tmp_path / "unet", max_shard_size="1MB")
+def test_old_names_of_the_autoencoder(theirs: dict[str, nn.Module], folder: Path, tmp_path: Path) -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = theirs["vae"].state_dict()
+    for new, name in old.items():
+        weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
+    assert any(".proj_attn." in key for key in weights)
+    save_safetensors(tmp_path / "vae.safetensors", weights)
+    found, expected = open_checkpoint(tmp_path / "vae.safetensors").read(), open_checkpoint(folder / "vae").read()
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_sharded_and_single_parts(method: TISynth, theirs: dict[str, nn.Module], folder: Path, tmp_path: Path) -> None:
+    theirs["unet"].save_pretrained(tmp_path / "unet", max_shard_size="1MB")
     assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
     own = method.state_dict()
     sharded = open_checkpoint(tmp_path).tensors
@@ -208,18 +235,13 @@ def test_sd15_names_and_shapes_are_bijective() -> None:
                 hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)),
         }  # fmt: skip
     for part, count in {"unet": 686, "controlnet": 340, "vae": 248, "text_encoder": 196}.items():
-        prefix = PARTS[part]
-        expected = {name: tuple(t.shape) for name, t in theirs[part].state_dict().items() if "position_ids" not in name}
-        if part == "text_encoder":  # transformers 5 leaves the level out that its older releases and its files have
-            expected = {f"text_model.{name.removeprefix('text_model.')}": s for name, s in expected.items()}
-        names = to_diffusers(part, [name[len(prefix):] for name in ours if name.startswith(prefix)])
-        assert len(names) == len(set(names.values())) == len(expected) == count
-        assert set(names.values()) == set(expected)
+        found = {name: tuple(t.shape) for name, t in theirs[part].state_dict().items() if "position_ids" not in name}
+        names, _ = to_our_names(found)
+        own = {name for name in ours if name.startswith(PARTS[part]) and "trainable" not in name}
+        assert set(names) == own and len(own) == len(found) == len(set(names.values())) == count
         for mine, other in names.items():
-            shape = ours[prefix + mine]
-            assert expected[other] in (shape, shape[:2] if shape[2:] == (1, 1) and part == "vae" else shape)
-        back = from_diffusers(part, names.values())
-        assert all(back[other] == prefix + mine for mine, other in names.items())
+            shape = ours[mine]
+            assert found[other] in (shape, shape[:2] if shape[2:] == (1, 1) and part == "vae" else shape)
 
 
 def test_tokens_of_200_prompts_equal_open_clip() -> None:

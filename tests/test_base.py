@@ -13,8 +13,7 @@ import train
 from cldm.tisynth import TISynth
 from ldm.training import build
 from ldm.util import UserError
-from ldm.weights.base import hash_weights
-from ldm.weights.checkpoint import save_safetensors
+from ldm.weights.checkpoint import hash_weights, save_safetensors
 from ldm.weights.load import load_method, read_model_config
 from scripts import convert_checkpoint
 

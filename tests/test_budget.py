@@ -125,7 +125,7 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch: pytest.
     trainer = SimpleNamespace(global_step=7, max_steps=100, callback_metrics={"loss": torch.tensor(0.25)})
     clock = [1000.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
-    progress = callbacks.Progress(every=60.0)
+    progress = callbacks.Progress()
     assert not progress.is_terminal
     progress.on_train_start(trainer, None)
     for clock[0], trainer.global_step in ((1010.0, 8), (1059.0, 30), (1061.0, 37), (1100.0, 50), (1122.0, 68)):

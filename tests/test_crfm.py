@@ -25,8 +25,7 @@ from ldm.data.transforms import encode_mask
 from ldm.data.vectors import PromptVectors
 from ldm.util import UserError, instantiate_from_config, run_entry_point
 from ldm.weights.checkpoint import open_checkpoint
-from ldm.weights.load import load_method, read_model_config
-from ldm.weights.report import fill
+from ldm.weights.load import fill, load_method, read_model_config
 from scripts import encode_prompts, make_tiny_sd35
 
 ROOT = Path(__file__).resolve().parents[1]

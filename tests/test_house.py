@@ -19,8 +19,8 @@ LIGHTNING_FILES = ("ldm/training/module.py", "ldm/data/datamodule.py", "ldm/trai
 # package -> prefixes of our own modules that it may import; a longer package name wins
 MAY_IMPORT = {
     "ldm": ("ldm.util", "ldm.files"),
-    "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods"),
-    "ldm.modules": ("ldm.modules", "ldm.util", "ldm.files", "ldm.weights.checkpoint"),
+    "ldm.weights": ("ldm.weights", "ldm.util", "ldm.files", "ldm.methods", "ldm.diffusion"),  # names of a schedule
+    "ldm.modules": ("ldm.modules", "ldm.util", "ldm.files", "ldm.weights.files"),
     "ldm.diffusion": ("ldm.diffusion", "ldm.util"),
     "ldm.data": ("ldm.data", "ldm.util", "ldm.files", "ldm.run_folder", "ldm.cli"),
     "ldm.sampling": ("ldm.sampling", "ldm.diffusion", "ldm.util"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,55 +94,69 @@ echo "$*" >>"$LOG"
 case "$1 $2" in
 "-m zipfile") exec "$REAL" "$@" ;;
 "train.py -p") mkdir -p "$3/checkpoints"; touch "$3/checkpoints/last.ckpt" "$3/checkpoints/last.safetensors" ;;
-*measure_scale*) echo 0.5 ;;
+*select_rows*) head -2 "$2" >"$3" ;;
 esac
 """
 
 
-def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptual: Path):
-    pack_data.main([str(toy_data), str(tmp_path / "pack.zip"), "--perceptual", str(perceptual)])
-    stub = tmp_path / "python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(stub), "REAL": sys.executable, "LOG": str(tmp_path / "log"),
-                   "MINUTES": "9", "ARGS": "data.params.batch_size=7"}  # fmt: skip
-    command = ["sh", "scripts/train_mini.sh", tmp_path / "pack.zip", tmp_path / "out"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    log = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("train.py")]
+@pytest.fixture
+def train_mini(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs train_mini.sh DATA OUT with settings; what its Python was called with, a line a call."""
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(data: Path, out: Path, **settings: str) -> list[str]:
+        log = tmp_path / "log"
+        log.write_text("")
+        environment = {"PYTHON": str(tmp_path / "python"), "REAL": sys.executable, "LOG": str(log), **settings}
+        subprocess.run(["sh", "scripts/train_mini.sh", data, out], cwd=ROOT, env={**os.environ, **environment},
+                       check=True, capture_output=True)  # fmt: skip
+        return log.read_text().splitlines()
+
+    return run
+
+
+def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptual: Path, train_mini):
+    pack, out = tmp_path / "pack.zip", tmp_path / "out"
+    pack_data.main([str(toy_data), str(pack), "--perceptual", str(perceptual)])
+    settings = {"MINUTES": "9", "ARGS": "data.params.batch_size=7"}
+    log = [line for line in train_mini(pack, out, **settings) if line.startswith("train.py")]
     assert len(log) == 2 and all(line.endswith("data.params.batch_size=7") for line in log)
     budgets = [float(line.partition("training.max_minutes=")[2].split()[0]) for line in log]
-    assert budgets[0] == pytest.approx(0.3 * 8.52, abs=0.1) and budgets[1] == pytest.approx(8.52, abs=0.3)
-    assert (tmp_path / "out/data/val_set_items.json").is_file() and (tmp_path / "out/lpips_vgg16.safetensors").is_file()
-    (tmp_path / "log").unlink()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)  # finished stages are skipped
-    assert "train.py" not in (tmp_path / "log").read_text()
+    assert budgets[0] == pytest.approx(0.7 * 8.52, abs=0.1) and budgets[1] == pytest.approx(8.52, abs=0.3)
+    assert f"perceptual_weights={out}/data/lpips_vgg16.safetensors" in log[1]
+    assert (out / "data/val_set_items.json").is_file() and (out / "data/lpips_vgg16.safetensors").is_file()
+    assert not any(line.startswith("train.py") for line in train_mini(pack, out, **settings))  # finished: skipped
 
 
-def test_train_mini_goes_on_with_references_from_a_whole_model(tmp_path: Path):
-    """Rich labelled tiles, every second unlabelled one, and one training; nothing that the model has already."""
-    (tmp_path / "out/data").mkdir(parents=True)
+def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, train_mini):
+    """Rich labelled tiles and every second unlabelled one; from a model one training, nothing that it has already."""
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
     rows = [*(f"dubai/{n}" for n in range(4)), *(f"unlabelled/{n}" for n in range(5))]
     lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
-    (tmp_path / "out/data/train_set_items.json").write_text("".join(lines))
-    (tmp_path / "out/lpips_vgg16.safetensors").touch()
-    stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\necho "$@" >>"$LOG"\ncase $1 in scripts/select_rows.py) head -2 "$2" >"$3" ;;\n'
-                    'train.py) mkdir -p "$3" ;; esac\n')  # fmt: skip
-    stub.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(stub), "LOG": str(tmp_path / "log"), "START": "whole.safetensors"}
-    command = ["sh", "scripts/train_mini.sh", "unused", tmp_path / "out", "tisynth_references"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    mixed = (tmp_path / "out/mixed_set_items.json").read_text().splitlines(keepends=True)
-    assert mixed == [*lines[:2], lines[4], lines[6], lines[8]]
-    log = (tmp_path / "log").read_text().splitlines()
+    (out / "data/train_set_items.json").write_text("".join(lines))
+    log = train_mini("unused", out, START="whole.safetensors")
+    assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]
     assert [line.split()[0] for line in log] == ["scripts/select_rows.py", "train.py", "scripts/convert_checkpoint.py"]
     assert "--pretrain_path whole.safetensors init=null" in log[1] and "mini_references.yaml" in log[1]
-    environment["START"] = ""
-    (tmp_path / "log").unlink()
-    (tmp_path / "out/references/done").unlink()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    stages = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines() if "-p " in line or "fit" in line]
-    assert stages == ["demo/make/fit_patches.py", "train.py", "train.py"]
+    made = f"{out}/tisynth_mini.safetensors --dtype fp16 --overwrite"
+    assert log[2].endswith(f"{out}/references/checkpoints/last.safetensors {made}")
+
+    shutil.rmtree(out / "references")
+    (out / "lpips_vgg16.safetensors").touch()
+    log = train_mini("unused", out)
+    assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", "train.py", "train.py",
+                                                 *["scripts/convert_checkpoint.py"] * 2]  # fmt: skip
+    assert f"init.first_stage_model={out}/patches.safetensors" in log[1] and "patch_autoencoder" in log[2]
+    assert log[4].endswith(f"{out}/whole/checkpoints/last.safetensors {made}")
+
+
+def test_train_mini_refuses_the_name_of_a_recipe(tmp_path: Path):
+    command = ["sh", "scripts/train_mini.sh", "data", tmp_path / "out", "tisynth_references"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Run: sh scripts/train_mini.sh DATA OUT" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_packed_set_trains_the_autoencoder(toy_data: Path, tmp_path: Path, perceptual: Path,

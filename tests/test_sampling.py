@@ -150,13 +150,13 @@ def test_impossible_seeds_are_refused(arguments):
 def test_guidance_is_the_weighted_sum_of_both_branches_in_one_call():
     calls, level = [], STABLE.level(300)
 
-    def predict(latent, timestep, context, hints):
+    def predict(latent, timestep, context, hint):
         calls.append(len(latent))
-        return latent * context.mean(dim=(1, 2)).reshape(-1, 1, 1, 1) + hints[0] + timestep.reshape(-1, 1, 1, 1)
+        return latent * context.mean(dim=(1, 2)).reshape(-1, 1, 1, 1) + hint + timestep.reshape(-1, 1, 1, 1)
 
     latent, timestep = sample_noise((1, 2, 2), [0, 1]), torch.tensor([300, 300])
-    given = {"context": torch.rand(2, 3, 4), "hints": [torch.rand(2, 1, 2, 2)]}
-    null = {"context": torch.zeros(2, 3, 4), "hints": [torch.zeros(2, 1, 2, 2)]}
+    given = {"context": torch.rand(2, 3, 4), "hint": torch.rand(2, 1, 2, 2)}
+    null = {"context": torch.zeros(2, 3, 4), "hint": torch.zeros(2, 1, 2, 2)}
     with_, without = predict(latent, timestep, **given), predict(latent, timestep, **null)
     calls.clear()
     both = join_branches([null, given])
@@ -165,7 +165,7 @@ def test_guidance_is_the_weighted_sum_of_both_branches_in_one_call():
     assert calls == [4]
 
 
-@pytest.mark.parametrize("null", [{}, {"context": None}, {"context": torch.zeros(1, 3, 4)}])
+@pytest.mark.parametrize("null", [{}, {"context": torch.zeros(1, 3, 4)}])
 def test_guidance_refuses_conditions_that_do_not_match(null):
     with pytest.raises(ValueError, match="join_branches"):
         join_branches([null, {"context": torch.zeros(2, 3, 4)}])

@@ -7,7 +7,7 @@ import torch
 from tiny import model_params, randomize
 
 from cldm.tisynth import TISynth
-from ldm.methods.conditions import ConditionCache
+from ldm.methods.base import ConditionCache
 from ldm.methods.diffusion import DiffusionMethod
 from ldm.sampling.modes import Sampling, make_sampling
 

@@ -27,15 +27,11 @@ def main(argv: list[str]) -> None:
     from ldm.data.images import read_image
     from ldm.data.manifest import read_manifest
     from ldm.data.transforms import normalize_batch
-    from ldm.util import check_targets, instantiate_from_config
-    from ldm.weights.checkpoint import load_checkpoint, load_weights
-    weights, config = load_checkpoint(args.ckpt)
-    if config is None or "autoencoder" not in config.model.params:
+    from ldm.weights.load import load_method, read_model_config
+    config = read_model_config(args.ckpt)
+    if "autoencoder" not in config["model"]["params"]:
         raise UserError(f"{args.ckpt}: no autoencoder config inside. Expected the export of an autoencoder run.")
-    check_targets(config, f"checkpoint {args.ckpt}")
-    network = instantiate_from_config(config.model.params.autoencoder)
-    prefix = "first_stage_model."
-    load_weights(network, {k.removeprefix(prefix): v for k, v in weights.items()}, args.ckpt)
+    network = load_method(args.ckpt, config, "cpu").first_stage_model
     paths = sorted({row.image for row in read_manifest(args.txt_file, args.data_root, check_files=False)})
     latents, batches = [], {}
     for path in paths[::max(1, len(paths) // args.images)]:

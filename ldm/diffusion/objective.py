@@ -60,15 +60,12 @@ def variational_bound(epsilon: Tensor, values: Tensor, image: Tensor, noisy: Ten
 
 
 def learned_log_variance(values: Tensor, log_least: Tensor | float, log_beta: Tensor | float) -> Tensor:
-    """Logarithm of the variance of a step back, where the network learns it.
+    """Logarithm of the variance of a step back, (B, C, h, w), where the network learns it.
 
     Args:
         values: outputs of the network, (B, C, h, w): 1 = the largest sensible variance (beta), -1 = the least (the
             posterior's when the clean latent is known).
         log_least, log_beta: logarithms of these two.
-
-    Returns:
-        (B, C, h, w).
     Source: Nichol and Dhariwal 2021, Eq. 15.
     """
     share = (values + 1) / 2
@@ -78,11 +75,7 @@ def learned_log_variance(values: Tensor, log_least: Tensor | float, log_beta: Te
 def level_surprise(image: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Negative log likelihood (nats) of 8-bit levels under normals whose mass is summed within each level's bin.
 
-    Args:
-        image: in [-1, 1] with 8-bit levels; the outermost bins reach to infinity.
-        mean, log_variance: of the normals, same shape.
-    Returns:
-        Same shape.
+    The image is in [-1, 1], its outermost bins reach to infinity; all shapes are the same.
     """
     scale = (-0.5 * log_variance).exp()
     upper, lower = (image - mean + BIN) * scale, (image - mean - BIN) * scale

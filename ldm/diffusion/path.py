@@ -16,19 +16,10 @@ from ldm.diffusion.spacing import ENDS, check_spacing, spaced_timesteps
 
 SCHEDULE_KINDS = ("scaled_linear", "linear", "cosine")
 BUFFER_NAMES = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
 TRAINING_TIMES = ("uniform", "logit_normal")
 
 
@@ -96,10 +87,8 @@ class Path(nn.Module):
             spacing: where on the path they lie, see Sampling.
             end: `clean` or, on a discrete path, `first`, the variance of timestep 0.
             strength: share of the path, (0, 1]; below 1 only its last levels are there, one at least.
-
         Returns:
             One level an evaluation, and behind them the one that the last step leads to.
-
         Raises:
             ValueError: for a spacing, an end or a number of steps that this path does not have.
         """
@@ -113,13 +102,11 @@ class DiscretePath(Path):
         num_timesteps: T, at least 1.
         kind: `scaled_linear` (square roots of the betas equally spaced: Stable Diffusion), `linear` (betas equally
             spaced: DDPM) or `cosine` (which has no start and end and does not look at them).
-        start: first beta, in (0, 1).
-        end: last beta, in (0, 1).
+        start, end: first and last beta, in (0, 1).
 
     Attributes:
         betas: variance added at each timestep, (T,) float64 in (0, 1).
         alphas_cumprod: share of signal variance left at each timestep, (T,) float64, falling from nearly 1 to nearly 0.
-
     Raises:
         ValueError: for an unknown kind, or values that give betas outside (0, 1).
     Source: Ho et al. 2020, Eq. 2, 4 and 7 (linear); Rombach et al. 2022 (scaled_linear); Nichol and Dhariwal 2021,
@@ -132,14 +119,9 @@ class DiscretePath(Path):
                  end: float = 0.012) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
-        self.betas = make_betas(num_timesteps, kind, start, end)
-        self._values = _derive(self.betas)
+        self._values = derive_vectors(make_betas(num_timesteps, kind, start, end))
         self._tensors: dict[tuple[str, str], Tensor] = {}
-
-    @property
-    def alphas_cumprod(self) -> np.ndarray:
-        """Share of signal variance left at each timestep (see the class)."""
-        return self._values["alphas_cumprod"]
+        self.betas, self.alphas_cumprod = self._values["betas"], self._values["alphas_cumprod"]
 
     def vectors(self) -> dict[str, Tensor]:
         """The twelve vectors that checkpoints of latent diffusion carry, each (T,) float32."""
@@ -165,23 +147,17 @@ class DiscretePath(Path):
             name: one of BUFFER_NAMES, `log_betas` or `log_least_variance` (see objective.learned_log_variance).
             timestep: (B,) int64 in [0, T).
             like: the batch, (B, ...); gives device and number of axes.
-
         Returns:
             (B, 1, ..., 1) float32 on the device of `like`.
-
         Raises:
             ValueError: if the shape or (on the CPU, where looking costs nothing) a value of timestep is wrong.
         """
         if timestep.shape != like.shape[:1]:
-            raise ValueError(
-                f"timestep: shape {tuple(timestep.shape)} for a batch of {like.shape[0]}."
-                " Expected one timestep per sample. Pass a vector of that length."
-            )
+            raise ValueError(f"timestep: shape {tuple(timestep.shape)} for a batch of {like.shape[0]}. Expected one "
+                             "timestep per sample. Pass a vector of that length.")
         if timestep.device.type == "cpu" and ((timestep < 0) | (timestep >= self.num_timesteps)).any():
-            raise ValueError(
-                f"timestep: {timestep.tolist()} is out of range. Expected values in [0, {self.num_timesteps})."
-                " Draw timesteps below path.num_timesteps."
-            )
+            raise ValueError(f"timestep: {timestep.tolist()} is out of range. Expected values in [0, "
+                             f"{self.num_timesteps}). Draw timesteps below path.num_timesteps.")
         key = (name, str(like.device))
         if key not in self._tensors:
             # A first look-up in inference mode must not leave an inference tensor behind for the training step.
@@ -202,14 +178,9 @@ class DiscretePath(Path):
         return self.levels_at([t for t in timesteps if t < strength * self.num_timesteps] or timesteps[:1], end)
 
     def levels_at(self, timesteps: Sequence[int], end: str = "first") -> list[Level]:
-        """Levels of given timesteps and the end.
+        """Levels of given timesteps, ascending in [0, T), and the end.
 
-        Args:
-            timesteps: ascending, in [0, T); 0 only with end `clean`.
-            end: `first` (variance of timestep 0) or `clean` (no noise).
-
-        Raises:
-            ValueError: if timesteps are empty, unordered or out of range, or end is unknown.
+        The end is `first` (variance of timestep 0) or `clean`, which alone allows timestep 0; else ValueError.
         """
         if end not in ENDS:
             raise ValueError(f"end: {end!r} is unknown. Expected one of {', '.join(ENDS)}.")
@@ -232,7 +203,6 @@ class FlowPath(Path):
         times: distribution of u in training: `uniform` over (1, ..., T) / T, or `logit_normal`.
         mean, deviation: of the normal whose logistic function is u, with `logit_normal`.
         num_timesteps: T, what the network is told at s = 1.
-
     Raises:
         ValueError: for values out of range.
     Source: Liu et al. 2023 (rectified flow); Esser et al. 2024 (SD3), Eq. 19 and 23.
@@ -297,14 +267,11 @@ def make_betas(num_timesteps: int, kind: str, start: float, end: float) -> np.nd
     if num_timesteps < 1:
         raise ValueError(f"schedule: num_timesteps is {num_timesteps}. Expected at least 1. Use 1000 if unsure.")
     if kind not in SCHEDULE_KINDS:
-        raise ValueError(
-            f"schedule: unknown kind {kind!r}. Expected one of {', '.join(SCHEDULE_KINDS)}. Correct the config."
-        )
+        raise ValueError(f"schedule: unknown kind {kind!r}. Expected one of {', '.join(SCHEDULE_KINDS)}. Correct the "
+                         "config.")
     if kind != "cosine" and not (0 < start < 1 and 0 < end < 1):
-        raise ValueError(
-            f"schedule: start {start} or end {end} is not a variance. Expected values in (0, 1)."
-            " Stable Diffusion uses 0.00085 and 0.012."
-        )
+        raise ValueError(f"schedule: start {start} or end {end} is not a variance. Expected values in (0, 1). Stable "
+                         "Diffusion uses 0.00085 and 0.012.")
     if kind == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, num_timesteps, dtype=np.float64) ** 2
     if kind == "linear":
@@ -315,7 +282,8 @@ def make_betas(num_timesteps: int, kind: str, start: float, end: float) -> np.nd
     return np.clip(1.0 - signal[1:] / signal[:-1], 1e-8, 0.999)
 
 
-def _derive(betas: np.ndarray) -> dict[str, np.ndarray]:
+def derive_vectors(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """BUFFER_NAMES, `log_betas` and `log_least_variance` of a forward process, each (T,) float64."""
     alphas = 1.0 - betas
     cumprod = np.cumprod(alphas)
     previous = np.append(1.0, cumprod[:-1])
@@ -330,10 +298,9 @@ def _derive(betas: np.ndarray) -> dict[str, np.ndarray]:
         "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / cumprod),
         "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / cumprod - 1.0),
         "posterior_variance": posterior_variance,
-        # The first posterior variance is exactly 0, its logarithm is not a number one can store.
+        # The first posterior variance is exactly 0: checkpoints have a floor for it, learned variances the next one.
         "posterior_log_variance_clipped": np.log(np.maximum(posterior_variance, 1e-20)),
         "log_betas": np.log(betas),
-        # The first posterior variance is 0; a network that learns variances takes the next one's place for it.
         "log_least_variance": np.log(np.append(posterior_variance[1:2], posterior_variance[1:]) if len(betas) > 1
                                      else betas),
         "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - cumprod),

@@ -23,46 +23,33 @@ def target_of(kind: str, clean: Tensor, epsilon: Tensor, signal: Factor, noise: 
         kind: of KINDS.
         clean, epsilon: clean latent of unit variance and the noise it is mixed with, (B, C, h, w).
         signal, noise: factors of the mixture, numbers or (B, 1, 1, 1).
-
     Returns:
         (B, C, h, w).
-
     Raises:
         ValueError: for an unknown kind, or shapes that differ.
     """
-    check_shape("epsilon", epsilon, clean)
-    if kind == "epsilon":
-        return epsilon
-    if kind == "x0":
-        return clean
+    check(kind, "epsilon", epsilon, clean)
     if kind == "v":
         return signal * epsilon - noise * clean
     if kind == "velocity":
         return epsilon - clean
-    raise unknown(kind)
+    return clean if kind == "x0" else epsilon
 
 
 def to_x0(prediction: Tensor, x: Tensor, signal: Factor, noise: Factor, kind: str) -> Tensor:
     """The clean latent that a prediction implies; arguments, shapes and errors as for target_of, x the mixture."""
-    check_shape("prediction", prediction, x)
-    if kind == "epsilon":
-        return (x - noise * prediction) / signal
+    check(kind, "prediction", prediction, x)
     if kind == "x0":
         return prediction
-    if kind == "v":
-        return signal * x - noise * prediction
-    if kind == "velocity":
-        return x - noise * prediction
-    raise unknown(kind)
+    if kind == "epsilon":
+        return (x - noise * prediction) / signal
+    return (signal * x if kind == "v" else x) - noise * prediction
 
 
-def unknown(kind: str) -> ValueError:
-    """The error of a kind that is not there."""
-    return ValueError(f"prediction_type: unknown value {kind!r}. Expected one of {', '.join(KINDS)}. Change "
-                      "the config.")
-
-
-def check_shape(what: str, tensor: Tensor, like: Tensor) -> None:
-    """ValueError if a tensor has not the shape of the latent."""
+def check(kind: str, what: str, tensor: Tensor, like: Tensor) -> None:
+    """ValueError for an unknown kind, or if a tensor has not the shape of the latent."""
+    if kind not in KINDS:
+        raise ValueError(f"prediction_type: unknown value {kind!r}. Expected one of {', '.join(KINDS)}. Change the "
+                         "config.")
     if tensor.shape != like.shape:
         raise ValueError(f"{what} has shape {tuple(tensor.shape)}. Expected {tuple(like.shape)}, the latent's.")

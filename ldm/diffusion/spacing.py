@@ -24,10 +24,8 @@ def spaced_timesteps(num_steps: int, alphas_cumprod: np.ndarray, spacing: str = 
         spacing: `leading` (upstream's, 1, 51, ...), `trailing` (equally spaced and starting at T - 1),
             `uniform_lambda` (equally spaced in the log of the signal-to-noise ratio, from T - 1 to 1), `uniform`
             (equally spaced from T - 1 to 0) or `leading0` (diffusers' default, 0, 50, ...).
-
     Returns:
         Exactly num_steps ascending timesteps, all at least 1 but for the last two spacings.
-
     Raises:
         ValueError: for an unknown spacing, or a count that is not possible.
     Source: Lin et al. 2024, Table 2 (leading, trailing); Lu et al. 2022, section 3.4 (uniform_lambda).

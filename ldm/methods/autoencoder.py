@@ -19,9 +19,8 @@ class AutoencoderMethod(Method):
         autoencoder: config of the network.
         perceptual_weights: file for PerceptualLoss; needed when perceptual_weight > 0.
         perceptual_weight, kl_weight: factors beside the L1 term.
-        chroma_gain: factor on the first convolution's initial response to colour (not brightness) of an
-            AutoencoderKL. Colours of land
-            vary some seven times less than its brightness and are learned as much later without it.
+        chroma_gain: factor on the first convolution's initial response to colour (not brightness) of an AutoencoderKL.
+            Colours of land vary some seven times less than its brightness and are learned as much later without it.
         crop: edge of a random window that is trained on (pixels); None = the whole image. The network is
             convolutional, and small windows give more variety for the same time.
     """
@@ -85,29 +84,19 @@ class AutoencoderMethod(Method):
 
 
 def amplify_chroma(weight: Tensor, gain: float) -> None:
-    """Multiply a convolution's response to differences between red, green and blue by `gain`, in place.
-
-    Args:
-        weight: (C, 3, k, k).
-        gain: 1 changes nothing; the response to grey never changes.
-    """
+    """Multiply a convolution's (C, 3, k, k) response to differences between red, green and blue by `gain`, in place."""
     with torch.no_grad():
         grey = weight.mean(1, keepdim=True)
         weight.copy_(grey + gain * (weight - grey))
 
 
-def opponent_l1(image: Tensor, other: Tensor, chroma_weight: float = 2.0) -> Tensor:
-    """Mean absolute difference along grey, red-green and yellow-blue instead of red, green and blue.
+def opponent_l1(image: Tensor, other: Tensor) -> Tensor:
+    """Mean absolute difference of images (B, 3, H, W) along grey and, twice as heavy, red-green and yellow-blue.
 
     In RGB all three signs follow the error of the brightness as long as that is larger than the error of the colour,
-    so the colour gets no gradient: on land, whose colours are weak, a network trained that way generates in grey.
-
-    Args:
-        image, other: (B, 3, H, W).
-        chroma_weight: factor on the two colour axes.
-    Returns:
-        Scalar. The three axes are orthonormal.
+    so the colour gets no gradient: on land, whose colours are weak, a network trained that way generates in grey. The
+    three axes are orthonormal.
     """
     r, g, b = (image - other).unbind(1)
     grey, red_green, yellow_blue = (r + g + b) / 3**0.5, (r - g) / 2**0.5, (r + g - 2 * b) / 6**0.5
-    return (grey.abs().mean() + chroma_weight * (red_green.abs().mean() + yellow_blue.abs().mean())) / 3
+    return (grey.abs().mean() + 2.0 * (red_green.abs().mean() + yellow_blue.abs().mean())) / 3

@@ -1,5 +1,6 @@
 """The contract: what training, generation and weights may ask of a method. Nobody asks which one it is."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.data.classes import ClassTable
-from ldm.methods.conditions import ConditionCache
 from ldm.modules.blocks import TimestepSequential
 from ldm.sampling.guidance import Correct
 from ldm.sampling.modes import METHOD_SETTINGS, Sampling
@@ -42,6 +42,29 @@ class WeightGroup:
     def has(self, name: str) -> bool:
         """Whether a tensor of this name fits the group."""
         return name.startswith(self.prefix) and self.contains in name
+
+
+class ConditionCache:
+    """Embeddings of prompts and latents of references by key, each computed once; the least recently used leave first.
+
+    Each is computed for one sample alone, so that it does not depend on which samples shared its batch.
+
+    Args:
+        limit: most tensors to keep; a reference latent of 512 x 512 pixels takes 64 KB, an embedding of CLIP 231 KB.
+    """
+
+    def __init__(self, limit: int = 2048) -> None:
+        self.limit = limit
+        self.tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of a key, made at its first use."""
+        if key not in self.tensors:
+            self.tensors[key] = make()
+            if len(self.tensors) > self.limit:
+                self.tensors.popitem(last=False)
+        self.tensors.move_to_end(key)
+        return self.tensors[key]
 
 
 class Method(nn.Module):

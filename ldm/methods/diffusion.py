@@ -212,23 +212,19 @@ class DiffusionMethod(Method):
         sampling = sampling or self.own_sampling
         if sampling.rectify is not None and correct is None:
             raise ValueError("sampling: rectify is set, but there is no guide. Give one with --guide.")
+        if sampling.strength < 1 and "image" not in batch:
+            raise ValueError("strength is below 1, but there is no image to start from. Give every row a target, or "
+                             "strength 1.")
         levels = self.levels(sampling)
         # Gradients are off where the networks run and nowhere else: a correction may want those of its own.
         with evaluating(self):  # in training mode `conditions` would drop some
             with torch.no_grad():
-                start = self.find_start(batch) if sampling.strength < 1 else None
+                start = self.encode_start(batch["image"]) if sampling.strength < 1 else None
                 conditions = self.conditions(batch)
             denoise = self.denoiser(conditions, sampling)
             if correct is not None:
                 denoise = correct(denoise, Run(batch, sampling, self.path, levels, self.decode_latent))
             return sample(denoise, noise, levels, sampling.solver, sampling.eta, draw, start)
-
-    def find_start(self, batch: Mapping[str, Any]) -> Tensor:
-        """Latents of the images that a strength below 1 starts from; ValueError if the batch has none."""
-        if "image" not in batch:
-            raise ValueError("strength is below 1, but there is no image to start from. Give every row a target, or "
-                             "strength 1.")
-        return self.encode_start(batch["image"])
 
     def denoiser(self, conditions: Mapping[str, Any], sampling: Sampling) -> Denoise:
         """The network under guidance as samplers want it: `denoise(x, level) -> x0`, without gradients.
@@ -237,19 +233,14 @@ class DiffusionMethod(Method):
             conditions: from `conditions`.
             sampling: guidance and savings.
         """
-        scales = [(self.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale, None),
-                  *((self.setting(sampling, name), drops) for name, drops in SCALES.items())]
+        own = self.own_sampling.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
+        scales = [(own, None), *((self.setting(sampling, name), drops) for name, drops in SCALES.items())]
         scales = [(scale, drops) for scale, drops in scales if scale != 1]
         with torch.no_grad():
             branches = [self.null_conditions(conditions, drops) for _, drops in scales] + [conditions]
             predict = self.prepare(branches, sampling)
         predict = guide(predict, [scale for scale, _ in scales], sampling.guidance_interval, sampling.guidance_rescale)
         return make_denoiser(torch.no_grad()(predict), self.prediction_type, self.clip, sampling.solver == "ddpm")
-
-    @property
-    def guidance_scale(self) -> float:
-        """The method's own guidance scale."""
-        return self.own_sampling.guidance_scale
 
     @torch.no_grad()
     def preview(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

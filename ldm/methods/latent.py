@@ -103,26 +103,18 @@ class LatentDiffusion(DiffusionMethod):
         return drop
 
     def cached(self, keys: Sequence[Hashable], make: Callable[[int], Tensor]) -> Tensor:
-        """Tensors of samples, each computed for its sample alone and once in a run where there is a condition_cache.
+        """Tensors (B, ...) of samples, each computed for its sample alone and once in a run (see condition_cache).
 
         Args:
             keys: what tells the samples' tensors apart, B of them, and from those of other calls.
             make: tensor (1, ...) of a sample, by its number.
-        Returns:
-            (B, ...).
         """
-        cache = self.condition_cache
-        return torch.cat([make(i) if cache is None else cache.get(key, lambda i=i: make(i))
-                          for i, key in enumerate(keys)])
+        return torch.cat([self.condition_cache.get(key, lambda i=i: make(i)) for i, key in enumerate(keys)])
 
     def encode_reference(self, reference: Tensor, keys: Sequence[Hashable] | None) -> Tensor:
-        """Scaled latents of references; those with a key are encoded once where there is a condition_cache.
+        """Scaled latents (B, C, h, w) of references (B, 3, H, W) in [-1, 1], augmented while training.
 
-        Args:
-            reference: (B, 3, H, W) in [-1, 1]; augmented while training.
-            keys: B names of the references, None = they have none.
-        Returns:
-            (B, C, h, w).
+        Those with a key, B names, are encoded once where there is a condition_cache; None = they have none.
         """
         if self.training and self.reference_augment is not None:
             reference = self.reference_augment(reference)
@@ -136,10 +128,7 @@ class LatentDiffusion(DiffusionMethod):
     def encode_together(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A training batch whose image and reference, if they are of one size, went through the autoencoder at once.
 
-        Args:
-            batch: see training_loss.
-        Returns:
-            The batch with `moments` and `reference_moments` in their place, as a LatentCache gives them.
+        It has `moments` and `reference_moments` in their place, as a LatentCache gives them.
         """
         if "image" not in batch or "reference" not in batch or batch["image"].shape != batch["reference"].shape:
             return batch

@@ -97,15 +97,7 @@ class PixelDiffusion(DiffusionMethod):
 
 
 def erase_classes(mask: Tensor, probability: float, num_classes: int) -> Tensor:
-    """Take the class from all pixels of classes that are drawn for each mask on its own.
-
-    Args:
-        mask: (B, H, W) int64, 0..K-1 or 255.
-        probability: of each class.
-        num_classes: K.
-    Returns:
-        Mask with 255 in their place.
-    """
+    """Masks (B, H, W) int64 with 255 in the place of classes 0..K-1, each drawn with this probability for each mask."""
     lost = torch.zeros(len(mask), 256, dtype=torch.bool)
     lost[:, :num_classes] = torch.rand(len(mask), num_classes) < probability
     is_lost = lost.to(mask.device).gather(1, mask.flatten(1)).reshape(mask.shape)

@@ -14,11 +14,9 @@ class CrossAttention(nn.Module):
         query_dim: width of the queries and of the output.
         context_dim: width of the source; None = query_dim.
         heads, head_dim: number of heads and width of each.
-        zero_out: start with a zero output projection, so that the layer adds nothing at first.
     """
 
-    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, head_dim: int = 64,
-                 zero_out: bool = False) -> None:
+    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, head_dim: int = 64) -> None:
         super().__init__()
         inner = heads * head_dim
         context_dim = query_dim if context_dim is None else context_dim
@@ -28,8 +26,6 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         # A Sequential of two because the published weights are called to_out.0.*
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Identity())
-        if zero_out:
-            zero_module(self.to_out)
 
     def forward(self, query: Tensor, context: "Tensor | KeysValues | None" = None) -> Tensor:
         """(B, N, query_dim) and (B, M, context_dim), or its keys and values -> (B, N, query_dim)."""
@@ -84,12 +80,7 @@ class FixedContext:
 
 
 class JointContext(FixedContext):
-    """A context whose keys and values of all layers are computed at once, for one training step.
-
-    Args:
-        context: (B, L, D).
-        layers: what attends to it.
-    """
+    """A context whose keys and values of all layers that attend to it are computed at once, for one training step."""
 
     def __init__(self, context: Tensor, layers: Sequence[CrossAttention]) -> None:
         super().__init__(context)
@@ -99,14 +90,14 @@ class JointContext(FixedContext):
 
 
 class GEGLU(nn.Module):
-    """Linear layer whose output is gated by the GELU of its second half (Shazeer 2020)."""
+    """Linear layer to four times the width whose output is gated by the GELU of its second half (Shazeer 2020)."""
 
-    def __init__(self, dim_in: int, dim_out: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out * 2)
+        self.proj = nn.Linear(dim, 8 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, dim_in) -> (B, N, dim_out)."""
+        """(B, N, dim) -> (B, N, 4 * dim)."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -114,9 +105,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU feed-forward layer, four times as wide inside."""
 
-    def __init__(self, dim: int, factor: int = 4) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, dim * factor), nn.Identity(), nn.Linear(dim * factor, dim))
+        self.net = nn.Sequential(GEGLU(dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> (B, N, dim)."""
@@ -173,12 +164,7 @@ class SpatialTransformer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of a feature map, added to it; its weights are called as in diffusers' UNet2DModel.
-
-    Args:
-        channels: feature width.
-        head_dim: width of a head, divides channels.
-    """
+    """Self-attention of a feature map, added to it; its weights are called as in diffusers' UNet2DModel."""
 
     def __init__(self, channels: int, head_dim: int = 8) -> None:
         super().__init__()
@@ -197,12 +183,7 @@ class SelfAttention(nn.Module):
 
 
 class FusedSelfAttention(nn.Module):
-    """The same with one projection, as in ADM and SDM: a head's queries, keys and values lie side by side in `qkv`.
-
-    Args:
-        channels: feature width.
-        head_dim: width of a head, divides channels.
-    """
+    """The same with one projection, as in ADM and SDM: a head's queries, keys and values lie side by side in `qkv`."""
 
     def __init__(self, channels: int, head_dim: int = 64) -> None:
         super().__init__()

@@ -27,9 +27,9 @@ class DiagonalGaussian:
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self) -> Tensor:
         """Draw one latent a sample, (B, C, h, w)."""
-        noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator)
+        noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
@@ -65,12 +65,9 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1) if use_quant else nn.Identity()
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
-        """Posterior over latents of an image.
+        """Posterior over unscaled latents (B, embed_dim, h, w) of an image (B, 3, H, W) in [-1, 1].
 
-        Args:
-            image: (B, 3, H, W) in [-1, 1]; H and W multiples of `downsampling`.
-        Returns:
-            DiagonalGaussian over (B, embed_dim, H / downsampling, W / downsampling), not yet scaled.
+        H and W are multiples of `downsampling`, h and w smaller by it.
         """
         return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(image)))
 
@@ -153,10 +150,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, multiple in enumerate(ch_mult):
             stage = nn.Module()
-            stage.block = nn.ModuleList()
-            for _ in range(num_res_blocks):
-                stage.block.append(PlainResBlock(width, ch * multiple))
-                width = ch * multiple
+            stage.block = make_blocks(width, ch * multiple, num_res_blocks)
+            width = ch * multiple
             if level < len(ch_mult) - 1:
                 stage.downsample = PaddedDownsample(width)
             self.down.append(stage)
@@ -186,12 +181,10 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
         self.mid = make_middle(width)
         stages = []
-        for level in reversed(range(len(ch_mult))):
+        for level, multiple in reversed(list(enumerate(ch_mult))):
             stage = nn.Module()
-            stage.block = nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                stage.block.append(PlainResBlock(width, ch * ch_mult[level]))
-                width = ch * ch_mult[level]
+            stage.block = make_blocks(width, ch * multiple, num_res_blocks + 1)
+            width = ch * multiple
             if level > 0:
                 stage.upsample = Upsample(width)
             stages.insert(0, stage)  # numbered by level: up.0 is the full resolution and runs last
@@ -209,6 +202,11 @@ class Decoder(nn.Module):
             if hasattr(stage, "upsample"):
                 h = stage.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def make_blocks(width_in: int, width: int, count: int) -> nn.ModuleList:
+    """Residual blocks of a level."""
+    return nn.ModuleList(PlainResBlock(width if i else width_in, width) for i in range(count))
 
 
 def make_middle(width: int) -> nn.Module:
@@ -244,10 +242,7 @@ class ConvAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""

@@ -30,26 +30,20 @@ def set_norm_groups(module: nn.Module, groups: int) -> None:
             layer.num_groups = groups
 
 
-def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding of the timestep, cosines first.
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of timesteps, cosines first: (B,), width dim -> (B, dim) float32.
 
-    Args:
-        timestep: (B,) int64 in [0, T).
-        dim: width of the embedding, even.
-        max_period: longest wavelength.
-    Returns:
-        (B, dim) float32.
     Source: Vaswani et al. 2017, section 3.5; order of the halves as in Stable Diffusion.
     """
-    angle = timestep.float()[:, None] * frequencies(dim // 2, max_period, timestep.device)[None]  # (B, dim / 2)
+    angle = timestep.float()[:, None] * frequencies(dim // 2, timestep.device)[None]  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 @functools.lru_cache(maxsize=64)
-def frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
-    """Falling frequencies of timestep_embedding, (count,) float32; computed once, since they never change."""
+def frequencies(count: int, device: torch.device) -> Tensor:
+    """Frequencies falling from 1 to nearly 1 / 10000, (count,) float32; computed once, since they never change."""
     index = torch.arange(count, dtype=torch.float32, device=device)
-    return torch.exp(-math.log(max_period) * index / count)
+    return torch.exp(-math.log(10000.0) * index / count)
 
 
 def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -74,13 +68,9 @@ def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 
 
 class JointEmbedding:
-    """An embedding of the timestep with what all residual blocks of a network make of it, computed at once.
+    """An embedding of the timestep (B, E) with what all residual blocks of a network make of it, computed at once.
 
-    It stands in for the tensor wherever a block takes one.
-
-    Args:
-        embedding: (B, E).
-        layers: `emb_layers` of the blocks, each SiLU and a linear layer.
+    It stands in for the tensor wherever a block takes one. `layers` are the blocks' `emb_layers`.
     """
 
     def __init__(self, embedding: Tensor, layers: Sequence[nn.Sequential]) -> None:
@@ -140,24 +130,22 @@ class ResBlock(nn.Module):
     """Two 3x3 convolutions with the timestep embedding brought in between and a skip connection.
 
     Args:
-        in_channels, out_channels: feature widths.
-        embedding_dim: width of the timestep embedding.
-        dropout: probability before the second convolution.
+        in_channels, out_channels, embedding_dim: widths of features and timestep embedding.
         use_scale_shift: the embedding scales and shifts the second norm's output instead of being added before it.
         resample: `down` or `up` changes the resolution in front of the first convolution, and of the skip; None = not.
     """
 
     takes_embedding = True
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0,
-                 use_scale_shift: bool = False, resample: str | None = None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, use_scale_shift: bool = False,
+                 resample: str | None = None) -> None:
         super().__init__()
         self.use_scale_shift = use_scale_shift
         self.in_layers = nn.Sequential(
             group_norm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_channels * (1 + use_scale_shift)))
-        self.out_layers = nn.Sequential(
-            group_norm(out_channels), nn.SiLU(), nn.Dropout(dropout),
+        self.out_layers = nn.Sequential(  # the published weights have a dropout in third place
+            group_norm(out_channels), nn.SiLU(), nn.Identity(),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.resample = resampler(resample)
         self.skip_connection = (

@@ -1,6 +1,5 @@
 """The three text encoders of Stable Diffusion 3.5 out of a local folder; nothing is ever downloaded."""
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +103,14 @@ def load_encoder(folder: Path, suffix: str, tokenizer_class: Any, encoder_class:
             one of two tokens and says nothing.
     """
     where = folder / f"tokenizer{suffix}"
-    check_files(where, [["tokenizer.json"], ["vocab.json", "merges.txt"]])
-    options = {"local_files_only": True, "low_cpu_mem_usage": True}
+    if not (where / "tokenizer.json").is_file() and not ((where / "vocab.json").is_file()
+                                                         and (where / "merges.txt").is_file()):
+        raise UserError(f"{where}: not a tokenizer. Expected tokenizer.json, or vocab.json and merges.txt in it. Fetch "
+                        "the folder again.")
     try:
         tokenizer = tokenizer_class.from_pretrained(where, local_files_only=True)
         encoder = encoder_class.from_pretrained(folder / f"text_encoder{suffix}", dtype=dtype, use_safetensors=True,
-                                                **options)
+                                                local_files_only=True, low_cpu_mem_usage=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: text_encoder{suffix} or its tokenizer cannot be loaded ({error}). Expected the "
                         "parts of one SD3.5 folder. Fetch them again.") from error
@@ -118,10 +119,3 @@ def load_encoder(folder: Path, suffix: str, tokenizer_class: Any, encoder_class:
         raise UserError(f"{where}: a tokenizer of {own} tokens for an encoder of {size}. Expected the tokenizer of "
                         "this encoder. Fetch the folder again.")
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
-
-
-def check_files(folder: Path, forms: Sequence[Sequence[str]]) -> None:
-    """UserError unless a folder has all files of at least one of the forms."""
-    if not any(all((folder / name).is_file() for name in form) for form in forms):
-        expected = ", or ".join(" and ".join(form) for form in forms)
-        raise UserError(f"{folder}: not a tokenizer. Expected {expected} in it. Fetch the folder again.")

@@ -26,11 +26,9 @@ class PromptTokenizer:
 
     Args:
         backend: a `tokenizers.Tokenizer`; its post-processing, padding and truncation are not used.
-        start_id: id of the start token.
-        end_id: id of the end token.
+        start_id, end_id: ids of the start and of the end token.
         pad_id: id that fills the row after the end token.
         max_length: length of a row, start and end token included, at least 3.
-
     Raises:
         ValueError: if max_length is below 3.
     """
@@ -48,17 +46,11 @@ class PromptTokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def __call__(self, prompts: Sequence[str], pieces: int = 1) -> torch.Tensor:
-        """Encode prompts.
+        """Token ids of B prompts, (B, pieces * max_length) int64; TypeError if one string is given.
 
         Args:
-            prompts: B strings; an empty string is a valid prompt.
+            prompts: strings; an empty string is a valid prompt.
             pieces: rows a prompt; what does not fit in them is cut, and pieces that it does not reach are empty.
-
-        Returns:
-            Token ids, (B, pieces * max_length) int64.
-
-        Raises:
-            TypeError: if one string is given instead of a list.
         """
         rows = []
         for ids in self.split_words(prompts):
@@ -103,19 +95,9 @@ class PromptTokenizer:
                 f"encoder reads, and lose their end. The longest has {len(ids)} tokens ({prompt[:40]!r}...) and loses "
                 f"{lost[:120]!r}{'...' if len(lost) > 120 else ''}")
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of one row of ids, without the start token and whatever follows the end token."""
-        ids = [int(token_id) for token_id in token_ids]
-        if ids and ids[0] == self.start_id:
-            ids = ids[1:]
-        if self.end_id in ids:
-            ids = ids[: ids.index(self.end_id)]
-        return self.backend.decode(ids, skip_special_tokens=False)
 
-
-def load_tokenizer(
-    tokenizer: str, *, tokenizer_dir: str | None = None, max_length: int = 77, pad: str | int = "end"
-) -> PromptTokenizer:
+def load_tokenizer(tokenizer: str, *, tokenizer_dir: str | None = None, max_length: int = 77,
+                   pad: str | int = "end") -> PromptTokenizer:
     """Load a tokenizer from local files only.
 
     Args:
@@ -125,53 +107,39 @@ def load_tokenizer(
             vocabulary file of the installed open_clip package, which is read without importing the package.
         max_length: length of a row of ids.
         pad: `end` pads with the end token (Hugging Face's CLIP ViT-L/14, SD1.5), an int with that id (open_clip: 0).
-
     Returns:
         The tokenizer.
-
     Raises:
         FileNotFoundError: if a file or folder is missing.
         ValueError: if the file is no tokenizer, has no special tokens, or `pad` is not understood.
     """
-    backend = _load_clip_backend(tokenizer_dir) if tokenizer == "clip" else _read_json_backend(_find_file(tokenizer))
-    start_id, end_id = _find_special_ids(backend, tokenizer)
+    backend = load_clip_backend(tokenizer_dir) if tokenizer == "clip" else read_json_backend(tokenizer)
+    start_id, end_id = find_special_ids(backend, tokenizer)
     if pad != "end" and (isinstance(pad, bool) or not isinstance(pad, int) or pad < 0):
         raise ValueError(f"tokenizer: pad is {pad!r}. Expected 'end' or a token id.")
     result = PromptTokenizer(backend, start_id, end_id, end_id if pad == "end" else pad, max_length)
     if tokenizer == "clip" and result.vocab_size != CLIP_VOCAB_SIZE:
-        raise ValueError(
-            f"tokenizer: the CLIP vocabulary has {result.vocab_size} tokens. Expected {CLIP_VOCAB_SIZE}. "
-            f"Check the files in {tokenizer_dir}."
-        )
+        raise ValueError(f"tokenizer: the CLIP vocabulary has {result.vocab_size} tokens. Expected {CLIP_VOCAB_SIZE}. "
+                         f"Check the files in {tokenizer_dir}.")
     return result
 
 
 def build_clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]):
-    """CLIP's tokenizer (lower-cased byte-level byte-pair encoding with `</w>` at word ends).
+    """CLIP's tokenizer, a `tokenizers.Tokenizer`: lower-cased byte-level byte-pair encoding with `</w>` at word ends.
 
-    Args:
-        vocab: token to id.
-        merges: pairs in the order of their priority.
-
-    Returns:
-        A `tokenizers.Tokenizer`.
+    `vocab` is token to id, `merges` are pairs in the order of their priority.
 
     Source: Radford et al. 2021, section 2.4; Sennrich et al. 2016.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    backend = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False)
-    )
+    backend = Tokenizer(models.BPE(
+        vocab=vocab, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False))
     backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])
     return backend
 
@@ -180,24 +148,15 @@ def byte_symbols() -> list[str]:
     """The 256 printable characters that stand for bytes, in the order of CLIP's first 256 ids.
 
     Bytes with a visible Latin-1 character stand for themselves, the others get the characters from U+0100 on.
-
-    Returns:
-        256 one-character strings.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(code) for code in visible] + [chr(0x100 + index) for index in range(256 - len(visible))]
 
 
 def read_open_clip_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges out of CLIP's gzipped merge list.
+    """Token to id, and the merges in order, out of CLIP's gzipped merge list: a header, then one merge a line.
 
     Ids: 256 byte symbols, the same with `</w>`, one per merge, start token, end token.
-
-    Args:
-        path: the .txt.gz file; one header line, then one merge a line.
-
-    Returns:
-        Token to id, and the merges in order.
     """
     symbols = byte_symbols()
     num_merges = CLIP_VOCAB_SIZE - 2 * len(symbols) - 2
@@ -209,27 +168,27 @@ def read_open_clip_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[st
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-def _load_clip_backend(tokenizer_dir: str | None):
+def load_clip_backend(tokenizer_dir: str | None):
+    """CLIP's tokenizer from a folder, or from the vocabulary of the installed open_clip (see load_tokenizer)."""
     if tokenizer_dir is None:
-        return build_clip_backend(*read_open_clip_vocabulary(_find_open_clip_file()))
+        return build_clip_backend(*read_open_clip_vocabulary(find_open_clip_file()))
     folder = Path(tokenizer_dir).expanduser()
-    vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
-    if vocab_path.is_file() and merges_path.is_file():
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
-        lines = [line for line in lines if line.strip() and not line.startswith("#version")]
-        return build_clip_backend(json.loads(vocab_path.read_text(encoding="utf-8")), [tuple(x.split()) for x in lines])
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
         # Only vocabulary and merges are taken: the rest of such files differs between releases of their writers.
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        merges = [tuple(merge.split() if isinstance(merge, str) else merge) for merge in model["merges"]]
-        return build_clip_backend(model["vocab"], merges)
-    raise FileNotFoundError(
-        f"tokenizer: no CLIP tokenizer in {folder}. Expected vocab.json and merges.txt, or tokenizer.json. "
-        "Check tokenizer_dir."
-    )
+        vocab, merges = model["vocab"], model["merges"]
+    else:
+        raise FileNotFoundError(f"tokenizer: no CLIP tokenizer in {folder}. Expected vocab.json and merges.txt, or "
+                                "tokenizer.json. Check tokenizer_dir.")
+    return build_clip_backend(vocab, [tuple(merge.split() if isinstance(merge, str) else merge) for merge in merges])
 
 
-def _find_open_clip_file() -> Path:
+def find_open_clip_file() -> Path:
+    """CLIP's merge list in the installed open_clip, which is not imported; FileNotFoundError if there is none."""
     spec = importlib.util.find_spec("open_clip")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
@@ -237,34 +196,29 @@ def _find_open_clip_file() -> Path:
             return path
     raise FileNotFoundError(
         "tokenizer: CLIP's vocabulary was not found: tokenizer_dir is not set and open_clip is not installed. "
-        "Set tokenizer_dir to a folder with vocab.json and merges.txt, or pip install open_clip_torch."
-    )
+        "Set tokenizer_dir to a folder with vocab.json and merges.txt, or pip install open_clip_torch.")
 
 
-def _find_file(path: str) -> Path:
-    for candidate in (Path(path).expanduser(), REPOSITORY_ROOT / path):
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"tokenizer: file not found: {path}. Expected 'clip' or a tokenizers json file, relative to the working "
-        f"directory or to {REPOSITORY_ROOT}."
-    )
-
-
-def _read_json_backend(path: Path):
+def read_json_backend(path: str):
+    """The tokenizer of a json file (see load_tokenizer)."""
     from tokenizers import Tokenizer
 
+    file = next((file for file in (Path(path).expanduser(), REPOSITORY_ROOT / path) if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"tokenizer: file not found: {path}. Expected 'clip' or a tokenizers json file, "
+                                f"relative to the working directory or to {REPOSITORY_ROOT}.")
     try:
-        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path}: not a tokenizers json file ({error}). Write one with train_tokenizer.py.") from error
+        raise ValueError(f"{file}: not a tokenizers json file ({error}). Write one with train_tokenizer.py.") from error
     # Settings of the file would shorten or pad the ids before this module does.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _find_special_ids(backend, name: str) -> tuple[int, int]:
+def find_special_ids(backend, name: str) -> tuple[int, int]:
+    """Ids of start and end token; ValueError if a vocabulary has none."""
     for start, end in SPECIAL_TOKENS:
         ids = backend.token_to_id(start), backend.token_to_id(end)
         if None not in ids:

@@ -79,9 +79,9 @@ class UNetEncoder(nn.Module):
         if not all(isinstance(multiple, int) and multiple > 0 for multiple in channel_mult):
             raise ValueError(f"U-Net: channel_mult {list(channel_mult)}. Expected whole multiples, 1 or more. "
                              "Give a smaller model_channels: 128 times 1, 2, 4 for 256 times 0.5, 1, 2.")
-        widths = [model_channels * multiple for multiple in channel_mult]
-        what, divisor = ("num_heads", num_heads) if num_head_channels is None else ("num_head_channels",
-                                                                                    num_head_channels)
+        self.widths = widths = [model_channels * multiple for multiple in channel_mult]
+        what = "num_head_channels" if num_head_channels else "num_heads"
+        divisor = num_head_channels or num_heads
         odd = [w for w in widths if w % divisor and parts.attention is None]
         if odd:
             raise ValueError(f"U-Net: {what}={divisor} does not divide the widths {odd}. Change {what}.")
@@ -89,6 +89,7 @@ class UNetEncoder(nn.Module):
         self.in_channels, self.model_channels = in_channels, model_channels
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
         self.context_dim, self.use_checkpoint = context_dim, use_checkpoint
+        self.num_res_blocks, self.attention_resolutions = num_res_blocks, attention_resolutions
         self.downsampling = 2 ** (len(channel_mult) - 1)
         self.embedding_dim = 4 * model_channels
         self.time_embed = nn.Sequential(
@@ -114,13 +115,9 @@ class UNetEncoder(nn.Module):
         """A transformer at this width, its block made by the factory; or the attention that `parts` has instead."""
         if self.parts.attention is not None:
             return self.parts.attention(channels)
-        heads = self.count_heads(channels)
+        heads = channels // self.num_head_channels if self.num_head_channels else self.num_heads
         return SpatialTransformer(channels, factory(channels, heads, channels // heads, self.context_dim,
                                                     skip_channels))
-
-    def count_heads(self, channels: int) -> int:
-        """Attention heads at a width."""
-        return channels // self.num_head_channels if self.num_head_channels else self.num_heads
 
     def add_input_block(self, layers: list[nn.Module], width: int) -> None:
         """Append an input block and note the width of its features."""
@@ -151,15 +148,11 @@ class UNetEncoder(nn.Module):
 
     def encode(self, latent: Tensor, embedding: Tensor, context: Tensor | None,
                stem: Tensor | None = None) -> Iterator[Tensor]:
-        """Features of every input block in order.
+        """Features (B, feature_channels[i], h_i, w_i) of every input block in order (see UNet.forward).
 
         Args:
-            latent: (B, in_channels, h, w).
             embedding: (B, E) of the timestep.
-            context: (B, L, context_dim), None without transformers.
             stem: (B, model_channels, h, w), added behind the first convolution.
-        Yields:
-            (B, feature_channels[i], h_i, w_i).
         """
         h = latent
         for index, block in enumerate(self.input_blocks):
@@ -180,21 +173,16 @@ class UNet(UNetEncoder):
 
     def __init__(self, out_channels: int = 4, decoder_factory: BlockFactory = plain_block, **encoder: object) -> None:
         super().__init__(middle_factory=decoder_factory, **encoder)
-        num_res_blocks = encoder.get("num_res_blocks", 2)
-        channel_mult = encoder.get("channel_mult", (1, 2, 4, 4))
-        attention_resolutions = encoder.get("attention_resolutions", (4, 2, 1))
         self.output_blocks = nn.ModuleList()
-        skips = self.feature_channels[:-1]
-        width = self.feature_channels[-1]
-        for level, multiple in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
+        *skips, width = self.feature_channels
+        for level, level_width in reversed(list(enumerate(self.widths))):
+            for i in range(self.num_res_blocks + 1):
                 skip = skips.pop()
-                out = self.model_channels * multiple
-                layers: list[nn.Module] = [self.parts.late_residual(width + skip, out, self.embedding_dim)]
-                width = out
-                if 2**level in attention_resolutions:
+                layers: list[nn.Module] = [self.parts.late_residual(width + skip, level_width, self.embedding_dim)]
+                width = level_width
+                if 2**level in self.attention_resolutions:
                     layers.append(self.make_transformer(width, decoder_factory, skip))
-                if level and i == num_res_blocks:
+                if level and i == self.num_res_blocks:
                     layers.append(self.parts.upsample(width, self.embedding_dim))
                 self.output_blocks.append(TimestepSequential(*layers))
         self.out = nn.Sequential(

@@ -53,10 +53,8 @@ def guide(predict: PredictBranches, scales: Sequence[float], interval: tuple[flo
         interval: guide only at levels whose share is within it; elsewhere the conditional branch runs alone.
         rescale: share in [0, 1] of bringing each sample's standard deviation back to that of the conditional
             prediction.
-
     Returns:
         `predict(x (B, C, h, w), level)`, its prediction like x, with learned variance twice its channels.
-
     Raises:
         ValueError: if interval or rescale is out of range.
     Source: Ho and Salimans 2022, Eq. 6; Kynkaanniemi et al. 2024 (interval); Lin et al. 2024, Eq. 15 and 16 (rescale).
@@ -108,40 +106,18 @@ def make_denoiser(predict: Predict, kind: str, clip: float | None = None, keep_v
     return denoise
 
 
-def join_branches(branches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def join_branches(branches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Conditions of several branches of B samples as one batch.
 
     Args:
-        branches: mappings with the same keys: tensors (B, ...), lists or tuples of such, or None.
-
+        branches: tensors (B, ...), the same keys and shapes in all.
     Returns:
-        One mapping, tensors of (n * B, ...).
-
+        Tensors (n * B, ...).
     Raises:
-        ValueError: if keys, shapes or kinds differ.
+        ValueError: if keys or shapes differ.
     """
-    names = {tuple(sorted(branch)) for branch in branches}
-    if len(names) > 1:
-        raise ValueError(
-            f"join_branches: branches have the keys {' and '.join(str(list(keys)) for keys in sorted(names))}."
-            " Expected the same in all. Pass a stand-in for each."
-        )
-    return {name: _join(name, [branch[name] for branch in branches]) for name in branches[-1]}
-
-
-def _join(name: str, values: Sequence[Any]) -> Any:
-    first = values[0]
-    if all(isinstance(value, Tensor) and value.shape == values[-1].shape for value in values):
-        return torch.cat(list(values))
-    if all(isinstance(value, (list, tuple)) and len(value) == len(values[-1]) for value in values):
-        return type(first)(_join(name, parts) for parts in zip(*values, strict=True))
-    if all(value is None for value in values):
-        return None
-    raise ValueError(
-        f"join_branches: condition {name} is {_describe(values[-1])}, without it {_describe(first)}."
-        " Expected tensors of one shape, lists of such, or None throughout. Expand the null to the batch."
-    )
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    forms = [{name: tuple(value.shape) for name, value in branch.items()} for branch in branches]
+    if any(form != forms[-1] for form in forms):
+        raise ValueError(f"join_branches: conditions are {' and '.join(map(str, forms))}. Expected the same names and "
+                         "shapes in all branches. Give each a stand-in, expanded to the batch.")
+    return {name: torch.cat([branch[name] for branch in branches]) for name in branches[-1]}

@@ -5,7 +5,7 @@ Import-light, so that a command line is parsed without waiting for torch.
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -29,7 +29,6 @@ class Rectify:
         loss: over `all` labelled pixels, or those that the guide gets `wrong`.
         rule: `normalised`, or `clamped` (of the published code, flow paths only).
         log: decode once more to note the loss behind each step.
-
     Raises:
         ValueError: naming the field that is not possible.
     """
@@ -80,7 +79,6 @@ class Sampling:
             image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
         method: settings of the method, by name (see Method.sampling_settings); what is not here is left as it is.
         rectify: correct clean latents with a guide, which is given beside these settings; None = no.
-
     Raises:
         ValueError: naming the field that is not possible.
     """
@@ -133,7 +131,6 @@ def make_sampling(base: Sampling, changes: Mapping[str, Any]) -> Sampling:
     Args:
         base: to start from.
         changes: fields of Sampling, a list for an interval; every other name is a setting of the method.
-
     Raises:
         ValueError: if a field is out of range.
     """
@@ -161,51 +158,47 @@ SAMPLER = ("solver", "num_steps", "eta", "spacing", "end")
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Add --mode and a flag for every field of Sampling; those that are not given leave the mode as it is."""
     modes = "; ".join(f"{name}: {mode.solver}, {mode.num_steps} steps" for name, mode in MODES.items())
-    group.add_argument("--mode", choices=list(MODES),
-                       help=f"settings to start from ({modes}; exact: as the model's config has it, else as said). "
-                       f"Default: {DEFAULT_MODE}; exact where the config has settings of its own, and with "
-                       "--ddim_steps, --ddim_eta, --solver, --spacing or --end")  # fmt: skip
-
-    def add(*names: str, dest: str, kind: Any = None, **options: Any) -> None:
-        options |= {} if kind is None else {"type": kind}
-        group.add_argument(*names, dest=dest, default=None, **options)
-
-    add("--ddim_steps", "--num_steps", dest="num_steps", kind=int,
-        help="network evaluations per image; default: the mode's")  # fmt: skip
-    add("--ddim_eta", dest="eta", kind=float, help="fresh noise per step of ddim, 0 to 1; default: 0")
-    add("--scale", "--guidance_scale", dest="guidance_scale", kind=float,
-        help="classifier-free guidance scale; 1 = off, one branch; default: the model's own (mostly 9)")  # fmt: skip
-    add("--hint_scale", dest="hint_scale", kind=float, help="guidance by the mask alone; default: 1, no extra branch")
-    add("--reference_scale", dest="reference_scale", kind=float, help="guidance by the reference alone; default: 1")
-    add("--guidance_interval", dest="guidance_interval", kind=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide only at timesteps within these shares of all, 0 is clean; default: the mode's")  # fmt: skip
-    add("--guidance_rescale", dest="guidance_rescale", kind=float, help="rein in the contrast of guidance, 0 to 1")
-    add("--solver", dest="solver", choices=SOLVERS, help="default: the mode's")
-    add("--spacing", dest="spacing", choices=SPACINGS, help="of the timesteps; default: the mode's")
-    add("--end", dest="end", choices=ENDS, help="noise level of the last step; default: the mode's")
-    add("--share_control", dest="share_control", action=argparse.BooleanOptionalAction,
-        help="approximation: one control branch for both halves of guidance; default: the mode's")  # fmt: skip
-    add("--reuse_every", dest="reuse_every", kind=int,
-        help="approximation: encoder and control branches at every n-th step only; default: the mode's")  # fmt: skip
-    add("--strength", dest="strength", kind=float,
+    add = group.add_argument
+    add("--mode", choices=list(MODES),
+        help=f"settings to start from ({modes}; exact: as the model's config has it, else as said). Default: "
+        f"{DEFAULT_MODE}; exact where the config has settings of its own, and with --ddim_steps, --ddim_eta, --solver, "
+        "--spacing or --end")
+    add("--ddim_steps", "--num_steps", dest="num_steps", type=int,
+        help="network evaluations per image; default: the mode's")
+    add("--ddim_eta", dest="eta", type=float, help="fresh noise per step of ddim, 0 to 1; default: 0")
+    add("--scale", "--guidance_scale", dest="guidance_scale", type=float,
+        help="classifier-free guidance scale; 1 = off, one branch; default: the model's own (mostly 9)")
+    add("--hint_scale", type=float, help="guidance by the mask alone; default: 1, no extra branch")
+    add("--reference_scale", type=float, help="guidance by the reference alone; default: 1")
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at timesteps within these shares of all, 0 is clean; default: the mode's")
+    add("--guidance_rescale", type=float, help="rein in the contrast of guidance, 0 to 1")
+    add("--solver", choices=SOLVERS, help="default: the mode's")
+    add("--spacing", choices=SPACINGS, help="of the timesteps; default: the mode's")
+    add("--end", choices=ENDS, help="noise level of the last step; default: the mode's")
+    add("--share_control", action=argparse.BooleanOptionalAction, default=None,
+        help="approximation: one control branch for both halves of guidance; default: the mode's")
+    add("--reuse_every", type=int,
+        help="approximation: encoder and control branches at every n-th step only; default: the mode's")
+    add("--strength", type=float,
         help="0 to 1: start from the row's own image (target), noised to this share of the timesteps; default: 1, pure "
-        "noise")  # fmt: skip
-    group.add_argument("--guide", nargs="+", metavar="FILE", help="rectify: let a segmentor's gradient correct every "
-                       "image towards its mask; config and weights of scripts/train_segmentor.py, or the dotted path "
-                       "of a class of your own (with --allow_modules) and its files; default: no guide")  # fmt: skip
-
-    def rectify(name: str, text: str, **options: Any) -> None:
-        group.add_argument(f"--rectify_{name}", default=None, help=f"{text}; default: the preset's", **options)
-
-    group.add_argument("--rectify_preset", choices=list(PRESETS), default=None,
-                       help="settings of rectifying to start from; upstream: a flow model's, as published")  # fmt: skip
-    rectify("scale", "size of a step relative to the velocity, up to 0.5", type=float)
-    rectify("window", "rectify at levels within these shares of the path, 1 is noise", type=float, nargs=2,
-            metavar=("LOW", "HIGH"))  # fmt: skip
-    rectify("steps", "rectify the first so many steps, whatever the window", type=int)
-    rectify("schedule", "scale over the steps", choices=["constant", "falling"])
-    rectify("loss", "pixels that count: all with a class, or those the guide gets wrong", choices=["all", "wrong"])
-    rectify("log", "note the guide's loss behind every step too, for one decoding more", action="store_true")
+        "noise")
+    add("--guide", nargs="+", metavar="FILE",
+        help="rectify: let a segmentor's gradient correct every image towards its mask; config and weights of "
+        "scripts/train_segmentor.py, or the dotted path of a class of your own (with --allow_modules) and its files; "
+        "default: no guide")
+    add("--rectify_preset", choices=list(PRESETS),
+        help="settings of rectifying to start from; upstream: a flow model's, as published")
+    add("--rectify_scale", type=float,
+        help="size of a step relative to the velocity, up to 0.5; default: the preset's, as of the next")
+    add("--rectify_window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="rectify at levels within these shares of the path, 1 is noise")
+    add("--rectify_steps", type=int, help="rectify the first so many steps, whatever the window")
+    add("--rectify_schedule", choices=["constant", "falling"], help="scale over the steps")
+    add("--rectify_loss", choices=["all", "wrong"],
+        help="pixels that count: all with a class, or those the guide gets wrong")
+    add("--rectify_log", action="store_true", default=None,
+        help="note the guide's loss behind every step too, for one decoding more")
 
 
 def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
@@ -214,20 +207,25 @@ def choose_sampling(args: argparse.Namespace, own: Sampling) -> Sampling:
     Args:
         args: parsed with add_sampling_flags.
         own: the model's own, which `exact` stands for; its guidance scales are those of all modes.
-
     Returns:
         Settings without any None.
-
     Raises:
         ValueError: if a flag is out of range.
     """
     names = [field.name for field in fields(Sampling) if field.name not in ("method", "rectify")]
-    given = {name: getattr(args, name) for name in (*names, *METHOD_SETTINGS) if getattr(args, name) is not None}
+    given = given_flags(args, [*names, *METHOD_SETTINGS])
     modes = {name: keep_strengths(mode, own) for name, mode in MODES.items()}
     has_own = own != modes["exact"]
     name = args.mode or ("exact" if has_own or given.keys() & set(SAMPLER) else DEFAULT_MODE)
     mode = own if name == "exact" else modes[name]
     return replace(make_sampling(mode, given), rectify=choose_rectify(args))
+
+
+def given_flags(args: argparse.Namespace, names: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Values of the flags that were given, by name; intervals as tuples."""
+    values = {name: getattr(args, prefix + name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+            if value is not None}
 
 
 def keep_strengths(mode: Sampling, own: Sampling) -> Sampling:
@@ -239,11 +237,10 @@ def keep_strengths(mode: Sampling, own: Sampling) -> Sampling:
 def choose_rectify(args: argparse.Namespace) -> Rectify | None:
     """Settings of rectifying of a command line, None without a guide; ValueError for flags that need one."""
     names = [field.name for field in fields(Rectify) if field.name != "rule"]
-    given = {name: getattr(args, f"rectify_{name}") for name in names if getattr(args, f"rectify_{name}") is not None}
+    given = given_flags(args, names, "rectify_")
     if not args.guide:
         if given or args.rectify_preset:
             raise ValueError(f"--rectify_{next(iter(given), 'preset')}: there is no guide to rectify with. Expected "
                              "--guide CONFIG WEIGHTS. Add it, or leave the flag out.")
         return None
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return replace(PRESETS[args.rectify_preset or "default"], **given)

@@ -94,13 +94,9 @@ class Rectifier:
         return corrected
 
     def gradient(self, clean: Tensor, mask: Tensor, run: Run, with_gradient: bool = True) -> tuple[Tensor, Tensor]:
-        """Loss of each sample, (B,), and its gradient, like the latents; float32.
+        """Loss of each sample, (B,), and its gradient, like the clean latents (B, C, h, w); float32.
 
-        Args:
-            clean: clean latents, (B, C, h, w).
-            mask: (B, H, W) int64, 0..K-1 or 255.
-            run: gives the decoder.
-            with_gradient: False leaves the gradient zero.
+        The mask is (B, H, W) int64, 0..K-1 or 255. Without with_gradient the gradient is zero.
         """
         # A caller's inference mode or no_grad would leave the gradient out without a word, and tensors out of graphs.
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradient):
@@ -119,11 +115,7 @@ class Rectifier:
             return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0].float()
 
     def settle(self, count: int) -> None:
-        """Enter the last run of a sampler into the record.
-
-        Args:
-            count: how many of its samples are wanted; the others only filled the batch up.
-        """
+        """Enter the last run of a sampler into the record; samples behind `count` only filled its batch up."""
         for level, scale, rows in self.pending:
             used = rows[:count, -1:]
             total = self.totals.setdefault(level.time, {"time": level.time, "scale": scale, "samples": 0, "used": 0.0,
@@ -154,14 +146,7 @@ class Rectifier:
 
 
 def choose_levels(sampling: Sampling, levels: Sequence[Level]) -> dict[Level, float]:
-    """Levels that are rectified -> scale of the step.
-
-    Args:
-        sampling: its `rectify` is set.
-        levels: that the sampler visits, and the end.
-    Raises:
-        ValueError: if there are none.
-    """
+    """Levels that are rectified, of a sampler's and its end -> scale of the step; ValueError if there are none."""
     settings, levels = sampling.rectify, levels[:-1]
     group = sampling.method.get("reuse_every", 1)  # a window never begins amid evaluations that share features
     low, high = settings.window

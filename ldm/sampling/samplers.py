@@ -32,10 +32,8 @@ def sample(denoise: Denoise, noise: Tensor, levels: Sequence[Level], solver: str
         eta: share of fresh noise in each step of ddim, [0, 1]: 0 is deterministic, 1 has the variance of DDPM.
         draw: fresh noise, needed by ddpm and with eta > 0.
         start: clean latents to start from, (B, C, h, w), noised to the first level; None = pure noise.
-
     Returns:
         Latent, (B, C, h, w) of the dtype of the noise.
-
     Raises:
         ValueError: if the levels do not fall, eta is out of range, or draw is missing.
     """

@@ -12,8 +12,8 @@ from ldm.methods.base import Method
 from ldm.modules.unet import UNetEncoder
 from ldm.training.average import AveragedWeights
 from ldm.util import instantiate_from_config
-from ldm.weights.base import open_whole
-from ldm.weights.report import SCHEDULE, Account, fill, required_while_training
+from ldm.weights.checkpoint import open_whole
+from ldm.weights.load import SCHEDULE, Account, fill, group_name, groups_in_training
 
 log = logging.getLogger("train")
 
@@ -72,15 +72,18 @@ def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequen
         return start
     if is_filled_later:
         return start
-    filled = {name for name in own if name.startswith(method.prefilled or ("\0",))}
+    filled = {name for name in own if name.startswith(method.prefilled)}
     for part, file in dict(config.get("init") or {}).items():  # part of the network -> file that fills it
         inside = {name for name in own if name.startswith(part + ".")}
         account = fill(method, [file.only(part + ".") for file in open_whole(file, own)], inside.__contains__)
         account.fresh.clear()  # the other parts are none of this file's business
         log.info(start.take(account))
         filled |= inside
-    trained = [p for group in method.trainable_groups().values() for p in group]
-    is_required = required_while_training(method, trained, filled)
+    groups, free = method.weight_groups(), groups_in_training(method)
+
+    def is_required(name: str) -> bool:
+        return name not in filled and group_name(name, groups) not in free
+
     if pretrained:
         files = [file for path in pretrained for file in open_whole(path, own)]
         log.info(start.take(fill(method, files, is_required, allow_partial, initialise_branches=True)))
@@ -93,13 +96,10 @@ def build_method(config: Any, checkpoint: Path | None = None, pretrained: Sequen
 
 
 def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, averaged: str | None = None) -> None:
-    """Load trained weights for training, and their average for the callback that goes on with it.
+    """Load trained weights for training, and their average for the callback, of the trainer's, that goes on with it.
 
-    Args:
-        start: with the method to fill.
-        callbacks: of the trainer.
-        trained: weight file; of a checkpoint that keeps an average, too, the weights in training.
-        averaged: file of the average where it has one of its own.
+    `trained` is a weight file; of a checkpoint that keeps an average, too, the weights in training. `averaged` is the
+    file of the average where it has one of its own.
     """
     method, own = start.method, start.method.state_dict()
     files = open_whole(averaged or trained, own)
@@ -114,12 +114,7 @@ def start_finetuning(start: Start, callbacks: Sequence[Any], trained: str, avera
 
 
 def compile_training(method: nn.Module, **options: Any) -> None:
-    """Compile the repeated blocks; they get plain tensors then, since compiled code groups its products by itself.
-
-    Args:
-        method: to train.
-        options: of torch.compile.
-    """
+    """Compile the repeated blocks; they get plain tensors then, since compiled code groups its products by itself."""
     compile_blocks(method, **options)
     for part in method.modules():
         if isinstance(part, UNetEncoder):

@@ -18,8 +18,7 @@ from ldm.files import atomic_write
 from ldm.methods.diffusion import evaluating
 from ldm.sheet import Cell, draw_sheet
 from ldm.training.average import averaged_weights
-from ldm.weights.base import describe_bases
-from ldm.weights.checkpoint import save_safetensors
+from ldm.weights.checkpoint import describe_bases, save_safetensors
 
 
 class RunRecord(pl.Callback):
@@ -86,16 +85,11 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class Progress(pl.callbacks.ProgressBar):
-    """One bar over all optimizer steps; where there is no terminal, one line a minute.
+    """One bar over all optimizer steps; where there is no terminal, one line a minute."""
 
-    Args:
-        every: seconds between two lines.
-    """
-
-    def __init__(self, every: float = 60.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.every, self.is_enabled, self.bar = every, True, None
-        self.is_terminal = sys.stderr.isatty()
+        self.is_enabled, self.bar, self.is_terminal = True, None, sys.stderr.isatty()
 
     def disable(self) -> None:
         """Lightning's way to silence the ranks above 0."""
@@ -112,7 +106,7 @@ class Progress(pl.callbacks.ProgressBar):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Show the step; the loss, for which the device has to be waited for, once in a while."""
         now = time.monotonic()
-        if not self.is_enabled or now - self.told < (1.0 if self.bar is not None else self.every):
+        if not self.is_enabled or now - self.told < (1.0 if self.bar is not None else 60.0):
             return
         loss = trainer.callback_metrics.get("loss")
         loss = "" if loss is None else f"loss {float(loss):.4g}"
@@ -134,11 +128,7 @@ class WeightExport(pl.Callback):
     """Puts the config into every checkpoint, and exports the weights for inference.
 
     They go to run_dir/checkpoints/last.safetensors; the averaged ones when EMA is on. Both files leave out what the
-    module says other files hold, and say which (see ldm.weights.base).
-
-    Args:
-        run_dir: folder of the run.
-        config: resolved config.
+    module says other files hold, and say which (see ldm.weights.checkpoint).
     """
 
     def __init__(self, run_dir: Path, config: DictConfig) -> None:
@@ -164,19 +154,15 @@ class WeightExport(pl.Callback):
 class ImageGrid(pl.Callback):
     """Generates the same few validation rows every `every` optimizer steps: run_dir/images/gs-000100.png.
 
-    Each line of the grid is one row of the manifest, each column one image of `method.preview(batch)`. With EMA they
-    are generated with the averaged weights, as the exported ones are.
-
-    Args:
-        run_dir: folder of the run.
-        dataset: what to show.
-        every: optimizer steps between two grids.
-        rows: lines of the grid, evenly spaced over the dataset.
+    Each line of the grid is one row of the manifest, ROWS of them evenly spaced, each column one image of
+    `method.preview(batch)`. With EMA they are generated with the averaged weights, as the exported ones are.
     """
 
-    def __init__(self, run_dir: Path, dataset: torch.utils.data.Dataset, every: int, rows: int = 6) -> None:
+    ROWS = 6
+
+    def __init__(self, run_dir: Path, dataset: torch.utils.data.Dataset, every: int) -> None:
         self.folder, self.every = run_dir / "images", every
-        count = min(rows, len(dataset))
+        count = min(self.ROWS, len(dataset))
         self.items = [dataset[i * len(dataset) // count] for i in range(count)]
         self.last_step = -1
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.data.classes import ClassTable, read_mask
+from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask
 from ldm.data.images import read_image
 from ldm.data.transforms import resize_image, resize_mask
 from ldm.methods.base import Method
@@ -31,7 +31,6 @@ from ldm.weights.load import load_method, read_model_config
 log = logging.getLogger(__name__)
 
 DETAIL = 4  # scores for each latent along both axes: classes are finer than latents of 8 pixels
-IGNORED = 255
 
 
 class LatentGuide:
@@ -102,7 +101,7 @@ class Tiles(Dataset):
 
 
 @torch.no_grad()
-def encode_pairs(method: Method, pairs: Sequence[tuple[Path, Path]], table: ClassTable, device: torch.device,
+def encode_pairs(method: Method, pairs: Sequence[tuple[Path, Path]], table: ClassTable, device: torch.device | str,
                  num_workers: int = 0) -> tuple[Tensor, Tensor]:
     """Clean latents of all images, plain and mirrored along both axes, and their masks, on the CPU.
 
@@ -141,7 +140,6 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
     Raises:
         UserError: if the generator has no latents, or other classes.
     """
-    device = torch.device(device)
     method = load_method(checkpoint, read_model_config(checkpoint), device)
     space = method.latent_space()
     if not space:
@@ -162,14 +160,14 @@ def train_latent_guide(checkpoint: str | Path, pairs: Sequence[tuple[Path, Path]
         level = noise * spread * torch.rand(batch_size, 1, 1, 1, generator=order)
         noisy = clean + (level * torch.randn(clean.shape, generator=order)).to(device)
         scores = F.interpolate(network(noisy), mask.shape[-2:], mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(scores, mask, ignore_index=IGNORED)
+        loss = F.cross_entropy(scores, mask, ignore_index=IGNORE_INDEX)
         if not bool(loss.isfinite()):  # a batch of ignored pixels alone
             continue
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        known = mask != IGNORED
+        known = mask != IGNORE_INDEX
         late.append(torch.stack([loss.detach(), (scores.argmax(1) == mask)[known].float().mean()]))
     if not late:
         raise UserError(f"--on_latents: none of {len(masks)} masks has a pixel with a class. Expected labelled pairs.")

@@ -3,6 +3,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -53,7 +54,7 @@ class FlippedImages(Dataset):
 
 def build_latent_cache(paths: Sequence[Path], size: tuple[int, int], autoencoder: nn.Module, folder: Path,
                        device: torch.device | str, batch_size: int = 32, num_workers: int = 2,
-                       autocast: Callable | None = None) -> LatentCache:
+                       autocast: Callable = nullcontext) -> LatentCache:
     """Encode images once, or open the file of an earlier run with the same images, size and autoencoder.
 
     Args:
@@ -61,11 +62,8 @@ def build_latent_cache(paths: Sequence[Path], size: tuple[int, int], autoencoder
         size: (height, width) that all are resized to.
         autoencoder: has `encode(image) -> posterior with mean and logvar`.
         folder: where the file goes; its name is the fingerprint of what is in it.
-        device: where to encode.
-        batch_size, num_workers: of the encoding.
-        autocast: context manager factory for mixed precision; None = float32.
-    Returns:
-        The cache.
+        device, batch_size, num_workers: of the encoding.
+        autocast: makes the context that it runs in, for mixed precision.
     """
     digest = hashlib.sha256(json.dumps([[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]).encode())
     digest.update(str(size).encode())
@@ -81,7 +79,7 @@ def build_latent_cache(paths: Sequence[Path], size: tuple[int, int], autoencoder
         def encode(partial: IO[bytes]) -> None:
             target, done = None, 0
             for batch in tqdm(loader, desc="latents"):
-                with torch.no_grad(), autocast() if autocast else torch.autocast("cpu", enabled=False):
+                with torch.no_grad(), autocast():
                     posterior = autoencoder.encode(normalize_batch(batch, device)["image"])
                 moments = torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu().numpy()
                 if target is None:

@@ -15,16 +15,11 @@ from ldm.util import UserError
 
 log = logging.getLogger(__name__)
 
+WARMUP_SHARE = 0.05  # of a budget of time, the most that a warm-up takes
+
 
 def freeze_all_but(method: nn.Module, groups: Mapping[str, list[nn.Parameter]]) -> str:
-    """Give gradients to the parameters of the named groups and to no other.
-
-    Args:
-        method: the whole network.
-        groups: parameters that train, by name of the group.
-    Returns:
-        A table for the log: tensors and parameters of each group, and of what stays frozen.
-    """
+    """Give gradients to the parameters of the named groups and to no other; returns a table of them for the log."""
     method.requires_grad_(False)
     lines, trained = [], 0
     for name, parameters in groups.items():
@@ -35,9 +30,6 @@ def freeze_all_but(method: nn.Module, groups: Mapping[str, list[nn.Parameter]]) 
         lines.append(f"  {name:<24}{len(parameters):>6} tensors {count:>14,} parameters")
     total = sum(p.numel() for p in method.parameters())
     return f"trains {trained:,} of {total:,} parameters\n" + "\n".join(lines)
-
-
-WARMUP_SHARE = 0.05  # of a budget of time, the most that a warm-up takes
 
 
 def learning_rate_factor(step: int, warmup_steps: int, schedule: str, max_steps: int,
@@ -77,10 +69,9 @@ class TrainingModule(pl.LightningModule):
     uninterrupted one, and no two ranks draw the same noise.
 
     Args:
-        method: network with `training_loss(batch) -> (loss, parts)` and `trainable_groups()`.
-        learning_rate: peak rate of AdamW.
+        method: see ldm.methods.base.
+        learning_rate, weight_decay, betas: AdamW's; the rate at its peak.
         seed: base seed.
-        weight_decay, betas: AdamW's.
         warmup_steps, schedule: see learning_rate_factor.
         left_out: gives the tensors of the method that files need not hold, name -> file that has them.
     """

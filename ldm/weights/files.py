@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ HARMLESS = {
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.ndarray", "pathlib.Path", "pathlib.PosixPath",
     "pathlib.PurePosixPath", "pathlib.WindowsPath", "typing.Any",
 }  # fmt: skip
-DICT_CLASSES = ("AttributeDict", "defaultdict")
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,44 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class RawFile:
-    """Contents of one weight file.
+class Checkpoint:
+    """Weights of a file or folder.
 
     Attributes:
-        tensors: by the names in the file.
-        metadata: strings of a safetensors header; `config` may hold a yaml.
-        config: configuration as plain values, of a pickle that carries one.
+        name: its path, for reports.
+        tensors: read when asked for; by the names in the file, or by ours (see ldm.weights.checkpoint).
+        config: inside the file, yaml or plain values, or as checkpoints are opened a DictConfig; None if there is none.
+        metadata: further strings inside the file.
+        notes: what was renamed or set aside.
     """
 
+    name: str
     tensors: dict[str, StoredTensor]
-    metadata: dict[str, str]
-    config: Mapping[str, Any] | None = None
+    config: Any = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def only(self, prefix: str) -> "Checkpoint":
+        """The tensors whose names begin with the prefix."""
+        return replace(self, tensors={k: v for k, v in self.tensors.items() if k.startswith(prefix)})
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, in memory."""
+        return {key: stored.read() for key, stored in self.tensors.items()}
 
 
 class StandIn:
     """Takes the place of an object in a pickle: swallows its arguments and its state, keeps and runs nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
-        """Swallow any arguments: a pickle may rebuild the object in several ways."""
+        """Take any arguments: a pickle may rebuild the object in several ways."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Swallow any arguments."""
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
+        pass
 
 
 class StandInDict:
@@ -83,19 +94,14 @@ class StandInDict:
         return {}
 
 
-def pick_attribute(*_: Any) -> type[StandIn]:
-    """Takes the place of getattr."""
-    return StandIn
-
-
 def stand_in(name: str) -> Callable[..., Any]:
     """What takes the place of the object of this dotted name."""
     if name == "builtins.getattr":
-        return pick_attribute
-    return StandInDict if name.endswith(DICT_CLASSES) else StandIn
+        return lambda *_: StandIn
+    return StandInDict if name.endswith(("AttributeDict", "defaultdict")) else StandIn
 
 
-def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> RawFile:
+def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[str] = ("state_dict",)) -> Checkpoint:
     """Open a weight file; what it is follows from its contents, not from its name.
 
     Args:
@@ -114,8 +120,7 @@ def read_file(path: str | Path, drop_objects: bool = False, entries: Sequence[st
     with path.open("rb") as file:
         start = file.read(64)
     # One header length of safetensors in 32 begins with the byte of a pickle; in a pickle these bytes are not zero.
-    is_safetensors = start[8:9] == b"{" and (start[:1] != b"\x80" or start[5:8] == bytes(3))
-    if is_safetensors:
+    if start[8:9] == b"{" and (start[:1] != b"\x80" or start[5:8] == bytes(3)):
         return read_safetensors(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return read_pickle(path, start[:2] == b"PK", drop_objects, entries)
@@ -161,34 +166,31 @@ class SafeFile:
         return tensor
 
 
-def read_safetensors(path: Path) -> RawFile:
+def read_safetensors(path: Path) -> Checkpoint:
     """Open a safetensors file (see read_file)."""
-    opened = SafeFile(path)
-    names = opened.file.keys()
-    check_count(path, len(names))
-    tensors = {}
-    for name in names:
+    opened, tensors = SafeFile(path), {}
+    check_count(path, len(opened.file.keys()))
+    for name in opened.file.keys():
         entry = opened.file.get_slice(name)
-        if entry.get_dtype() not in DTYPES:
-            raise UserError(f"checkpoint {path}: {name[:80]!r} is of type {entry.get_dtype()!r}. Expected one of "
+        dtype = entry.get_dtype()
+        if dtype not in DTYPES:
+            raise UserError(f"checkpoint {path}: {name[:80]!r} is of type {dtype!r}. Expected one of "
                             f"{', '.join(DTYPES)}. Convert it.")
-        tensors[name] = StoredTensor(tuple(entry.get_shape()), DTYPES[entry.get_dtype()],
-                                     lambda name=name: opened.read(name))
-    return RawFile(tensors, opened.file.metadata() or {})
+        tensors[name] = StoredTensor(tuple(entry.get_shape()), DTYPES[dtype], lambda name=name: opened.read(name))
+    metadata = dict(opened.file.metadata() or {})
+    return Checkpoint(str(path), tensors, metadata.pop("config", None), metadata)
 
 
-def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> RawFile:
-    """Open a torch file through torch's restricted reader, with stand-ins for what Lightning files hold beside weights.
+def read_pickle(path: Path, is_zip: bool, drop_objects: bool, entries: Sequence[str]) -> Checkpoint:
+    """Open a torch file (see read_file) with stand-ins for what Lightning files hold beside weights.
 
-    Args:
-        path: the file.
-        is_zip: whether it is of the format of torch 1.6 or later, which can be mapped instead of read.
-        drop_objects, entries: see read_file.
+    `is_zip`: it is of the format of torch 1.6 or later, which can be mapped instead of read.
     """
     allowed: list[Any] = []
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if is_zip else []
-        refused = sorted(name for name in found if not (drop_objects or is_harmless(name)))
+        refused = sorted(name for name in found if name not in HARMLESS and not name.startswith(HARMLESS_PREFIXES)
+                         and not drop_objects)
         if refused:
             raise UserError(
                 f"checkpoint {path}: holds more than tensors: {', '.join(refused[:8])}. Nothing of it was run. "
@@ -220,12 +222,7 @@ def refusal(error: Exception) -> str:
     return text.rstrip(".")[:200] or type(error).__name__
 
 
-def is_harmless(name: str) -> bool:
-    """Whether a dotted name in a pickle is one that Lightning files are known to hold."""
-    return name in HARMLESS or name.startswith(HARMLESS_PREFIXES)
-
-
-def unwrap(path: Path, content: Any, entries: Sequence[str]) -> RawFile:
+def unwrap(path: Path, content: Any, entries: Sequence[str]) -> Checkpoint:
     """The tensors in the contents of a torch file: one of its entries, or the contents themselves."""
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path}: holds a {type(content).__name__}. Expected a dictionary of tensors.")
@@ -240,10 +237,10 @@ def unwrap(path: Path, content: Any, entries: Sequence[str]) -> RawFile:
                         f"({', '.join(str(key)[:60] for key in bad[:3])}). Expected a state_dict.")
     tensors = {key: StoredTensor(tuple(value.shape), value.dtype, lambda value=value: value.detach())
                for key, value in weights.items()}
-    config = content.get("config") if weights is not content else None
-    base = content.get("base") if weights is not content else None  # see ldm.weights.base
-    metadata = {"base": base} if isinstance(base, str) else {}
-    return RawFile(tensors, metadata, config if isinstance(config, Mapping) else None)
+    about = content if weights is not content else {}
+    config, base = about.get("config"), about.get("base")  # base: see describe_bases
+    return Checkpoint(str(path), tensors, config if isinstance(config, Mapping) else None,
+                      {"base": base} if isinstance(base, str) else {})
 
 
 def check_count(path: Path, count: int) -> None:
@@ -253,15 +250,10 @@ def check_count(path: Path, count: int) -> None:
                         "This is no weight file of a network of this kind.")
 
 
-def read_folder(folder: Path) -> RawFile | None:
+def read_folder(folder: Path) -> Checkpoint | None:
     """Open the weights that lie directly in a folder of diffusers or transformers, in one file or in several.
 
-    Args:
-        folder: holds diffusion_pytorch_model.* or model.* or pytorch_model.bin.
-    Returns:
-        Its tensors, or None if there are no weights.
-    Raises:
-        UserError: if an index names files that are missing or do not hold what it says.
+    None if there are none; UserError if an index names files that are missing or do not hold what it says.
     """
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin"):
@@ -271,7 +263,7 @@ def read_folder(folder: Path) -> RawFile | None:
     return None
 
 
-def read_shards(index: Path) -> RawFile:
+def read_shards(index: Path) -> Checkpoint:
     """Open weights that an index spreads over several files (see read_folder)."""
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -287,4 +279,4 @@ def read_shards(index: Path) -> RawFile:
         raise UserError(f"checkpoint {index}: {len(absent)} tensors are not in the files it names ({absent[0]}). "
                         "Fetch all of them again.")
     check_count(index, len(places))
-    return RawFile({key: files[name][key] for key, name in places.items()}, {})
+    return Checkpoint(str(index), {key: files[name][key] for key, name in places.items()})

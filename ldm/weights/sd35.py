@@ -14,28 +14,23 @@ NETWORK, BASE = "network.", "network.base."
 TABLE = "pos_embed.pos_embed"
 SIGN = "transformer_blocks.0.norm1_context."  # no other transformer has it
 # The public code of CRFM -> ours, behind NETWORK; the first that fits counts.
+BLOCK = r"mmdit_blocks\.(\d+)\."
 CRFM_NAMES = (
-    (r"mmdit_blocks\.(\d+)\.sd3_block\.(.+)", r"base.transformer_blocks.\1.\2"),
-    (r"mmdit_blocks\.(\d+)\.attn\.sd3_attn\.(.+)", r"base.transformer_blocks.\1.attn.\2"),
-    (r"mmdit_blocks\.(\d+)\.(attn2\..+)", r"base.transformer_blocks.\1.\2"),
-    (r"mmdit_blocks\.(\d+)\.norm1\.linear\.(.+)", r"mask_blocks.\1.norm1.\2"),
-    (r"mmdit_blocks\.(\d+)\.ff\.net\.0\.proj\.(.+)", r"mask_blocks.\1.ff.0.\2"),
-    (r"mmdit_blocks\.(\d+)\.ff\.net\.2\.(.+)", r"mask_blocks.\1.ff.2.\2"),
-    (r"mmdit_blocks\.(\d+)\.attn\.to_out\.0\.(.+)", r"mask_blocks.\1.to_out.\2"),
-    (r"mmdit_blocks\.(\d+)\.attn\.(.+)", r"mask_blocks.\1.\2"),
+    (BLOCK + r"sd3_block\.(.+)", r"base.transformer_blocks.\1.\2"),
+    (BLOCK + r"attn\.sd3_attn\.(.+)", r"base.transformer_blocks.\1.attn.\2"),
+    (BLOCK + r"(attn2\..+)", r"base.transformer_blocks.\1.\2"),
+    (BLOCK + r"norm1\.linear\.(.+)", r"mask_blocks.\1.norm1.\2"),
+    (BLOCK + r"ff\.net\.0\.proj\.(.+)", r"mask_blocks.\1.ff.0.\2"),
+    (BLOCK + r"ff\.net\.2\.(.+)", r"mask_blocks.\1.ff.2.\2"),
+    (BLOCK + r"attn\.to_out\.0\.(.+)", r"mask_blocks.\1.to_out.\2"),
+    (BLOCK + r"attn\.(.+)", r"mask_blocks.\1.\2"),
     (r"msk_pos_embed\.proj\.(.+)", r"mask_proj.\1"),
     (r"sd3_transformer\.(.+)", r"base.\1"),
 )
 
 
 def adopt(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Give weights of the two kinds our names and shapes; others come back as they are.
-
-    Args:
-        tensors: by the names in the file.
-    Returns:
-        Tensors, and notes on what was set aside.
-    """
+    """Give weights of the two kinds our names and shapes, others come back as they are; and notes."""
     if any(name.startswith("mmdit_blocks.") for name in tensors):
         return from_crfm(tensors)
     if any(name.startswith(SIGN) for name in tensors):
@@ -56,14 +51,9 @@ def from_sd35(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def split_table(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a table of positions apart.
+    """Take a table of positions (1, S * S, D) apart into columns and rows, (S, D / 2) each.
 
-    Args:
-        table: (1, S * S, D); the first half of a vector follows from the column, the other from the row.
-    Returns:
-        Columns and rows, (S, D / 2) each.
-    Raises:
-        UserError: if it is not made of the two.
+    The first half of a vector follows from the column, the other from the row; UserError if they do not.
     """
     side, half = math.isqrt(table.shape[1]), table.shape[-1] // 2
     grid = table[0, :side * side].unflatten(0, (side, side))  # (row, column, D)
@@ -89,14 +79,11 @@ def from_crfm(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTens
         ours = next(fitting, name)
         own = ours.removeprefix(f"mask_blocks.{last}.")
         if own != ours and own.startswith("norm1."):
-            stored = first_rows(stored, stored.shape[0] // 3)
+            rows = stored.shape[0] // 3
+            stored = StoredTensor((rows, *stored.shape[1:]), stored.dtype,
+                                  lambda read=stored.read, rows=rows: read()[:rows].clone())
         elif own != ours and not own.startswith(("to_k.", "to_v.", "norm_k.")):
             unused += 1
             continue
         result[NETWORK + ours if ours != name else name] = stored
     return result, [f"weights of the public code of CRFM; set aside {unused} of the last block that nothing depends on"]
-
-
-def first_rows(stored: StoredTensor, count: int) -> StoredTensor:
-    """The first rows of a stored tensor."""
-    return StoredTensor((count, *stored.shape[1:]), stored.dtype, lambda: stored.read()[:count].clone())
