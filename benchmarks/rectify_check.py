@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[str | None, list[str]]] = {
     "all, 0.2": ("image", ["0.2", "0", "1"]),
     "high, 0.2, wrong pixels": ("image", ["0.2", "0.7", "1", "--rectify_loss", "wrong"]),
     "latent, high, 0.2": ("latent", ["0.2", "0.7", "1"]),
+    "latent, high, 0.4": ("latent", ["0.4", "0.7", "1"]),
     "latent, all, 0.2": ("latent", ["0.2", "0", "1"]),
 }
 

@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         "mask is the sum over its classes of (share of the class in the set) ** -balance")  # fmt: skip
     add("--match_shares", action="store_true", help="in place of --balance: draw masks whose class shares together are "
         "those that the base segmentor predicts on the references")
+    add("--match_references", action="store_true", help="draw the references of a mask from those in which the base "
+        "segmentor predicts the most similar class shares, so that a mask of water meets a reference with water")
     add("--mix_masks", action="store_true", help="generate new layouts: a box of another mask of the draw pasted into "
         "each (CutMix), anew for each row; `--inference_args '--strength 0.5'` starts from the images, mixed alike")
     add("--num_per_mask", type=positive_int, default=4, help="images of each mask, each with its own reference")
@@ -118,8 +120,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         (not 0 < args.real_fraction <= 1, f"--real_fraction {args.real_fraction}: expected above 0, at most 1"),
         (not 0 <= args.held_out < 1, f"--held_out {args.held_out}: expected 0 or more, below 1"),
         (args.hardness_folds == 1, "--hardness_folds 1: expected 0, or 2 and more"),
-        ((args.match_shares or "recolour" in args.arms) and args.real_fraction == 1
-         and not (args.references or args.held_out), "--match_shares, --arms recolour: expected --references with it"),
+        ((args.match_shares or args.match_references or "recolour" in args.arms) and args.real_fraction == 1
+         and not (args.references or args.held_out),
+         "--match_shares, --match_references, --arms recolour: expected --references with it"),
         ("mixed" in args.arms and not args.mix_masks, "--arms mixed: expected --mix_masks with it"),
         (("dlc_audit" in args.arms) != bool(args.noise_matrix),
          "--arms dlc_audit: expected together with --noise_matrix"),

@@ -22,7 +22,7 @@ from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
 from post_processing.gain.report import draw_curves, make_table, read_curves, summarise
-from post_processing.gain.sets import draw_shares, write_random_drop, write_targets
+from post_processing.gain.sets import draw_shares, nearest_references, write_random_drop, write_targets
 from post_processing.gain.stages import Stage, StageRunner, make_slots
 from post_processing.segmentation.self_training import list_targets
 
@@ -194,11 +194,11 @@ def measure(workspace, outdir, *extra):
     main([str(flag) for flag in flags])
 
 
-def make_plan(workspace, outdir):
+def make_plan(workspace, outdir, *extra):
     from scripts.measure_gain import build_parser
 
     flags = ["--class_table", "mini", "--ckpt", "x", "--references", str(workspace / "ref")]
-    return Plan(build_parser().parse_args([*flags, "--data_root", str(workspace), "--outdir", str(outdir)]))
+    return Plan(build_parser().parse_args([*flags, "--data_root", str(workspace), "--outdir", str(outdir), *extra]))
 
 
 def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
@@ -330,7 +330,7 @@ def test_settings_are_chosen_on_held_out_scenes(workspace, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     out = tmp_path / "out"
     measure(workspace, out, "--arms", "joint", "--held_out", "0.5", "--scene_regex", r"^scene(\d)_", "--match_shares",
-            "--hardness_folds", "2")  # fmt: skip
+            "--match_references", "--hardness_folds", "2")  # fmt: skip
 
     def scenes(name):
         rows = [json.loads(line) for line in (out / f"sets/{name}.json").read_text().splitlines()]
@@ -353,6 +353,16 @@ def test_settings_are_chosen_on_held_out_scenes(workspace, tmp_path, monkeypatch
                         (["--hardness_folds", "9"], "images. Expected at least as many")):  # fmt: skip
         with pytest.raises(UserError, match=text):
             measure(workspace, tmp_path / "wrong", "--arms", "joint", *wrong)
+
+
+def test_references_of_the_same_classes_are_drawn(workspace, tmp_path):
+    pixels = np.array([[90, 10, 0], [0, 50, 50], [0, 0, 0], [20, 10, 70], [0, 0, 100]])
+    mask = np.array([[2, 2, 2, 2, 255, 255], [2, 2, 2, 2, 2, 1]], np.uint8)  # shares 0, 0.1, 0.9
+    assert nearest_references(mask, pixels, 3).tolist() == [4, 3, 1]
+    assert nearest_references(mask, pixels, 9).tolist() == [4, 3, 1, 0, 2]
+
+    plan = make_plan(workspace, tmp_path / "out", "--match_references", "--mix_masks")
+    assert next(stage for stage in plan.stages() if stage.name == "masks").needs == ("sets", "shares")
 
 
 def test_drawn_masks_have_the_wanted_class_shares():

@@ -7,6 +7,7 @@ import torch
 from segmentors import table_of
 from torch import nn
 
+from ldm.data.classes import ClassTable, read_mask
 from ldm.data.images import Pair
 from ldm.data.manifest import read_manifest, write_manifest
 from ldm.util import UserError
@@ -69,6 +70,18 @@ def test_mixed_masks_of_the_gain_keep_all_bands(pairs: list[Pair], tmp_path: Pat
     write_manifest(tmp_path / "mixed/all.json", mixed)
     for row in read_manifest(tmp_path / "mixed/all.json", tmp_path / "mixed", table=table):
         assert np.load(row.image).shape == (SIZE, SIZE, BANDS)
+    seen: list[np.ndarray] = []
+    items = [{**item, "ref_image": "none.npy"} for item in items]
+    matched = write_mixtures(tmp_path / "matched", items, rows, str(tmp_path), table,
+                             lambda mask: seen.append(mask) or [items[0]["target"]])
+    assert {item["ref_image"] for item in matched} == {f"references/{items[0]['target']}"}
+    for mask, row in zip(seen, read_manifest_of(tmp_path / "matched", matched, table), strict=True):
+        assert np.array_equal(mask, read_mask(row.mask, table))  # of the mixed mask, not of the one it began with
+
+
+def read_manifest_of(folder: Path, items: list[dict], table: ClassTable) -> list:
+    write_manifest(folder / "all.json", items)
+    return read_manifest(folder / "all.json", folder, table=table)
 
 
 def test_a_segmentor_trains_on_bands_in_their_order(pairs: list[Pair], tmp_path: Path) -> None:

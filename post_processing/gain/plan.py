@@ -170,14 +170,17 @@ class Plan:
         # Older folders do not have these.
         new = {key: value for key, value in (("held_out", args.held_out), ("scene_regex", args.scene_regex),
                                              ("folds", self.folds)) if value}  # fmt: skip
+        # What --match_shares alone changes hangs on the stage `shares`.
+        matched = {"match_references": True, "match_shares": args.match_shares} if args.match_references else {}
         folds = [self.fold(number) for number in range(self.folds)]
         return [
             Stage("sets", action=lambda: write_real_set(self), inputs=(self.real,), settings=new | {
                 key: getattr(args, key) for key in ("real_fraction", "class_table")}),
             Stage("shares", (predict,), ("sets", self.first), tuple(given), action=lambda: link_references(self),
                   settings={"references": args.references}),
-            Stage("masks", (), ("sets", *(("shares",) if args.match_shares else ())), tuple(given),
-                  action=lambda: write_masks(self), settings={key: getattr(args, key) for key in keys}),
+            Stage("masks", (), ("sets", *(("shares",) if args.match_shares or args.match_references else ())),
+                  tuple(given), action=lambda: write_masks(self), settings=matched | {
+                      key: getattr(args, key) for key in keys}),
             Stage("recolour", needs=("masks",), action=lambda: write_recoloured_set(self)),
             Stage("synthesis", (generate,), ("masks",), (args.ckpt,), is_sharded=True),
             *folds,

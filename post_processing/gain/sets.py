@@ -18,7 +18,7 @@ from ldm.data.prepare.sources import choose_groups
 from ldm.files import atomic_write, link_or_copy
 from ldm.util import UserError
 from post_processing.run_index import read_run
-from post_processing.segmentation.dataset import class_weights, count_pixels
+from post_processing.segmentation.dataset import class_weights
 from post_processing.segmentation.loading import load_pair
 from post_processing.segmentation.mixing import choose_box
 from post_processing.selection.rules import encode_mask
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to the name of an image
 SPLIT_SEED = 23
+NEAREST = 16  # references that one is drawn of, with --match_references
 CANDIDATES = 64  # masks that one is chosen of, to come near to given shares
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth generating
 
@@ -116,12 +117,28 @@ def link_references(plan: "Plan") -> None:
         link_or_copy(Path(plan.root) / name, folder / f"{number:06d}{Path(name).suffix}")
 
 
-def read_shares(folder: Path) -> np.ndarray:
-    """Share of every class in what predict_masks.py wrote, (K,) float64, sum 1; UserError if no pixel has a class."""
-    pixels = count_pixels((folder / "masks").glob("*.png"), ClassTable.load(str(folder / "classes.yaml")))
+def read_reference_pixels(folder: Path) -> np.ndarray:
+    """Pixels of every class in each reference, as predict_masks.py wrote them: (N, K); UserError if there are none."""
+    table = ClassTable.load(str(folder / "classes.yaml"))
+    masks = sorted((folder / "masks").glob("*.png"))  # by the numbers of link_references
+    pixels = np.array([np.bincount(read_mask(mask, table).ravel(), minlength=256)[: table.num_classes]
+                       for mask in masks])  # fmt: skip
     if not pixels.any():
-        raise UserError(f"--match_shares: no pixel in {folder} has a class. Expected predicted masks of references.")
-    return pixels / pixels.sum()
+        raise UserError(f"{folder}: no pixel has a class. Expected predicted masks of references.")
+    return pixels
+
+
+def nearest_references(mask: np.ndarray, pixels: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of the references whose class shares are nearest (L1) to those of a mask.
+
+    Args:
+        mask: (H, W) uint8, 255 = ignored.
+        pixels: (N, K), see read_reference_pixels; a reference without any is as far as can be.
+        count: how many, in ascending distance.
+    """
+    total, wanted = pixels.sum(1), np.bincount(mask.ravel(), minlength=256)[: pixels.shape[1]]
+    distance = np.abs(pixels / total.clip(1)[:, None] - wanted / max(wanted.sum(), 1)).sum(1)
+    return np.where(total > 0, distance, 2).argsort(kind="stable")[:count]
 
 
 def write_masks(plan: "Plan") -> None:
@@ -129,7 +146,13 @@ def write_masks(plan: "Plan") -> None:
     args, table = plan.args, ClassTable.load(plan.table)
     split = split_real(plan)
     real, pool = split[0], list_references(plan, split)
-    shares = read_shares(plan.outdir / "shares") if args.match_shares else None
+    pixels = read_reference_pixels(plan.outdir / "shares") if args.match_shares or args.match_references else None
+    shares = pixels.sum(0) / pixels.sum() if args.match_shares else None
+    near = max(NEAREST, args.num_per_mask)
+
+    def choose_from(mask: np.ndarray) -> np.ndarray | int:
+        return nearest_references(mask, pixels, near) if args.match_references else len(pool)
+
     if plan.has_references and len(pool) < args.num_per_mask:
         raise UserError(f"--references: {len(pool)} images. Expected at least --num_per_mask {args.num_per_mask}.")
     prompts, chosen = choose_masks(real, table, args.num_masks, args.balance, shares)
@@ -137,11 +160,13 @@ def write_masks(plan: "Plan") -> None:
     for place in chosen:
         item = {"source": real[place].mask_name, "target": str(relative(real[place].image, plan.root)),
                 "prompt": prompts[place]}  # fmt: skip
-        numbers = random.choice(len(pool), args.num_per_mask, replace=False) if pool else []
+        numbers = random.choice(choose_from(read_mask(real[place].mask, table)), args.num_per_mask,
+                                replace=False) if pool else []  # fmt: skip
         items += [{**item, "ref_image": pool[number]} for number in numbers] if pool else [item]
         pairs += [real[place]] * (len(numbers) or 1)
     if args.mix_masks:
-        items = write_mixtures(Path(plan.mask_root), items, pairs, plan.root, table)
+        matched = (lambda mask: [pool[number] for number in choose_from(mask)]) if args.match_references else None
+        items = write_mixtures(Path(plan.mask_root), items, pairs, plan.root, table, matched)
     write_manifest(plan.manifests["painted"], items)
     logger.info("%d rows to generate, %d references", len(items), len(pool))
 
@@ -214,8 +239,8 @@ def write_targets(plan: "Plan") -> None:
     write_manifest(plan.manifests["targets"], [{"target": image} for image in dict.fromkeys(images)])
 
 
-def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequence[Row], root: str,
-                   table: ClassTable) -> list[dict[str, str]]:
+def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequence[Row], root: str, table: ClassTable,
+                   matched: Callable[[np.ndarray], list[str]] | None = None) -> list[dict[str, str]]:
     """Write new layouts: into each mask, and alike into its image, a box of another pair of the draw is pasted.
 
     What is pasted where follows from the place in the list alone (CutMix, Yun et al. 2019).
@@ -226,6 +251,7 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
         pairs: the real pair of each.
         root: where the references of the items start.
         table: class table of the masks.
+        matched: references to draw one from, for a mixed mask (H, W); None = keep that of the item.
     Returns:
         Entries of a manifest; `target` is the mixed image, which --strength starts from.
     """
@@ -252,11 +278,12 @@ def write_mixtures(folder: Path, items: Sequence[dict[str, str]], pairs: Sequenc
             np.save(folder / image_name, image)
         mixed.append({"source": f"masks/{name}", "target": image_name, "prompt": table.prompt(mask)})
         if "ref_image" in item:
-            reference = f"references/{item['ref_image']}"  # the whole path: names may repeat in other folders
+            source = random.choice(matched(mask)) if matched else item["ref_image"]
+            reference = f"references/{source}"  # the whole path: names may repeat in other folders
             mixed[-1]["ref_image"] = reference
             if not (folder / reference).exists():
                 (folder / reference).parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(Path(root) / item["ref_image"], folder / reference)
+                link_or_copy(Path(root) / source, folder / reference)
     return mixed
 
 
