@@ -146,6 +146,18 @@ def test_a_training_is_not_resumed_with_another_way_to_find_t(data, config, tmp_
     train(data, config, tmp_path, "--noise_correction", "hoc", "--resume", steps=4)
 
 
+def test_a_training_is_not_resumed_with_other_labels(data, config, tmp_path):
+    """Its second half would be another training than its first, and nothing in the folder would say so."""
+    train(data, config, tmp_path, "--label_smoothing", 0.1, steps=2)
+    for flags, named in (((), "--label_smoothing 0.1, not 0.0"),
+                         (("--label_smoothing", 0.1, "--synthetic_ratio", 3), "--synthetic_ratio 1.0, not 3.0"),
+                         (("--label_smoothing", 0.1, "--target_txt_file", data / "val.json"),
+                          "--target_txt_file False, not True")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--resume: .* was begun with {named}. Expected the same"):
+            train(data, config, tmp_path, *flags, "--resume", steps=4)
+    train(data, config, tmp_path, "--label_smoothing", 0.1, "--resume", steps=4)
+
+
 def test_other_ways_to_find_t(data, config, tmp_path):
     train(data, config, tmp_path / "learned", "--noise_correction", "learned", "--warm_up_share", 0.25)
     learned = weights_of(tmp_path / "learned")

@@ -100,18 +100,32 @@ def name_correction(args: argparse.Namespace) -> str:
     return "--noise_matrix" if args.noise_matrix else f"--noise_correction {args.noise_correction}"
 
 
-def check_resumed(args: argparse.Namespace) -> None:
-    """UserError if the training to be resumed found T in another way: its checkpoint and noise.json would win unseen.
+def list_kept_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags that a training keeps to its end, for config.json; of files, only whether they are given: they may move."""
+    flags = {name: getattr(args, name) for name in ("label_smoothing", "noise_border", "augment", "synthetic_ratio")}
+    return flags | {name: bool(getattr(args, name)) for name in ("synthetic_txt_file", "target_txt_file")}
 
-    Trainings that did not note the way (before this check) go on.
+
+def check_resumed(args: argparse.Namespace) -> None:
+    """UserError if the training to be resumed found T in another way or learned from other labels.
+
+    Its checkpoint and noise.json would win unseen, or its second half would be another training than its first.
+    Trainings that did not note a flag (before this check) go on.
     """
     path, now = Path(args.work_dir) / "config.json", name_correction(args)
     if not (args.resume and path.is_file()):
         return
-    was = json.loads(path.read_text(encoding="utf-8")).get("noise_correction", now)
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    was = noted.get("noise_correction", now)
     if was != now:
         raise UserError(f"--resume: the training in {args.work_dir} has {was}. Expected the same, not {now}. Go on "
                         "with that, or choose another --work_dir.")
+    before = noted.get("kept_flags") or {}
+    changed = [f"--{name} {before[name]}, not {value}" for name, value in list_kept_flags(args).items()
+               if before.get(name, value) != value]  # fmt: skip
+    if changed:
+        raise UserError(f"--resume: the training in {args.work_dir} was begun with {'; '.join(changed)}. Expected the "
+                        "same. Go on with that, or choose another --work_dir.")
 
 
 def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespace, nodes: Sequence[dict]) -> None:

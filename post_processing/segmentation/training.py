@@ -27,6 +27,7 @@ from post_processing.segmentation.dlc_training import (
     check_flags,
     check_resumed,
     is_corrected,
+    list_kept_flags,
     name_correction,
 )
 from post_processing.segmentation.mixing import JOINT_DATASET, MIX_DATASET, RATIO_SAMPLER
@@ -157,7 +158,7 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     config, table = load_config(args)
     if "train_dataloader" not in config:
         check_flags(args)
-        config.noise_correction = name_correction(args)  # into config.json
+        config.noise_correction, config.kept_flags = name_correction(args), list_kept_flags(args)  # into config.json
         check_resumed(args)
         fill_data(config, table, args)
         config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
