@@ -7,6 +7,9 @@ references, filters and resamples the images, and trains on real and synthesized
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import logging
 import signal
 import sys
@@ -19,7 +22,7 @@ from ldm.cli import add_classes, natural, positive_float, positive_int  # noqa: 
 from ldm.util import UserError, run_entry_point  # noqa: E402
 from post_processing.gain.plan import ARMS, DEFAULT_ARMS, Plan  # noqa: E402
 from post_processing.gain.report import write_report  # noqa: E402
-from post_processing.gain.stages import StageRunner, make_slots  # noqa: E402
+from post_processing.gain.stages import Stage, StageRunner, make_slots  # noqa: E402
 
 logger = logging.getLogger(__name__)
 # Flags whose values are flags.
@@ -143,12 +146,41 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("; ".join(wrong) + ". See --help.")
 
 
+# What reads the command line of the scripts that take such flags.
+PARSERS = {"inference.py": ("inference", "build_parser"), "scripts/train_segmentor.py": ("scripts.train_segmentor",
+           "parse_arguments"), "post_processing.filter": ("post_processing.filter", "build_parser"),
+           "post_processing.resample": ("post_processing.resample", "build_parser")}  # fmt: skip
+
+
+def check_commands(stages: Sequence[Stage]) -> None:
+    """UserError for flags in --inference_args and the like that their scripts do not take: not after hours of work."""
+    wrong = {}
+    for command in (command for stage in stages for command in stage.commands):
+        script = next((part for part in command if part in PARSERS), None)
+        if script is None:
+            continue
+        module, name = PARSERS[script]
+        parse = getattr(importlib.import_module(module), name)
+        words, text = command[command.index(script) + 1 :], io.StringIO()
+        try:
+            with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
+                parse(words) if name == "parse_arguments" else parse().parse_args(words)
+        except SystemExit:
+            said = text.getvalue().rpartition("error: ")[2].strip() or "asks for help"
+            wrong[f"{script}: {said}"] = None
+    if wrong:
+        raise UserError(f"flags that are passed on: {'; '.join(wrong)}. Expected flags of these scripts in "
+                        f"{', '.join(PASSED_ON)}. See their --help.")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not finished, then write the report."""
     args = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
     check_arguments(args)
     plan = Plan(args)
-    runner = StageRunner(plan.stages(), plan.outdir, make_slots(len(args.gpus) or args.parallel, args.gpus))
+    stages = plan.stages()
+    check_commands(stages)
+    runner = StageRunner(stages, plan.outdir, make_slots(len(args.gpus) or args.parallel, args.gpus))
     if args.dry_run:
         print(runner.describe())
         return

@@ -432,6 +432,14 @@ def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
         measure(workspace, tmp_path / "out", "--synthetic_ratio", "0")
     with pytest.raises(UserError, match="--steps 1: expected 2 or more for --arms pretrain"):
         measure(workspace, tmp_path / "out", "--arms", "pretrain", "--steps", "1")
+    with pytest.raises(UserError, match="inference.py: unrecognized arguments: --scal 2; .*filter: .*--margn"):
+        measure(workspace, tmp_path / "out", "--arms", "joint", "--inference_args", "--scal 2", "--filter_args",
+                "--margn 2", "--dry_run")
+    with pytest.raises(UserError, match="inference.py: argument --rectify_scale: .*'high'"):
+        measure(workspace, tmp_path / "out", "--arms", "rectified", "--rectify_args", "--rectify_scale high")
+    with pytest.raises(UserError, match="train_segmentor.py: unrecognized arguments: --threds=1"):
+        measure(workspace, tmp_path / "out", "--train_args", "--threds=1")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="does not lie below --data_root"):
         (tmp_path / "elsewhere").mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/a.png")
