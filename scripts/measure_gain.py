@@ -146,25 +146,25 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("; ".join(wrong) + ". See --help.")
 
 
-# What reads the command line of the scripts that take such flags.
-PARSERS = {"inference.py": ("inference", "build_parser"), "scripts/train_segmentor.py": ("scripts.train_segmentor",
-           "parse_arguments"), "post_processing.filter": ("post_processing.filter", "build_parser"),
-           "post_processing.resample": ("post_processing.resample", "build_parser")}  # fmt: skip
+# The scripts that they go to, as commands name them, and their modules.
+SCRIPTS = {"inference.py": "inference", "scripts/train_segmentor.py": "scripts.train_segmentor",
+           "post_processing.filter": "post_processing.filter",
+           "post_processing.resample": "post_processing.resample"}  # fmt: skip
 
 
 def check_commands(stages: Sequence[Stage]) -> None:
     """UserError for flags in --inference_args and the like that their scripts do not take: not after hours of work."""
     wrong = {}
     for command in (command for stage in stages for command in stage.commands):
-        script = next((part for part in command if part in PARSERS), None)
+        script = next((part for part in command if part in SCRIPTS), None)
         if script is None:
             continue
-        module, name = PARSERS[script]
-        parse = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(SCRIPTS[script])
+        parse = getattr(module, "parse_arguments", None) or module.build_parser().parse_args
         words, text = command[command.index(script) + 1 :], io.StringIO()
         try:
             with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
-                parse(words) if name == "parse_arguments" else parse().parse_args(words)
+                parse(words)
         except SystemExit:
             said = text.getvalue().rpartition("error: ")[2].strip() or "asks for help"
             wrong[f"{script}: {said}"] = None
