@@ -257,7 +257,10 @@ def test_published_weights_are_one_file_with_the_folder(root: Path, tmp_path: Pa
     method.network.load_state_dict(method.network.state_dict() | published)
     with torch.no_grad():
         inputs = make_inputs()
-        assert torch.equal(loaded.network(*inputs), method.network.eval()(*inputs))
+        found, expected = loaded.network.state_dict(), method.network.state_dict()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        # Not to the bit: where copies lie in memory decides how some processors add.
+        torch.testing.assert_close(loaded.network(*inputs), method.network.eval()(*inputs))
 
 
 @pytest.mark.slow

@@ -349,7 +349,11 @@ def test_matched_colours_have_the_mean_and_covariance_of_the_target():
     random = np.random.default_rng(0)
     source = random.normal(size=(5000, 3)) @ np.diag([20, 10, 5]) @ random.normal(size=(3, 3)) + [90, 120, 60]
     target = random.normal(size=(3000, 3)) @ np.diag([15, 12, 8]) @ random.normal(size=(3, 3)) + [150, 80, 100]
-    matrix, offset = match_colours(source, target, limit=1e3)
+    def match(source, target, **limit):
+        change = match_colours(*(torch.from_numpy(colours)[None] for colours in (source, target)), **limit)[0].numpy()
+        return change[:, :3], change[:, 3]
+
+    matrix, offset = match(source, target, limit=1e3)
     changed = source @ matrix.T + offset
     np.testing.assert_allclose(changed.mean(0), target.mean(0), atol=1e-2)
     np.testing.assert_allclose(np.cov(changed.T), np.cov(target.T), rtol=0.05, atol=3)
@@ -357,9 +361,11 @@ def test_matched_colours_have_the_mean_and_covariance_of_the_target():
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-4)
     assert np.linalg.eigvalsh(matrix).min() > 0
     plain = np.full((100, 3), 70.0)
-    matrix, offset = match_colours(plain, target)  # a plain surface is not blown up
+    matrix, offset = match(plain, target)  # a plain surface is not blown up
     assert np.linalg.eigvalsh(matrix).max() <= 3.001
     np.testing.assert_allclose(plain[0] @ matrix.T + offset, target.mean(0), atol=1e-2)
+    both = match_colours(*(torch.from_numpy(np.stack(pair)) for pair in ((source[:100], plain), (target, target))))
+    np.testing.assert_allclose(both[1], np.column_stack([matrix, offset]), atol=1e-4)  # each image by itself
 
 
 def test_recolour_share_brings_images_to_the_colours_of_other_rows(tmp_path):

@@ -199,6 +199,34 @@ def test_a_sample_may_start_from_its_own_image(workspace, tmp_path):
     assert run(workspace, tmp_path / "half", manifest="started.json") == 2
 
 
+def test_the_start_may_take_on_the_colours_of_the_reference(workspace, tmp_path, capsys):
+    rows = read_lines(workspace / "rows.json")
+    for name in ("plain", "tinted"):
+        for index, row in enumerate(rows):
+            height, width = np.asarray(Image.open(workspace / row["source"])).shape
+            noise = np.random.default_rng(index).normal(120, 40, (height, width, 3)).clip(0, 255)
+            changed = noise if name == "plain" else 0.5 * noise + [120, 20, 60]
+            Image.fromarray(changed.astype(np.uint8)).save(workspace / f"{name}_{index}.png")
+        write_rows(workspace / f"{name}.json",
+                   [{**row, "target": f"{name}_{index}.png"} for index, row in enumerate(rows)])
+    flags = ["--strength", "0.3", "--recolour_start", "--scale", "1"]
+    for name in ("plain", "tinted"):
+        assert run(workspace, tmp_path / name, *flags, manifest=f"{name}.json") == 0
+        assert run(workspace, tmp_path / f"own_{name}", "--strength", "0.3", "--scale", "1",
+                   manifest=f"{name}.json") == 0  # fmt: skip
+    settings = json.loads((tmp_path / "plain/run.json").read_text())["settings"]
+    assert settings["recolour_start"] is True
+    assert "recolour_start" not in json.loads((tmp_path / "own_plain/run.json").read_text())["settings"]
+    images = {name: [image.astype(float) for _, image in sorted(pixels(tmp_path / name).items())]
+              for name in ("plain", "tinted", "own_plain", "own_tinted")}  # fmt: skip
+    for plain, tinted, own, other in zip(*images.values(), strict=True):  # the tint is gone
+        assert np.abs(plain - tinted).mean() < 0.2 * np.abs(own - other).mean()
+        assert np.abs(plain - own).mean() > 0.2 * np.abs(own - other).mean()
+    assert run(workspace, tmp_path / "plain", "--strength", "0.3", "--scale", "1", manifest="plain.json") == 2
+    assert run(workspace, tmp_path / "none", "--recolour_start") == 2
+    assert "recolour_start is True. Expected false with strength 1" in capsys.readouterr().err
+
+
 def test_starting_from_an_image_needs_one_of_the_masks_size(workspace, tmp_path, capsys):
     assert run(workspace, tmp_path / "none", "--strength", "0.5") == 2
     assert "target" in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -190,6 +190,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
         "reference_scale": ["--reference_scale", 2],
         "guidance_interval": ["--guidance_interval", 0.1, 0.7], "guidance_rescale": ["--guidance_rescale", 0.7],
         "share_control": ["--share_control"], "reuse_every": ["--reuse_every", 3], "strength": ["--strength", 0.5],
+        "recolour_start": ["--recolour_start", "--strength", 0.5],
     }  # fmt: skip
     assert set(changes) == {field.name for field in fields(Sampling)} - {"method", "rectify"} | set(METHOD_SETTINGS)
     plain = choose("--mode", "exact").to_dict()
@@ -202,7 +203,7 @@ def test_flags_start_from_a_mode_and_each_changes_its_field():
     [{"solver": "plms"}, {"num_steps": 0}, {"eta": 1.5}, {"solver": "unipc", "eta": 0.5},
      {"solver": "ddpm", "end": "first"}, {"spacing": "uniform", "end": "first"}, {"spacing": "karras"},
      {"guidance_scale": 0}, {"guidance_interval": (0.7, 0.1)}, {"guidance_rescale": 2}, {"strength": 0},
-     {"strength": 1.1}],
+     {"strength": 1.1}, {"recolour_start": True}],
 )  # fmt: skip
 def test_impossible_settings_are_named(change):
     with pytest.raises(ValueError, match=rf"sampling: {list(change)[-1]} is"):

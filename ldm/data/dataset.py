@@ -175,8 +175,8 @@ class PairDataset(Dataset):
         reference = whole[draw_window(whole.shape[:2], size, random if self.random_crop else None)]
         tiles["reference"] = reference
         if is_other:
-            matrix, offset = match_colours(tiles["image"].reshape(-1, 3), reference.reshape(-1, 3))
-            draws["recolour"] = np.concatenate([matrix, offset[:, None]], axis=1)
+            colours = (torch.tensor(tile.reshape(1, -1, 3)) for tile in (tiles["image"], reference))
+            draws["recolour"] = match_colours(*colours)[0].numpy()
 
     def draw_row(self, index: int | tuple[int, ...]) -> tuple[Row, np.random.Generator]:
         """A row and the source of its draws."""

@@ -209,28 +209,49 @@ def change_colours(image: Tensor, change: Tensor) -> Tensor:
     return changed.clamp(0, 255).round().unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
 
 
-def match_colours(source: np.ndarray, target: np.ndarray, limit: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-    """The least change that gives one set of colours the mean and covariance of another.
+def match_colours(source: Tensor, target: Tensor, limit: float = 3.0) -> Tensor:
+    """The least change that gives the colours of each image the mean and covariance of another's.
 
     Args:
-        source, target: (N, 3) and (M, 3) colours of any space, in units of about one level of 256.
+        source, target: (B, N, 3) and (B, M, 3) colours of any space, in units of about one level of 256.
         limit: most that a direction of colour is stretched, and 1 / limit the least: more would blow up the noise of
             plain surfaces.
     Returns:
-        matrix (3, 3) symmetric and offset (3,) float32; the changed colour is `matrix @ colour + offset`.
+        (B, 3, 4) float32 on the device of the colours: a symmetric matrix and behind it an offset (see change_colours).
     Source: Pitie and Kokaram 2007 (the linear Monge-Kantorovitch map between two normal distributions).
     """
-    level = np.eye(3)  # a level of variance: plain surfaces have none, and a root has no inverse there
-    own, wanted = (np.cov(colours.T.astype(np.float64)) + level for colours in (source, target))
-    root = raise_symmetric(own, 0.5)
-    inverse = raise_symmetric(own, -0.5)
+    source, target = source.double(), target.double()
+    # A level of variance: plain surfaces have none, and a root has no inverse there.
+    own, wanted = (covariance(colours) + torch.eye(3, dtype=torch.float64, device=colours.device)
+                   for colours in (source, target))  # fmt: skip
+    root, inverse = raise_symmetric(own, 0.5), raise_symmetric(own, -0.5)
     matrix = inverse @ raise_symmetric(root @ wanted @ root, 0.5) @ inverse
-    stretches, axes = np.linalg.eigh((matrix + matrix.T) / 2)
-    matrix = (axes * stretches.clip(1 / limit, limit)) @ axes.T
-    return matrix.astype(np.float32), (target.mean(0) - matrix @ source.mean(0)).astype(np.float32)
+    stretches, axes = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    matrix = (axes * stretches.clamp(1 / limit, limit)[:, None]) @ axes.mT
+    offset = target.mean(1)[..., None] - matrix @ source.mean(1)[..., None]
+    return torch.cat([matrix, offset], dim=2).float()
 
 
-def raise_symmetric(matrix: np.ndarray, power: float) -> np.ndarray:
-    """Power of a symmetric positive matrix, (N, N) float64."""
-    values, axes = np.linalg.eigh(matrix)
-    return (axes * values.clip(1e-12) ** power) @ axes.T
+def covariance(colours: Tensor) -> Tensor:
+    """Covariance of the colours of each image, (B, N, 3) -> (B, 3, 3)."""
+    centred = colours - colours.mean(1, keepdim=True)
+    return centred.mT @ centred / max(colours.shape[1] - 1, 1)
+
+
+def raise_symmetric(matrix: Tensor, power: float) -> Tensor:
+    """Power of symmetric positive matrices, (B, N, N) float64."""
+    values, axes = torch.linalg.eigh(matrix)
+    return (axes * values.clamp(min=1e-12)[:, None] ** power) @ axes.mT
+
+
+def recolour(image: Tensor, reference: Tensor) -> Tensor:
+    """Give images the mean and covariance of the RGB colours of their references.
+
+    Args:
+        image, reference: (B, 3, H, W) and (B, 3, h, w) float32 in [-1, 1].
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1], clipped.
+    """
+    image, reference = ((one.float() + 1) * 127.5 for one in (image, reference))
+    change = match_colours(image.flatten(2).mT, reference.flatten(2).mT)
+    return change_colours(image, change) / 127.5 - 1

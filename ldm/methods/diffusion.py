@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.data.transforms import recolour
 from ldm.diffusion.objective import loss_weight, variational_bound
 from ldm.diffusion.path import DiscretePath, Path
 from ldm.diffusion.prediction import target_of
@@ -138,6 +139,8 @@ class DiffusionMethod(Method):
     def check(self, sampling: Sampling) -> None:
         """Also the levels that the settings ask for, and the scales (see Method)."""
         super().check(sampling)
+        if sampling.recolour_start and (self.image_channels != 3 or "reference" not in self.takes):
+            raise ValueError("--recolour_start: this model has no references in colour. Leave the flag out.")
         for name in SCALES:
             scale = self.setting(sampling, name)
             if not 0 < scale < math.inf:
@@ -219,7 +222,7 @@ class DiffusionMethod(Method):
         # Gradients are off where the networks run and nowhere else: a correction may want those of its own.
         with evaluating(self):  # in training mode `conditions` would drop some
             with torch.no_grad():
-                start = self.encode_start(batch["image"]) if sampling.strength < 1 else None
+                start = self.encode_start(start_image(batch, sampling)) if sampling.strength < 1 else None
                 conditions = self.conditions(batch)
             denoise = self.denoiser(conditions, sampling)
             if correct is not None:
@@ -253,6 +256,11 @@ class DiffusionMethod(Method):
         sampled = self.sample(batch, noise.to(mask.device), replace(self.own_sampling, solver="ddim", num_steps=20))
         reference = {"reference": batch["reference"]} if "reference" in batch else {}
         return {"mask": drawn, **reference, "real": image, "sample": sampled}
+
+
+def start_image(batch: Mapping[str, Any], sampling: Sampling) -> Tensor:
+    """The image that a strength below 1 starts from, (B, C, H, W) in [-1, 1]."""
+    return recolour(batch["image"], batch["reference"]) if sampling.recolour_start else batch["image"]
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class Sampling:
         guidance_rescale: share of bringing the spread of the guided prediction back, [0, 1].
         strength: share of the path, (0, 1]: 1 starts from pure noise; below it a sample starts from its row's own
             image, noised to that level (Meng et al. 2022, SDEdit), and takes that share of num_steps.
+        recolour_start: give that image the colours of its reference first (see transforms.recolour).
         method: settings of the method, by name (see Method.sampling_settings); what is not here is left as it is.
         rectify: correct clean latents with a guide, which is given beside these settings; None = no.
     Raises:
@@ -92,6 +93,7 @@ class Sampling:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     strength: float = 1.0
+    recolour_start: bool = False
     method: Mapping[str, Any] = field(default_factory=dict)
     rectify: Rectify | None = None
 
@@ -111,18 +113,21 @@ class Sampling:
             ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "a value in [0, 1]"),
             ("rectify", self.rectify is None or self.solver != "ddpm", "none with ddpm"),
             ("strength", 0 < self.strength <= 1, "a value in (0, 1]"),
+            ("recolour_start", not self.recolour_start or self.strength < 1,
+             "false with strength 1, where no image is started from; give --strength below 1"),
         ):
             if not is_possible:
                 raise ValueError(f"sampling: {name} is {getattr(self, name)!r}. Expected {expected}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for records and fingerprints; nothing of strength 1 and of no rectify: older runs go on."""
+        """Plain values, for records and fingerprints; what is newer only where it is used, so that older runs go on."""
         values = asdict(self) | {"guidance_interval": list(self.guidance_interval)}
         values |= METHOD_SETTINGS | values.pop("method")
         rectify = values.pop("rectify") or {}
         values |= {f"rectify_{name}": list(value) if name == "window" else value
                    for name, value in rectify.items() if name != "log"}
-        return {key: value for key, value in values.items() if (key, value) != ("strength", 1.0)}
+        unused = {"strength": 1.0, "recolour_start": False}
+        return {key: value for key, value in values.items() if key not in unused or value != unused[key]}
 
 
 def make_sampling(base: Sampling, changes: Mapping[str, Any]) -> Sampling:
@@ -183,6 +188,8 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     add("--strength", type=float,
         help="0 to 1: start from the row's own image (target), noised to this share of the timesteps; default: 1, pure "
         "noise")
+    add("--recolour_start", action="store_true", default=None,
+        help="with --strength: give that image the colours of the row's reference first")
     add("--guide", nargs="+", metavar="FILE",
         help="rectify: let a segmentor's gradient correct every image towards its mask; config and weights of "
         "scripts/train_segmentor.py, or the dotted path of a class of your own (with --allow_modules) and its files; "

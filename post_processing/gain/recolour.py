@@ -20,11 +20,11 @@ def recolour(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
     (H, W, 3) and (h, w, 3) uint8 -> (H, W, 3) uint8; colours that no screen has are clipped.
     """
-    own, wanted = (rgb_to_lab(torch.from_numpy(np.array(one)).permute(2, 0, 1)[None])[0].flatten(1).T
+    own, wanted = (rgb_to_lab(torch.from_numpy(np.array(one)).permute(2, 0, 1)[None]).flatten(2).mT
                    for one in (image, reference))
-    matrix, offset = map(torch.from_numpy, match_colours(own.numpy(), wanted.numpy()))
-    changed = (own @ matrix.T + offset).T.reshape(1, 3, *image.shape[:2])
-    return lab_to_rgb(changed)[0].permute(1, 2, 0).numpy()
+    matrix, offset = match_colours(own, wanted).split([3, 1], dim=2)
+    changed = matrix @ own.mT + offset
+    return lab_to_rgb(changed.reshape(1, 3, *image.shape[:2]))[0].permute(1, 2, 0).numpy()
 
 
 def write_recoloured_set(plan: "Plan") -> None:
