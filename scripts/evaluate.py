@@ -5,7 +5,8 @@ real test tiles) and a floor (the images against masks that are not theirs). `re
 statistics of images generated for the same masks in the look of two sets of references. `consistency` is the gate for
 faster sampling: it compares the mask following of runs with that of an exact run, image by image. `segmentor`
 scores a segmentor on real test tiles. `distribution` (FID, KID) compares sets of images, `diversity` (LPIPS) the
-samples of one mask. All write results.json and results.md.
+samples of one mask, `appearance` contrast and texture, by which guidance is chosen. All write results.json and
+results.md.
 """
 
 import argparse
@@ -89,6 +90,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--subset_size", type=int, default=1000, help="images in each, at most half of the smaller set")
     add("--seed", type=int, default=0, help="seed of subsets and parts")
 
+    add = command("appearance", "clipped values, contrast and texture beside real images; no network")
+    add("--run", required=True, help="--outdir of inference.py")
+    add_real("images (target)")
+
     add = command("diversity", "LPIPS between samples of one mask and reference")
     add("--run", required=True, help="--outdir of inference.py with --num_per_mask 2 or more")
     add("--vgg", required=True, help="file of demo/make/convert_lpips.py")
@@ -108,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         "reference_following": following.measure_reference_following,
         "segmentor": following.measure_segmentor, "consistency": gate.measure_consistency,
         "distribution": images.measure_distribution, "diversity": images.measure_diversity,
+        "appearance": images.measure_appearance,
     }[args.command]  # fmt: skip
     results, table = measure(args)
     results = {"measure": args.command, **results, "arguments": vars(args)}

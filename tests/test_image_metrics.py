@@ -159,3 +159,26 @@ def test_distribution_and_diversity_of_a_run(tmp_path: Path, vgg: Path):
     single = write_run(tmp_path / "single", [("0.png", dark[0])])
     with pytest.raises(UserError, match="--num_per_mask"):
         main(["diversity", "--run", str(single), "--device", "cpu", "--vgg", str(vgg)])
+
+
+def test_appearance_of_a_run_beside_real_images(tmp_path: Path):
+    """Plain grey against stripes of black and white, by hand."""
+    grey = np.full((32, 32, 3), 119, np.uint8)  # L* 50.0
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[:, ::2] = 255
+    run = write_run(tmp_path, [("0.png", stripes), ("1.png", grey)])
+    for name, image in (("grey", grey), ("stripes", stripes)):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    (tmp_path / "real.json").write_text(json.dumps({"source": "0.png", "target": "grey.png"}) + "\n")
+    flags = ["appearance", "--run", str(run), "--real", str(tmp_path / "real.json"), "--device", "cpu"]
+    main(flags)
+    results = json.loads((run / "appearance/results.json").read_text())
+    assert results["synthesized"] == pytest.approx({"images": 2, "clipped": 50, "deviation": 25, "step": 25}, abs=1e-3)
+    assert results["real"] == pytest.approx({"images": 1, "clipped": 0, "deviation": 0, "step": 0}, abs=1e-3)
+    lines = [json.loads(line) for line in (run / "index.jsonl").read_text().splitlines()]
+    (run / "index.jsonl").write_text("".join(json.dumps({**line, "reference": "grey.png"}) + "\n" for line in lines))
+    main(flags)
+    results = json.loads((run / "appearance/results.json").read_text())
+    assert results["references"]["images"] == 1  # stripes have the mean of grey, and 50 more of deviation
+    assert results["synthesized"]["distance_own"] == pytest.approx(25, abs=0.1)
+    assert "| references |" in (run / "appearance/results.md").read_text()

@@ -1,4 +1,4 @@
-"""Distances between sets of images in the features of a network (FID, KID), and how different samples of a mask are.
+"""Are images like real ones, as sets (FID, KID), in contrast and texture? And how different are samples of a mask?
 
 Features are (N, D) arrays, one row an image; which network they are from decides about the numbers. Only those of the
 Inception network on the same real images may be held against published ones: see pytorch-fid in docs/evaluation.md.
@@ -17,6 +17,7 @@ from ldm.cli import choose_device, markdown_table
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
+from post_processing.evaluation.scores import colour_statistics, rgb_to_lab
 from post_processing.run_index import read_run
 from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone
 from post_processing.segmentation.loading import map_images
@@ -219,3 +220,44 @@ def measure_diversity(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     plus = "" if error is None else f" ± {error:.4f} (standard error over masks)"
     return results, (f"LPIPS diversity {results['lpips']:.4f}{plus}: {pairs} pairs of samples of {len(means)} masks "
                      "with one reference each. 0 = all samples are the same; VGG16, not AlexNet.\n")  # fmt: skip
+
+
+def appearance(images: torch.Tensor) -> torch.Tensor:
+    """What guidance that is too strong gives away: (B, 3, H, W) uint8 RGB -> (B, 3) float32.
+
+    Percent of the values that are 0 or 255, standard deviation of L*, and its mean step between neighbours.
+    """
+    clipped = ((images == 0) | (images == 255)).float().mean((1, 2, 3))
+    level = rgb_to_lab(images)[:, 0]
+    step = (level.diff(dim=1).abs().mean((1, 2)) + level.diff(dim=2).abs().mean((1, 2))) / 2
+    return torch.stack([100 * clipped, level.flatten(1).std(1, correction=0), step], dim=1)
+
+
+def measure_appearance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Contrast and texture of a run and of real images; returns results and a table."""
+    samples, run = read_run(args.run, args.data_root)
+    rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
+    device = choose_device(args.device)
+
+    def look(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([appearance(images.to(device)), colour_statistics(images.to(device))], dim=1)
+
+    sets = {"synthesized": [sample.image for sample in samples], "real": sorted({row.image for row in rows}),
+            "references": sorted({sample.reference for sample in samples if sample.reference})}  # fmt: skip
+    found = {name: map_images(sorted(set(paths)), look, args.batch_size, args.num_threads)
+             for name, paths in sets.items() if paths}  # fmt: skip
+    keys = ("clipped", "deviation", "step")
+    results: dict[str, Any] = {
+        name: {"images": len(values),
+               **dict(zip(keys, torch.stack(list(values.values()))[:, :3].mean(0).tolist(), strict=True))}
+        for name, values in found.items()
+    }  # fmt: skip
+    apart = [float((found["synthesized"][sample.image] - found["references"][sample.reference])[3:].norm())
+             for sample in samples if sample.reference]  # fmt: skip
+    if apart:
+        results["synthesized"]["distance_own"] = float(np.mean(apart))
+    keys = (*keys, "distance_own")
+    table = [(name, one["images"], *(f"{one[key]:.2f}" if key in one else "" for key in keys))
+             for name, one in results.items()]  # fmt: skip
+    heads = ["", "images", "clipped %", "deviation of L*", "step of L*", "Lab distance to own reference"]
+    return {**results, "checkpoint": run.get("settings", {})}, markdown_table(heads, table)
