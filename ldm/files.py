@@ -289,7 +289,14 @@ def _changes(old: Any, new: Any, prefix: str) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
             yield from _changes(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, pair in enumerate(zip(old, new, strict=True)):
+            yield from _changes(*pair, f"{prefix}{number}.")
     elif old != new:
+        if isinstance(old, list) and isinstance(new, list):  # long command lines differ in a word
+            start = len(os.path.commonprefix([old, new]))
+            end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
+            old, new = old[start : len(old) - end], new[start : len(new) - end]
         yield f"{prefix.rstrip('.')} was {_short(old)}, is {_short(new)}"
 
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.cli import add_classes, natural, positive_float, positive_int  # noqa: E402
+from ldm.sampling.modes import choose_sampling  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
+from ldm.weights.load import build_skeleton, read_model_config  # noqa: E402
 from post_processing.gain.plan import ARMS, DEFAULT_ARMS, Plan  # noqa: E402
 from post_processing.gain.report import write_report  # noqa: E402
 from post_processing.gain.stages import Stage, StageRunner, make_slots  # noqa: E402
@@ -150,9 +153,43 @@ def check_arguments(args: argparse.Namespace) -> None:
 SCRIPTS = {"inference.py": "inference", "scripts/train_segmentor.py": "scripts.train_segmentor",
            "post_processing.filter": "post_processing.filter",
            "post_processing.resample": "post_processing.resample"}  # fmt: skip
+# What the plan gives them itself, and what would make other commands of them.
+OWN_FLAGS = {
+    "inference_args": ("ckpt", "data_root", "txt_file", "outdir", "num_per_mask", "shard", "status", "verify"),
+    "rectify_args": ("guide",),
+    "filter_args": ("run", "data_root", "filtered_mask_path", "classes", "class_table"),
+    "resample_args": ("filtered_mask_path", "iou", "out_dir"),
+    "train_args": ("config", "classes", "class_table", "data_root", "train_txt_file", "synthetic_txt_file", "work_dir",
+                   "max_steps", "batch_size", "seed"),
+}  # fmt: skip
 
 
-def check_commands(stages: Sequence[Stage]) -> None:
+def check_passed_on(args: argparse.Namespace) -> None:
+    """UserError for flags in --inference_args and the like that are this command's to give."""
+    wrong = [f"--{name}: {word}" for name, own in OWN_FLAGS.items() for word in shlex.split(getattr(args, name))
+             if word.startswith("--") and word[2:].split("=")[0].replace("-", "_") in own]  # fmt: skip
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}. Expected only flags that this command does not give itself. Leave them "
+                        "out; it has flags of its own for most.")
+
+
+def check_synthesis(args: argparse.Namespace, has_references: bool) -> None:
+    """UserError for settings of the sampler and references that the generator cannot do with; loads no weights.
+
+    Args:
+        args: command line of inference.py.
+        has_references: whether the rows that it gets name references.
+    """
+    try:
+        method = build_skeleton(read_model_config(args.ckpt, args.config, args.allow_modules))
+        method.check(choose_sampling(args, method.own_sampling))
+    except ValueError as error:
+        raise UserError(f"--inference_args: {error}") from error
+    if "reference" in method.takes and not has_references:
+        raise UserError("--references: none. Expected unlabelled images, since the generator takes references.")
+
+
+def check_commands(stages: Sequence[Stage], has_references: bool) -> None:
     """UserError for flags in --inference_args and the like that their scripts do not take: not after hours of work."""
     wrong = {}
     for command in (command for stage in stages for command in stage.commands):
@@ -164,10 +201,13 @@ def check_commands(stages: Sequence[Stage]) -> None:
         words, text = command[command.index(script) + 1 :], io.StringIO()
         try:
             with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
-                parse(words)
+                parsed = parse(words)
         except SystemExit:
             said = text.getvalue().rpartition("error: ")[2].strip() or "asks for help"
             wrong[f"{script}: {said}"] = None
+            continue
+        if script == "inference.py" and not parsed.guide:  # a guide is trained first
+            check_synthesis(parsed, has_references)
     if wrong:
         raise UserError(f"flags that are passed on: {'; '.join(wrong)}. Expected flags of these scripts in "
                         f"{', '.join(PASSED_ON)}. See their --help.")
@@ -177,9 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not finished, then write the report."""
     args = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
     check_arguments(args)
+    check_passed_on(args)
     plan = Plan(args)
     stages = plan.stages()
-    check_commands(stages)
+    check_commands(stages, plan.has_references)
     runner = StageRunner(stages, plan.outdir, make_slots(len(args.gpus) or args.parallel, args.gpus))
     if args.dry_run:
         print(runner.describe())

@@ -424,6 +424,8 @@ def test_the_script_passes_references_on_if_there_are_any(tmp_path, references):
 
 
 def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
+    from scripts.measure_gain import main
+
     with pytest.raises(UserError, match="--real_fraction 0.0.*--references nowhere: not found"):
         measure(workspace, tmp_path / "out", "--real_fraction", "0", "--references", "nowhere")
     with pytest.raises(SystemExit):
@@ -439,6 +441,13 @@ def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
         measure(workspace, tmp_path / "out", "--arms", "rectified", "--rectify_args", "--rectify_scale high")
     with pytest.raises(UserError, match="train_segmentor.py: unrecognized arguments: --threds=1"):
         measure(workspace, tmp_path / "out", "--train_args", "--threds=1")
+    with pytest.raises(UserError, match="--inference_args: --outdir=x; --train_args: --max_steps. Expected only flags"):
+        measure(workspace, tmp_path / "out", "--inference_args=--outdir=x", "--train_args=--max_steps 9")
+    with pytest.raises(UserError, match="--inference_args: sampling: recolour_start is True"):
+        measure(workspace, tmp_path / "out", "--inference_args=--recolour_start", "--dry_run")
+    with pytest.raises(UserError, match="--references: none. .* the generator takes references"):
+        main(["--classes", "mini", "--data_root", str(workspace), "--ckpt", str(workspace / "tiny.safetensors"),
+              "--outdir", str(tmp_path / "out"), "--dry_run"])  # fmt: skip
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="does not lie below --data_root"):
         (tmp_path / "elsewhere").mkdir()

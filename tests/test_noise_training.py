@@ -13,6 +13,7 @@ from post_processing.segmentation import dlc_training
 from post_processing.segmentation.dlc import SYNTHETIC, CorrectedCrossEntropy, decode_labels, find_losses
 from post_processing.segmentation.noise import read_noise
 from post_processing.segmentation.segmentor import build_model, load_segmentor, read_checkpoint
+from post_processing.segmentation.training import find_checkpoint
 
 mmengine_config = pytest.importorskip("mmengine.config")
 pytest.importorskip("mmseg")
@@ -51,7 +52,7 @@ def config(tmp_path_factory):
     content.model.data_preprocessor.size = (64, 64)
     content.model.decode_head.dropout_ratio = 0.0
     content.init_backbone = "none"
-    content.default_hooks = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1, max_keep_ckpts=1))
+    content.default_hooks = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1, max_keep_ckpts=2))
     path = tmp_path_factory.mktemp("config") / "config.py"
     content.dump(path)
     return path
@@ -146,8 +147,39 @@ def test_a_training_is_not_resumed_with_another_way_to_find_t(data, config, tmp_
     train(data, config, tmp_path, "--noise_correction", "hoc", "--resume", steps=4)
 
 
+def test_a_training_goes_on_from_its_newest_whole_checkpoint(data, config, tmp_path):
+    """A kill while one is written leaves a part of it; a moved folder has a note of mmengine with the old path."""
+    train(data, config, tmp_path / "old", steps=4)
+    (tmp_path / "old/segmentor.pth").unlink()
+    (tmp_path / "old").rename(tmp_path / "new")
+    broken = tmp_path / "new/iter_4.pth"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    assert find_checkpoint(tmp_path / "new") == tmp_path / "new/iter_3.pth"
+    train(data, config, tmp_path / "new", "--resume")
+    train(data, config, tmp_path / "whole")
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "new")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for path in (tmp_path / "new").glob("iter_*.pth"):
+        path.write_bytes(b"PK")
+    assert find_checkpoint(tmp_path / "new") is None
+
+
 def test_a_training_is_not_resumed_with_other_labels(data, config, tmp_path):
     """Its second half would be another training than its first, and nothing in the folder would say so."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    for path, right in ((one, 0.6), (two, 0.8)):
+        rows = torch.eye(5)
+        rows[0, :2] = torch.tensor([right, 1 - right])
+        dlc_training.write_noise(path, {SYNTHETIC: rows}, NAMES, "by hand")
+    train(data, config, tmp_path / "matrix", "--noise_matrix", one, steps=2)
+    with pytest.raises(UserError, match="--noise_matrix of the diagonal 0.6 1 1 1 1, not of the diagonal 0.8 1"):
+        train(data, config, tmp_path / "matrix", "--noise_matrix", two, "--resume", steps=4)
+    table = tmp_path / "reversed.yaml"
+    classes = [{"id": number, "name": name, "colour": [number + 1, 0, 0]} for number, name in enumerate(NAMES[::-1])]
+    table.write_text(json.dumps({"name": "reversed", "classes": classes}))  # JSON is YAML
+    train(data, config, tmp_path / "plain", steps=2)
+    with pytest.raises(UserError, match="begun with --classes building, .*, not water"):
+        train(data, config, tmp_path / "plain", "--classes", table, "--resume", steps=4)
     train(data, config, tmp_path, "--label_smoothing", 0.1, steps=2)
     for flags, named in (((), "--label_smoothing 0.1, not 0.0"),
                          (("--label_smoothing", 0.1, "--synthetic_ratio", 3), "--synthetic_ratio 1.0, not 3.0"),

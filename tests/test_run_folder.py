@@ -9,11 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from ldm.files import atomic_folder
+from ldm.files import atomic_folder, find_changes
 from ldm.run_folder import RunFolder
 from ldm.util import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_of_long_lists_what_differs_is_named():
+    old = {"commands": [["inference.py", "--ckpt", "a" * 100, "--scale", "2"], ["b"]]}
+    assert find_changes(old, {"commands": [["inference.py", "--ckpt", "a" * 100, "--scale", "3"], ["b"]]}) == (
+        'commands.0.4 was "2", is "3"')
+    longer = [*old["commands"][0][:3], "--strength", "0.5", *old["commands"][0][3:]]
+    assert find_changes(old, {"commands": [longer, ["b"]]}) == 'commands.0 was [], is ["--strength", "0.5"]'
+    assert find_changes({"size": [1, 1]}, {"size": [1]}) == "size was [1], is []"
+    assert not find_changes(old, {"commands": [list(command) for command in old["commands"]]})
 
 
 def test_the_same_settings_go_on_and_others_are_named(tmp_path: Path):

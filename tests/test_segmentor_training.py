@@ -150,7 +150,7 @@ def test_hooks_of_the_config_run_beside_ours(flags, toy_data, tmp_path):
     checkpoint = torch.load(tmp_path / "work/iter_2.pth", weights_only=False)
     assert "ema_state_dict" in checkpoint
     hooks = json.loads((tmp_path / "work/config.json").read_text())["default_hooks"]
-    assert hooks["logger"]["interval"] == 1 and hooks["checkpoint"]["max_keep_ckpts"] == 1
+    assert hooks["logger"]["interval"] == 1 and hooks["checkpoint"]["max_keep_ckpts"] == 2
 
 
 def test_fine_tuning_starts_from_the_given_weights(flags, toy_data, tmp_path):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_noise_training import config, data, weights_of  # noqa: F401  fixtures
 
 from ldm.util import UserError
@@ -146,3 +147,9 @@ def test_targets_that_are_not_there_are_named_before_the_training(data, config, 
     with pytest.raises(FileNotFoundError, match="not found"):
         train(data, config, tmp_path / "b", "--target_txt_file", tmp_path / "none.json")
     assert len(self_training.list_targets(data / "img", data)) == 24
+    (tmp_path / "mixed").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"mixed/{name}.png").write_bytes((data / "img/0.png").read_bytes()[:200 if name == "a" else None])
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "mixed/c.tif")
+    with pytest.raises(UserError, match="2 images cannot be used: .*a.png.*c.tif"):
+        self_training.list_targets(tmp_path / "mixed", data)

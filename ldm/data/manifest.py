@@ -30,6 +30,7 @@ NEEDS = ("image", "reference", "prompt", "instance")
 # used, since it is wrong as soon as rows are left out.
 CRFM_KEYS = ("prompts", "index")
 SHOWN_PROBLEMS = 100
+Reader = Callable[[Path], np.ndarray]
 LONGEST_LINE = 1 << 20  # bytes
 MOST_PIXELS = 64_000_000  # of a mask or reference; some kilobytes of a damaged or malicious file can claim far more
 
@@ -261,9 +262,8 @@ def check_rows(rows: list[Row], table: ClassTable | None, decode: Callable[[int]
     readers = {"mask": lambda file: read_raw_mask(file) if table is None else read_mask(file, table, notes=notes[file]),
                "instance": read_raw_mask, "image": lambda file: read_image(file, None)}  # fmt: skip
     keys = sorted(is_decoded)
-    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 2)) as pool:  # Pillow decodes in parallel
-        found = dict(zip(keys, pool.map(
-            lambda key: probe_file(key[1], readers[key[0]] if is_decoded[key] else None), keys), strict=True))
+    results_of = probe_files((file, readers[kind] if is_decoded[kind, file] else None) for kind, file in keys)
+    found = dict(zip(keys, results_of, strict=True))
     if table is not None:
         warn_of_binary(sum(notes.values(), Counter()), table)
     for row in rows:
@@ -282,7 +282,13 @@ def check_rows(rows: list[Row], table: ClassTable | None, decode: Callable[[int]
                                        f"{size_factor}; cut it, or give --H and --W."))
 
 
-def probe_file(file: Path, read: Callable[[Path], np.ndarray] | None) -> tuple[int, int] | str | None:
+def probe_files(files: Iterable[tuple[Path, Reader | None]]) -> list[tuple[int, int] | str | None]:
+    """What probe_file says of each file with its reader; Pillow decodes in parallel."""
+    with ThreadPoolExecutor(max_workers=min(16, (os.cpu_count() or 1) + 2)) as pool:
+        return list(pool.map(lambda pair: probe_file(*pair), files))
+
+
+def probe_file(file: Path, read: Reader | None) -> tuple[int, int] | str | None:
     """Size (height, width) of what `read` decodes, None where it need only exist, or what is wrong as text."""
     try:
         if not file.is_file():

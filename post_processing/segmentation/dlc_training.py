@@ -36,6 +36,7 @@ from post_processing.segmentation.dlc import (
 )
 from post_processing.segmentation.loading import load_batches, predict_batches
 from post_processing.segmentation.noise import (
+    LEAST_DIAGONAL,
     LEAST_POINTS,
     count_consensus,
     estimate_from_counts,
@@ -74,7 +75,8 @@ def check_flags(args: argparse.Namespace) -> None:
     kind = args.noise_correction
     rules = [
         (corrects_synthetic(args) and not args.synthetic_txt_file,
-         "--noise_correction: no synthesized pairs, whose labels it corrects. Expected --synthetic_txt_file"),
+         "--noise_correction, --noise_matrix, --label_smoothing: no synthesized pairs, whose labels they are about. "
+         "Expected --synthetic_txt_file"),
         (bool(args.noise_matrix) and kind != "none", "--noise_matrix: gives T. Expected no --noise_correction with it"),
         ((kind == "audit") != bool(args.audit), "--audit: expected together with --noise_correction audit"),
         ((kind == "teacher") != bool(args.teacher), "--teacher: expected together with --noise_correction teacher"),
@@ -82,6 +84,8 @@ def check_flags(args: argparse.Namespace) -> None:
          "--noise_correction teacher: expected --val_txt_file, real tiles that the teacher was not trained on"),
         (not 0 <= args.warm_up_share < 1, f"--warm_up_share: {args.warm_up_share}. Expected at least 0, below 1"),
         (not 0 <= args.label_smoothing < 1, f"--label_smoothing: {args.label_smoothing}. Expected at least 0, below 1"),
+        ("warm_up_share" in args.given and kind not in ("hoc", "learned"),
+         "--warm_up_share: expected with --noise_correction hoc or learned; otherwise T is in force from the start"),
         (args.noise_border < 0, f"--noise_border: {args.noise_border}. Expected 0 or more pixels"),
         (args.noise_border > 0 and kind != "hoc" and not args.noise_matrix,
          "--noise_border: expected with --noise_correction hoc or --noise_matrix, which tell borders apart"),
@@ -100,13 +104,22 @@ def name_correction(args: argparse.Namespace) -> str:
     return "--noise_matrix" if args.noise_matrix else f"--noise_correction {args.noise_correction}"
 
 
-def list_kept_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Flags that a training keeps to its end, for config.json; of files, only whether they are given: they may move."""
-    flags = {name: getattr(args, name) for name in ("label_smoothing", "noise_border", "augment", "synthetic_ratio")}
+def list_kept_flags(args: argparse.Namespace, table: ClassTable) -> dict[str, Any]:
+    """Flags that a training keeps to its end, for config.json.
+
+    Of files only what decides, since they may move: the names of the classes, T, and whether pairs are given.
+    """
+    flags = {name: getattr(args, name) for name in ("label_smoothing", "noise_border", "augment", "synthetic_ratio",
+                                                    "warm_up_share")}  # fmt: skip
+    flags["classes"] = ", ".join(table.names)
+    if args.noise_matrix:
+        found = read_noise(args.noise_matrix, table.names)
+        flags["noise_matrix"] = "of the diagonal " + "; ".join(
+            " ".join(f"{value:.4g}" for value in matrix.diagonal().tolist()) for _, matrix in sorted(found.items()))
     return flags | {name: bool(getattr(args, name)) for name in ("synthetic_txt_file", "target_txt_file")}
 
 
-def check_resumed(args: argparse.Namespace) -> None:
+def check_resumed(args: argparse.Namespace, kept: Mapping[str, Any]) -> None:
     """UserError if the training to be resumed found T in another way or learned from other labels.
 
     Its checkpoint and noise.json would win unseen, or its second half would be another training than its first.
@@ -121,7 +134,7 @@ def check_resumed(args: argparse.Namespace) -> None:
         raise UserError(f"--resume: the training in {args.work_dir} has {was}. Expected the same, not {now}. Go on "
                         "with that, or choose another --work_dir.")
     before = noted.get("kept_flags") or {}
-    changed = [f"--{name} {before[name]}, not {value}" for name, value in list_kept_flags(args).items()
+    changed = [f"--{name} {before[name]}, not {value}" for name, value in kept.items()
                if before.get(name, value) != value]  # fmt: skip
     if changed:
         raise UserError(f"--resume: the training in {args.work_dir} was begun with {'; '.join(changed)}. Expected the "
@@ -145,8 +158,8 @@ def add_noise_correction(config: Any, table: ClassTable, args: argparse.Namespac
     matrices = {} if kind != "fixed" else find_matrices(table, args)
     lacking = [str(domain) for domain in domains if domain not in matrices]
     if args.noise_matrix and lacking:
-        raise UserError(f"--noise_matrix {args.noise_matrix}: no matrix of domain {', '.join(lacking)}. Expected 1 and "
-                        "2 (class borders) with --noise_border. Estimate it with that flag, or leave the flag out.")
+        raise UserError(f"--noise_matrix {args.noise_matrix}: no matrix of domain {', '.join(lacking)}. Expected 1, "
+                        "and with --noise_border also 2 (class borders). Give a noise.json of synthesized pairs.")
     hook = dict(
         type=NOISE_HOOK, kind=kind, names=list(table.names), start=start, seed=args.seed, domains=domains,
         matrices={str(domain): matrix.tolist() for domain, matrix in matrices.items()},
@@ -189,7 +202,13 @@ def check_heads(model: torch.nn.Module) -> None:
 def find_matrices(table: ClassTable, args: argparse.Namespace) -> dict[int, torch.Tensor]:
     """T by domain where it is known before the training: from a file, an audit or a teacher; written to noise.json."""
     if args.noise_matrix:
-        return read_noise(args.noise_matrix, table.names)
+        found = read_noise(args.noise_matrix, table.names)
+        for domain, transition in found.items():
+            weak = [f"{name}: right in {share:.0%} of its pixels; taken as given"
+                    for name, share in zip(table.names, transition.diagonal().tolist(), strict=True)
+                    if share < LEAST_DIAGONAL]  # fmt: skip
+            log_estimate(transition, weak, table.names, f"{args.noise_matrix}, domain {domain}")
+        return found
     path = Path(args.work_dir) / "noise.json"
     if args.resume and path.is_file():
         return read_noise(path, table.names)

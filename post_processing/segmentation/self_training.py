@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ldm.data.classes import IGNORE_INDEX
 from ldm.data.images import find_images, read_image
+from ldm.data.manifest import probe_files
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.dataset import make_sample
 from post_processing.segmentation.dlc import CODE, PSEUDO, WEIGHT_CODE, check_capacity
@@ -39,7 +40,7 @@ def list_targets(path: str | Path, data_root: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        UserError: naming all lines without an image that exists, or if there is nothing.
+        UserError: naming all lines without an image, all images that cannot be read, or if there is nothing.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,7 +65,12 @@ def list_targets(path: str | Path, data_root: str | Path) -> list[Path]:
         raise FileNotFoundError(f"--target_txt_file: not found: {path}. Give a manifest or a folder of images.")
     if not images:
         raise UserError(f"--target_txt_file {path}: no images. Expected unlabelled images of the target.")
-    return list(dict.fromkeys(images))
+    images = list(dict.fromkeys(images))
+    found = probe_files((image, read_image) for image in images)
+    if wrong := [text for text in found if isinstance(text, str)]:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(f"--target_txt_file {path}: {len(wrong)} images cannot be used: {' '.join(wrong[:8])}{more}")
+    return images
 
 
 class TargetDataset(torch.utils.data.Dataset):

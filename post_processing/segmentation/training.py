@@ -8,7 +8,9 @@ import argparse
 import json
 import logging
 import os
+import re
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +160,9 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     config, table = load_config(args)
     if "train_dataloader" not in config:
         check_flags(args)
-        config.noise_correction, config.kept_flags = name_correction(args), list_kept_flags(args)  # into config.json
-        check_resumed(args)
+        config.noise_correction = name_correction(args)  # into config.json, as the next
+        config.kept_flags = list_kept_flags(args, table)
+        check_resumed(args, config.kept_flags)
         fill_data(config, table, args)
         config.train_cfg = dict(type="IterBasedTrainLoop", max_iters=config.max_steps, val_interval=args.val_interval)
         if args.val_txt_file:
@@ -181,10 +184,28 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     config.sync_bn = "torch" if processes > 1 else None
     config.randomness = dict(seed=args.seed)
     # mmengine would take --resume without a checkpoint for one with, and the backbone would start from random weights.
-    config.resume = args.resume and (Path(args.work_dir) / "last_checkpoint").is_file()
+    found = find_checkpoint(Path(args.work_dir)) if args.resume else None
+    config.resume = found is not None
+    if found:
+        config.load_from = str(found)
     config.work_dir, config.log_level = args.work_dir, "INFO"
     config.log_processor = dict(by_epoch=False)
     return config, table
+
+
+def find_checkpoint(work_dir: Path) -> Path | None:
+    """The newest whole checkpoint that a training left in its folder, None if there is none.
+
+    mmengine's own note, last_checkpoint, holds a path that is wrong once the folder is moved. A kill while one is
+    written leaves a part of it, which has no directory of the zip file at its end.
+    """
+    numbers = {path: re.fullmatch(r"(?:iter|epoch)_(\d+)", path.stem) for path in work_dir.glob("*.pth")}
+    found = sorted((int(match[1]), path) for path, match in numbers.items() if match)
+    for _, path in reversed(found):
+        if zipfile.is_zipfile(path):
+            return path
+        LOG.warning("%s is not whole and is left out: its training was stopped while it was written", path)
+    return None
 
 
 def set_schedule(config: Any) -> None:
@@ -202,9 +223,10 @@ def set_schedule(config: Any) -> None:
     linear = dict(type="LinearLR", start_factor=0.01, begin=0, end=warm_up, by_epoch=False)
     poly = dict(type="PolyLR", eta_min=config.get("eta_min", 0.0), power=0.9, begin=warm_up, end=steps, by_epoch=False)
     config.param_scheduler = [linear] * (warm_up > 0) + [poly] * (warm_up < steps)
+    # Two: the older one is deleted before the new one is written, and a kill must leave one.
     hooks = dict(
         logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
-        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(1, min(500, steps)), max_keep_ckpts=1),
+        checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max(1, min(500, steps)), max_keep_ckpts=2),
     )
     config.default_hooks = hooks | dict(config.get("default_hooks") or {})  # custom_hooks stay as they are
 
