@@ -34,6 +34,7 @@ LOCK_TRIES, LOCK_WAIT = 4, 0.05  # is_locked() looks at a lock by taking it for 
 IDENTITY_BYTES = 1 << 15  # of each end of a large image; the end of a PNG holds the check sum of all its pixels
 WHOLE_BYTES = 8 << 20  # up to here the whole file is read
 SHOWN_CHANGES, SHOWN_CHARACTERS = 12, 60
+SHOWN_BEFORE = 20  # characters of a long string before the first that differs
 
 
 class OutputError(OSError):
@@ -297,6 +298,9 @@ def _changes(old: Any, new: Any, prefix: str) -> Iterator[str]:
             start = len(os.path.commonprefix([old, new]))
             end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
             old, new = old[start : len(old) - end], new[start : len(new) - end]
+        elif isinstance(old, str) and isinstance(new, str) and max(len(old), len(new)) > SHOWN_CHARACTERS // 2:
+            start = len(os.path.commonprefix([old, new])) - SHOWN_BEFORE
+            old, new = (f"...{text[start:]}" if start > 0 else text for text in (old, new))
         yield f"{prefix.rstrip('.')} was {_short(old)}, is {_short(new)}"
 
 

@@ -23,6 +23,7 @@ def test_of_long_lists_what_differs_is_named():
     longer = [*old["commands"][0][:3], "--strength", "0.5", *old["commands"][0][3:]]
     assert find_changes(old, {"commands": [longer, ["b"]]}) == 'commands.0 was [], is ["--strength", "0.5"]'
     assert find_changes({"size": [1, 1]}, {"size": [1]}) == "size was [1], is []"
+    assert find_changes({"a": "x" * 90 + "1"}, {"a": "x" * 90 + "2"}) == f'a was "...{"x" * 20}1", is "...{"x" * 20}2"'
     assert not find_changes(old, {"commands": [list(command) for command in old["commands"]]})
 
 
