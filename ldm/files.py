@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from operator import itemgetter
@@ -290,18 +290,30 @@ def _changes(old: Any, new: Any, prefix: str) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
             yield from _changes(old.get(key), new.get(key), f"{prefix}{key}.")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, pair in enumerate(zip(old, new, strict=True)):
-            yield from _changes(*pair, f"{prefix}{number}.")
     elif old != new:
-        if isinstance(old, list) and isinstance(new, list):  # long command lines differ in a word
-            start = len(os.path.commonprefix([old, new]))
-            end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
-            old, new = old[start : len(old) - end], new[start : len(new) - end]
-        elif isinstance(old, str) and isinstance(new, str) and max(len(old), len(new)) > SHOWN_CHARACTERS // 2:
-            start = len(os.path.commonprefix([old, new])) - SHOWN_BEFORE
-            old, new = (f"...{text[start:]}" if start > 0 else text for text in (old, new))
+        old, new = _differing_parts(old, new)
         yield f"{prefix.rstrip('.')} was {_short(old)}, is {_short(new)}"
+
+
+def _differing_parts(old: Any, new: Any) -> tuple[Any, Any]:
+    """Two values, or where they are too long to be shown, such as command lines, what differs of them."""
+    if max(len(json.dumps(value)) for value in (old, new)) <= SHOWN_CHARACTERS:
+        return old, new
+    if isinstance(old, str) and isinstance(new, str):
+        start = _common_start(old, new) - SHOWN_BEFORE
+        return (old, new) if start <= 0 else (f"...{old[start:]}", f"...{new[start:]}")
+    if not (isinstance(old, list) and isinstance(new, list)):
+        return old, new
+    start = _common_start(old, new)
+    end = _common_start(old[start:][::-1], new[start:][::-1])
+    old, new = old[start : len(old) - end], new[start : len(new) - end]
+    return _differing_parts(old[0], new[0]) if len(old) == len(new) == 1 else (old, new)
+
+
+def _common_start(old: Sequence[Any], new: Sequence[Any]) -> int:
+    """How many elements two sequences have in common from their start on."""
+    pairs = enumerate(zip(old, new, strict=False))
+    return next((place for place, pair in pairs if pair[0] != pair[1]), min(len(old), len(new)))
 
 
 def _short(value: Any) -> str:

@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_of_long_lists_what_differs_is_named():
     old = {"commands": [["inference.py", "--ckpt", "a" * 100, "--scale", "2"], ["b"]]}
     assert find_changes(old, {"commands": [["inference.py", "--ckpt", "a" * 100, "--scale", "3"], ["b"]]}) == (
-        'commands.0.4 was "2", is "3"')
+        'commands was "2", is "3"')
     longer = [*old["commands"][0][:3], "--strength", "0.5", *old["commands"][0][3:]]
-    assert find_changes(old, {"commands": [longer, ["b"]]}) == 'commands.0 was [], is ["--strength", "0.5"]'
-    assert find_changes({"size": [1, 1]}, {"size": [1]}) == "size was [1], is []"
+    assert find_changes(old, {"commands": [longer, ["b"]]}) == 'commands was [], is ["--strength", "0.5"]'
+    assert find_changes({"size": [1, 1]}, {"size": [1]}) == "size was [1, 1], is [1]"
+    assert find_changes({"a": [None, "x" * 90]}, {"a": ["y", "x" * 90]}) == 'a was null, is "y"'
     assert find_changes({"a": "x" * 90 + "1"}, {"a": "x" * 90 + "2"}) == f'a was "...{"x" * 20}1", is "...{"x" * 20}2"'
     assert not find_changes(old, {"commands": [list(command) for command in old["commands"]]})
 
