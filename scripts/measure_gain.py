@@ -20,9 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.cli import add_classes, natural, positive_float, positive_int  # noqa: E402
+from ldm.generation.plan import read_config  # noqa: E402
 from ldm.sampling.modes import choose_sampling  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
-from ldm.weights.load import build_skeleton, read_model_config  # noqa: E402
+from ldm.weights.load import build_skeleton  # noqa: E402
 from post_processing.gain.plan import ARMS, DEFAULT_ARMS, Plan  # noqa: E402
 from post_processing.gain.report import write_report  # noqa: E402
 from post_processing.gain.stages import Stage, StageRunner, make_slots  # noqa: E402
@@ -181,7 +182,7 @@ def check_synthesis(args: argparse.Namespace, has_references: bool) -> None:
         has_references: whether the rows that it gets name references.
     """
     try:
-        method = build_skeleton(read_model_config(args.ckpt, args.config, args.allow_modules))
+        method = build_skeleton(read_config(args))
         method.check(choose_sampling(args, method.own_sampling))
     except ValueError as error:
         raise UserError(f"--inference_args: {error}") from error

@@ -164,13 +164,7 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     settings = Namespace(**vars(settings))  # a copy: some values are filled in
     if settings.shard is None:
         settings.shard = find_share() if settings.engine == "local" else (0, 1)
-    config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
-    for flag, argument, value in (("tokenizer_dir", "tokenizer_dir", settings.tokenizer_dir),
-                                  ("prompt_pieces", "max_pieces", settings.prompt_pieces)):  # fmt: skip
-        if value:
-            set_text_encoder(config, flag, argument, value)
-    if settings.vectors:
-        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors
+    config = read_config(settings)
     device = str(choose_device(settings.device)) if has_gpu is None else ("cuda" if has_gpu else "cpu")
     use_autocast = settings.precision == "autocast" or (settings.precision == "auto" and device.startswith("cuda"))
     method = build_skeleton(config)
@@ -195,6 +189,18 @@ def make_plan(settings: Namespace, has_gpu: bool | None = None, processes: int =
     plan = Plan(settings, sampling, config, table, rows, bad_rows, use_autocast, device, fingerprint, layout, numbers)
     plan.store().check()
     return plan
+
+
+def read_config(settings: Namespace) -> dict[str, Any]:
+    """Config of the generator that a command line names, with what its flags change in it (see read_model_config)."""
+    config = read_model_config(settings.ckpt, settings.config, settings.allow_modules)
+    for flag, argument, value in (("tokenizer_dir", "tokenizer_dir", settings.tokenizer_dir),
+                                  ("prompt_pieces", "max_pieces", settings.prompt_pieces)):  # fmt: skip
+        if value:
+            set_text_encoder(config, flag, argument, value)
+    if settings.vectors:
+        config["model"].setdefault("params", {})["vectors_dir"] = settings.vectors
+    return config
 
 
 def set_text_encoder(config: dict[str, Any], flag: str, argument: str, value: Any) -> None:
