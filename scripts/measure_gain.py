@@ -181,8 +181,8 @@ def check_synthesis(args: argparse.Namespace, has_references: bool) -> None:
         args: command line of inference.py.
         has_references: whether the rows that it gets name references.
     """
+    method = build_skeleton(read_config(args))
     try:
-        method = build_skeleton(read_config(args))
         method.check(choose_sampling(args, method.own_sampling))
     except ValueError as error:
         raise UserError(f"--inference_args: {error}") from error
@@ -192,7 +192,7 @@ def check_synthesis(args: argparse.Namespace, has_references: bool) -> None:
 
 def check_commands(stages: Sequence[Stage], has_references: bool) -> None:
     """UserError for flags in --inference_args and the like that their scripts do not take: not after hours of work."""
-    wrong = {}
+    wrong, generating = {}, []
     for command in (command for stage in stages for command in stage.commands):
         script = next((part for part in command if part in SCRIPTS), None)
         if script is None:
@@ -208,10 +208,12 @@ def check_commands(stages: Sequence[Stage], has_references: bool) -> None:
             wrong[f"{script}: {said}"] = None
             continue
         if script == "inference.py" and not parsed.guide:  # a guide is trained first
-            check_synthesis(parsed, has_references)
+            generating.append(parsed)
     if wrong:
         raise UserError(f"flags that are passed on: {'; '.join(wrong)}. Expected flags of these scripts in "
                         f"{', '.join(PASSED_ON)}. See their --help.")
+    for parsed in generating:
+        check_synthesis(parsed, has_references)
 
 
 def main(argv: list[str] | None = None) -> None:

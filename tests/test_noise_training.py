@@ -166,14 +166,16 @@ def test_a_training_goes_on_from_its_newest_whole_checkpoint(data, config, tmp_p
 
 def test_a_training_is_not_resumed_with_other_labels(data, config, tmp_path):
     """Its second half would be another training than its first, and nothing in the folder would say so."""
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    for path, right in ((one, 0.6), (two, 0.8)):
+    one, two, three = (tmp_path / f"{name}.json" for name in ("one", "two", "three"))
+    for path, right, other in ((one, 0.6, 1), (two, 0.8, 1), (three, 0.6, 2)):
         rows = torch.eye(5)
-        rows[0, :2] = torch.tensor([right, 1 - right])
+        rows[0, 0], rows[0, other] = right, 1 - right
         dlc_training.write_noise(path, {SYNTHETIC: rows}, NAMES, "by hand")
     train(data, config, tmp_path / "matrix", "--noise_matrix", one, steps=2)
-    with pytest.raises(UserError, match="--noise_matrix of the diagonal 0.6 1 1 1 1, not of the diagonal 0.8 1"):
-        train(data, config, tmp_path / "matrix", "--noise_matrix", two, "--resume", steps=4)
+    for path, right in ((two, "0.8"), (three, "0.6")):
+        expected = rf"--noise_matrix \w+ of the diagonal 0.6 1 1 1 1, not \w+ of the diagonal {right} 1"
+        with pytest.raises(UserError, match=expected):
+            train(data, config, tmp_path / "matrix", "--noise_matrix", path, "--resume", steps=4)
     table = tmp_path / "reversed.yaml"
     classes = [{"id": number, "name": name, "colour": [number + 1, 0, 0]} for number, name in enumerate(NAMES[::-1])]
     table.write_text(json.dumps({"name": "reversed", "classes": classes}))  # JSON is YAML

@@ -21,6 +21,7 @@ import torch
 from ldm.cli import choose_device
 from ldm.data.classes import ClassTable, same_names
 from ldm.data.images import Pair
+from ldm.files import digest_of
 from ldm.util import UserError, is_rank_zero
 from post_processing.segmentation.audit import estimate_audit
 from post_processing.segmentation.config import find_heads
@@ -113,9 +114,10 @@ def list_kept_flags(args: argparse.Namespace, table: ClassTable) -> dict[str, An
                                                     "warm_up_share")}  # fmt: skip
     flags["classes"] = ", ".join(table.names)
     if args.noise_matrix:
-        found = read_noise(args.noise_matrix, table.names)
-        flags["noise_matrix"] = "of the diagonal " + "; ".join(
-            " ".join(f"{value:.4g}" for value in matrix.diagonal().tolist()) for _, matrix in sorted(found.items()))
+        found = sorted(read_noise(args.noise_matrix, table.names).items())
+        diagonals = [" ".join(f"{value:.4g}" for value in matrix.diagonal().tolist()) for _, matrix in found]
+        number = digest_of([(domain, matrix.tolist()) for domain, matrix in found])[:8]
+        flags["noise_matrix"] = f"{number} of the diagonal {'; '.join(diagonals)}"
     return flags | {name: bool(getattr(args, name)) for name in ("synthetic_txt_file", "target_txt_file")}
 
 
