@@ -1,12 +1,12 @@
 """Measure what inference.py generated (does it follow the masks, the references?), and segmentors on real tiles.
 
 `mask_following` judges the images with a segmentor trained on real tiles, between a ceiling (the same segmentor on
-real test tiles) and a floor (the images against masks that are not theirs). `reference_following` compares colour
-statistics of images generated for the same masks in the look of two sets of references. `consistency` is the gate for
-faster sampling: it compares the mask following of runs with that of an exact run, image by image. `segmentor`
-scores a segmentor on real test tiles. `distribution` (FID, KID) compares sets of images, `diversity` (LPIPS) the
-samples of one mask, `appearance` contrast and texture, by which guidance is chosen. All write results.json and
-results.md.
+real test tiles) and a floor (the images against masks that are not theirs). `reference_following` compares statistics
+of colours, and on request of features, of images generated for the same masks in the look of two sets of references.
+`consistency` is the gate for faster sampling: it compares the mask following of runs with that of an exact run, image
+by image. `segmentor` scores a segmentor on real test tiles. `distribution` (FID, KID) compares sets of images,
+`diversity` (LPIPS) the samples of one mask, `appearance` contrast and texture, by which guidance is chosen. All write
+results.json and results.md.
 """
 
 import argparse
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run", nargs="+", required=True, help="one --outdir of inference.py, or two (set A, set B)")
     add("--set_a", help="pattern of reference paths in set A, such as 'dubai/*' (needed with one run)")
     add("--set_b", help="pattern of reference paths in set B, such as 'monterey/*'")
+    add("--features", action="store_true", help="compare features of ImageNet's MobileNetV2 as well")
 
     add = command("segmentor", "OA, mIoU, mAcc and IoU of every class on real tiles")
     add_segmentor("default: the one stored with the segmentor")

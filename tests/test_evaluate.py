@@ -69,6 +69,33 @@ def test_derangement_moves_everything_within_its_size():
         derange([(64, 64), (64, 64), (32, 32)], 0)
 
 
+def test_reference_following_by_features_sees_texture_where_colours_are_alike(tmp_path):
+    """Fine and coarse checks of the same two greys; the image of coarse/1 has the texture of the other set."""
+    pytest.importorskip("mmseg")
+    table = ClassTable.load("mini")
+    make_pairs(tmp_path, 3)
+
+    def paint(width, number):
+        rows, columns = np.indices((64, 64)) + number
+        checks = (rows // width + columns // width) % 2
+        return np.repeat((90 + 80 * checks).astype(np.uint8)[..., None], 3, axis=2)
+
+    samples = []
+    for name, width in (("fine", 2), ("coarse", 16)):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.fromarray(paint(width, number)).save(tmp_path / name / f"{number}.png")
+            own = 2 if (name, number) == ("coarse", 1) else width
+            samples.append((f"label/{number}.png", f"{name}/{number}.png", paint(own, number + 5)))
+    make_run(tmp_path / "run", tmp_path, samples, table)
+    main(["reference_following", "--run", str(tmp_path / "run"), "--device", "cpu", "--batch_size", "4", "--features",
+          "--set_a", "fine/*", "--set_b", "coarse/*"])
+    results = json.loads((tmp_path / "run/reference_following/results.json").read_text())["features"]
+    assert (results["A"]["nearer"], results["B"]["nearer"], results["pairs"]) == (3, 2, 6)
+    text = (tmp_path / "run/reference_following/results.md").read_text()
+    assert "| set B | 3 | 2 | 66.7 |" in text and "MobileNetV2" in text and "L*" in text
+
+
 def test_position_between_floor_and_ceiling():
     assert position(50, 20, 70) == 60
     assert position(10, 20, 70) == -20

@@ -4,7 +4,7 @@ Each measure takes the parsed command line of scripts/evaluate.py and returns re
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from ldm.cli import choose_device, markdown_table
 from ldm.data.classes import ClassTable, same_names
 from ldm.util import UserError
+from post_processing.evaluation.images import mobilenet_maps
 from post_processing.evaluation.scores import (
     SegmentationScore,
     colour_statistics,
@@ -28,6 +29,10 @@ from post_processing.run_index import Sample, read_mask_at, read_run, run_batche
 from post_processing.segmentation.dataset import list_pairs
 from post_processing.segmentation.loading import map_images, predict_batches
 from post_processing.segmentation.segmentor import Segmentor, segmentor_of
+
+LOOK_STAGES = (0, 1, 2, 4)  # of MobileNetV2: what is seen in 1/2 to 1/16 of the resolution, texture before content
+FEATURE_METRIC = ("Euclidean distance of (mean, standard deviation) of the channels of ImageNet's MobileNetV2, stages "
+                  "0, 1, 2 and 4, 336 numbers an image, each in standard deviations over the references")
 
 
 def measure_mask_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -132,30 +137,45 @@ def mask_table(results: dict[str, Any]) -> str:
 
 
 def measure_reference_following(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Compare colour statistics of images of the same masks generated with two sets of references."""
+    """Compare statistics of images of the same masks generated with two sets of references; results and a table."""
     set_a, set_b = select_sets(args)
     pairs = pair_by_mask(set_a, set_b)
     device = choose_device(args.device)
-    statistics = map_images(sorted({path for pair in pairs for s in pair for path in (s.image, s.reference)}),
-                            lambda images: colour_statistics(images.to(device)), args.batch_size, args.num_threads)
+    files = sorted({path for pair in pairs for s in pair for path in (s.image, s.reference)})
+    statistics = map_images(files, lambda images: colour_statistics(images.to(device)), args.batch_size,
+                            args.num_threads)
+    metric = "Euclidean distance of (mean, standard deviation) of CIE L*, a*, b* (D65), 6 numbers an image"
+    results = {"metric": metric, **compare_pairs(pairs, statistics),
+               "masks": len({(a.mask, a.size) for a, _ in pairs}),
+               "images": {"A": len({a.image for a, _ in pairs}), "B": len({b.image for _, b in pairs})},
+               "references": {"A": len({a.reference for a, _ in pairs}), "B": len({b.reference for _, b in pairs})}}
+    table = reference_table(results)
+    if args.features:
+        maps = mobilenet_maps(device, LOOK_STAGES)
+        statistics = map_images(files, lambda images: map_statistics(maps(images)), args.batch_size, args.num_threads)
+        references = torch.stack([statistics[path] for path in sorted({s.reference for pair in pairs for s in pair})])
+        deviation = references.std(0, correction=0)
+        is_alike = deviation < 1e-6 * deviation.max()  # what no reference is known by
+        statistics = {path: torch.where(is_alike, 0, one / deviation) for path, one in statistics.items()}
+        results["features"] = {"metric": FEATURE_METRIC, **compare_pairs(pairs, statistics), "masks": results["masks"]}
+        table += "\n" + reference_table(results["features"])
+    return results, table
+
+
+def compare_pairs(pairs: Sequence[tuple[Sample, Sample]], statistics: Mapping[Path, torch.Tensor]) -> dict[str, Any]:
+    """Both directions of all pairs (see compare_references), and both together; from statistics of their files."""
     image_a, image_b, reference_a, reference_b = (
         torch.stack([statistics[path] for path in paths])
         for paths in zip(*((a.image, b.image, a.reference, b.reference) for a, b in pairs), strict=True))
     result_a = compare_references(image_a, reference_a, reference_b)
     result_b = compare_references(image_b, reference_b, reference_a)
-    count = result_a["pairs"] + result_b["pairs"]
-    results = {
-        "metric": "Euclidean distance of (mean, standard deviation) of CIE L*, a*, b* (D65), 6 numbers an image",
-        "A": result_a,
-        "B": result_b,
-        "pairs": count,
-        "nearer": result_a["nearer"] + result_b["nearer"],
-        "share": round(100 * (result_a["nearer"] + result_b["nearer"]) / count, 2),
-        "masks": len({(a.mask, a.size) for a, _ in pairs}),
-        "images": {"A": len({a.image for a, _ in pairs}), "B": len({b.image for _, b in pairs})},
-        "references": {"A": len({a.reference for a, _ in pairs}), "B": len({b.reference for _, b in pairs})},
-    }
-    return results, reference_table(results)
+    count, nearer = (result_a[key] + result_b[key] for key in ("pairs", "nearer"))
+    return {"A": result_a, "B": result_b, "pairs": count, "nearer": nearer, "share": round(100 * nearer / count, 2)}
+
+
+def map_statistics(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean and standard deviation of every channel of maps (B, C, h, w), over their positions: (B, 2 x all C)."""
+    return torch.cat([part for one in maps for part in (one.mean((2, 3)), one.std((2, 3), correction=0))], dim=1)
 
 
 def select_sets(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:

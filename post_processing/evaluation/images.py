@@ -129,6 +129,31 @@ def segmentor_features(segmentor: Segmentor, images: torch.Tensor) -> torch.Tens
     return kept[0]
 
 
+def mobilenet_maps(device: torch.device, stages: Sequence[int]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """Function from images (B, 3, H, W) uint8 to maps of ImageNet's MobileNetV2, (B, C, h, w) float32 each.
+
+    Args:
+        device: where it computes.
+        stages: of 0..6 (16, 24, 32, 64, 96, 160, 320 channels at 1/2, 1/4, 1/8, 1/16, 1/16, 1/32, 1/32).
+    Raises:
+        FileNotFoundError: without the package of its weights (see find_imagenet_weights).
+    """
+    require_mmseg()
+    from mmseg.models.backbones import MobileNetV2
+
+    network = MobileNetV2(out_indices=tuple(stages)).to(device)
+    load_backbone(network, find_imagenet_weights())
+    network.eval()  # mmseg's returns nothing
+    mean, deviation = torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device)[..., None, None]
+
+    @torch.no_grad()
+    def maps(images: torch.Tensor) -> Sequence[torch.Tensor]:
+        found = network((images.to(device) - mean) / deviation)
+        return found if isinstance(found, tuple) else (found,)  # mmseg's gives a single one bare
+
+    return maps
+
+
 def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
     """Name of the feature network and the function from uint8 images (B, 3, H, W) to features (B, D)."""
     device = choose_device(args.device)
@@ -136,15 +161,8 @@ def load_extractor(args: argparse.Namespace) -> tuple[str, Extract]:
         segmentor = segmentor_of(args)
         return f"segmentor {Path(args.segmentor[1]).name}", lambda images: segmentor_features(segmentor, images)
     if not args.vgg:
-        require_mmseg()
-        from mmseg.models.backbones import MobileNetV2
-
-        network = MobileNetV2(out_indices=(6,)).to(device)
-        load_backbone(network, find_imagenet_weights())
-        network.eval()  # mmseg's returns nothing
-        mean, deviation = torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device)[..., None, None]
-        return "MobileNetV2 (320)", torch.no_grad()(
-            lambda images: network((images.to(device) - mean) / deviation).mean(dim=(2, 3)))
+        maps = mobilenet_maps(device, (6,))
+        return "MobileNetV2 (320)", lambda images: maps(images)[0].mean(dim=(2, 3))
     vgg = PerceptualLoss(args.vgg).to(device)
     return "VGG16 relu5_3 (512)", torch.no_grad()(
         lambda images: vgg.features(images.to(device) / 127.5 - 1)[-1].mean(dim=(2, 3)))

@@ -176,10 +176,10 @@ def colour_statistics(images: torch.Tensor) -> torch.Tensor:
 
 
 def compare_references(result: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
-    """Is each result nearer in colour statistics to its own reference than to the other one?
+    """Is each result nearer in its statistics to its own reference than to the other one?
 
     Args:
-        result, own, other: statistics (N, 6) of synthesized images, of their references, and of references of the other
+        result, own, other: statistics (N, D) of synthesized images, of their references, and of references of the other
             set.
     Returns:
         pairs (N), nearer (count), share (percent; a tie is not nearer), distance_own, distance_other and
