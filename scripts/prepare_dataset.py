@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pad", action="store_true", help="fill images that are smaller than a tile: black, 255 in masks")
     add("--max_ignore", type=fraction, default=0.5, help="leave out labelled tiles with a larger share of ignored "
         "pixels (default: %(default)s)")
+    add("--max_nodata", type=fraction, default=0.05, help="leave out tiles without labels, references too, with a "
+        "larger share of pixels without data (default: %(default)s)")
     add("--split_file", nargs="+", metavar="SPLIT=FILE", help="train=FILE val=FILE test=FILE, lists of names as "
         "benchmarks publish them; images in no list are left out")
     add("--val_fraction", type=fraction, help="share of the training images that becomes val, in whole groups "

@@ -22,7 +22,7 @@ from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
 from post_processing.gain.report import draw_curves, make_table, read_curves, summarise
-from post_processing.gain.sets import draw_shares, nearest_references, write_random_drop, write_targets
+from post_processing.gain.sets import draw_shares, list_references, nearest_references, write_random_drop, write_targets
 from post_processing.gain.stages import Stage, StageRunner, make_slots
 from post_processing.segmentation.self_training import list_targets
 
@@ -363,6 +363,23 @@ def test_references_of_the_same_classes_are_drawn(workspace, tmp_path):
 
     plan = make_plan(workspace, tmp_path / "out", "--match_references", "--mix_masks")
     assert next(stage for stage in plan.stages() if stage.name == "masks").needs == ("sets", "shares")
+
+
+def test_references_with_holes_are_left_out(workspace, tmp_path, caplog):
+    folder = workspace / "holes"
+    folder.mkdir()
+    for name, black in (("a", 0), ("b", 1), ("c", 8)):
+        image = np.full((20, 20, 3), 60, np.uint8)
+        image[:black] = 0
+        Image.fromarray(image).save(folder / f"{name}.png")
+    plan = make_plan(workspace, tmp_path / "out", "--references", str(folder))
+    with caplog.at_level("INFO"):
+        assert list_references(plan) == ["holes/a.png", "holes/b.png"]
+    assert "1 of 3 references are left out: more than 5 % of their pixels are black" in caplog.text
+    for name in ("a", "b"):
+        (folder / f"{name}.png").unlink()
+    with pytest.raises(UserError, match="all 1 images are black"):
+        list_references(plan)
 
 
 def test_drawn_masks_have_the_wanted_class_shares():

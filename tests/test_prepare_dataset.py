@@ -181,6 +181,35 @@ def test_mapping_to_another_table_and_max_ignore(tmp_path: Path, table: str) -> 
     assert (np.asarray(Image.open(out / rows[0]["source"])) == 0).all()
 
 
+def test_unlabelled_tiles_and_references_with_holes(tmp_path: Path, table: str) -> None:
+    """Black without a word about it is named; as no data it leaves out what has more of it than --max_nodata."""
+    write_pair(tmp_path / "images", tmp_path / "masks", "labelled", 0, value=1)
+    more = tmp_path / "more"
+    more.mkdir()
+    for name, black in (("whole", 0), ("edge", 1), ("hole", 16)):
+        image = np.full((32, 32, 3), 90, np.uint8)
+        image[:, :black] = 0
+        Image.fromarray(image).save(more / f"{name}.png")
+    flags = ["--val_fraction", "0", "--unlabelled_train", str(more), "--ref_dir", str(more), "--pair", "folder",
+             "--tile", "32", "--infer_split", "train"]  # fmt: skip
+
+    def prepare(out: str, *further: str) -> tuple[set[str], dict]:
+        main(folders(tmp_path, table, tmp_path / out, *flags, *further))
+        kept = {path.stem.split("_")[0] for path in (tmp_path / out / "ref_img").iterdir()}
+        unlabelled = {path.stem.split("_")[0] for path in (tmp_path / out / "img_train").iterdir()}
+        assert unlabelled == kept | {"labelled"}
+        return kept, json.loads((tmp_path / out / "summary.json").read_text())
+
+    kept, summary = prepare("unnamed")
+    assert kept == {"whole", "edge", "hole"}
+    assert any("images without masks are black" in note and "--nodata 0" in note for note in summary["notes"])
+    kept, summary = prepare("named", "--nodata", "0")
+    assert kept == {"whole", "edge"} and summary["left_out"] == {"unlabelled tiles over --max_nodata": 2}
+    assert not any("black" in note for note in summary["notes"])
+    assert prepare("all", "--nodata", "0", "--max_nodata", "0.5")[0] == {"whole", "edge", "hole"}
+    assert prepare("none", "--nodata", "0", "--max_nodata", "0")[0] == {"whole"}
+
+
 def test_loveda_layout(tmp_path: Path) -> None:
     for part, domain, value in (("Train", "Rural", 2), ("Val", "Rural", 0), ("Train", "Urban", 1)):
         folder = tmp_path / "LoveDA" / part / domain

@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to 
 SPLIT_SEED = 23
 NEAREST = 16  # references that one is drawn of, with --match_references
 CANDIDATES = 64  # masks that one is chosen of, to come near to given shares
+MUCH_BLACK = 0.05  # share of pixels that are 0 in every band, from which an image has a hole and is no reference
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth generating
 
 
@@ -100,12 +102,27 @@ def write_pairs(plan: "Plan", path: str, rows: Sequence[Row]) -> None:
 def list_references(plan: "Plan", split: tuple[list[Row], ...] | None = None) -> list[str]:
     """All references, paths below the data root: those of --references, and images that lost their labels.
 
-    Images that are held out are among them only where there are no others of --references.
+    Images that are held out are among them only where there are no others of --references. Those with holes are left
+    out (see MUCH_BLACK): a generator takes over the black, and where references are matched by class, it is dark water.
     """
     _, others, held_out = split or split_real(plan)
     rows = [*others, *([] if plan.args.references else held_out)]
-    return [*find_references(plan.args.references, Path(plan.root)),
-            *(str(relative(row.image, plan.root)) for row in rows)]  # fmt: skip
+    found = [*find_references(plan.args.references, Path(plan.root)),
+             *(str(relative(row.image, plan.root)) for row in rows)]  # fmt: skip
+    whole = [name for name in found if black_share(Path(plan.root) / name) <= MUCH_BLACK]
+    if found and not whole:
+        raise UserError(f"--references: all {len(found)} images are black (0 in every band) in more than "
+                        f"{MUCH_BLACK:.0%} of their pixels. Expected images without holes. Check the paths.")
+    if len(whole) < len(found):
+        logger.info("%d of %d references are left out: more than %d %% of their pixels are black",
+                    len(found) - len(whole), len(found), 100 * MUCH_BLACK)  # fmt: skip
+    return whole
+
+
+@lru_cache(maxsize=2**18)
+def black_share(path: Path) -> float:
+    """Share of an image's pixels that are 0 in every band."""
+    return float((read_image(path, None) == 0).all(-1).mean())
 
 
 def link_references(plan: "Plan") -> None:
@@ -147,6 +164,9 @@ def write_masks(plan: "Plan") -> None:
     split = split_real(plan)
     real, pool = split[0], list_references(plan, split)
     pixels = read_reference_pixels(plan.outdir / "shares") if args.match_shares or args.match_references else None
+    if pixels is not None and len(pixels) != len(pool):
+        raise UserError(f"{plan.outdir / 'shares'}: shares of {len(pixels)} references, but there are {len(pool)} "
+                        "now. Expected those of an unchanged --references. Choose a new --outdir.")
     shares = pixels.sum(0) / pixels.sum() if args.match_shares else None
     near = max(NEAREST, args.num_per_mask)
 

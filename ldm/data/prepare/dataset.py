@@ -72,8 +72,8 @@ def write_dataset(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     strides = {"train": args.stride or args.tile, "val": eval_stride, "test": eval_stride, "ref": eval_stride}
     rules = MaskRules(args.mask_kind, layout.rules.nearest_colour if args.nearest_colour is None else
                       args.nearest_colour, args.stray_colours == "ignore")
-    settings = TileSettings(root, source_table, table, args.tile, strides, args.max_ignore, reading, rules, args.pad,
-                            args.ext)
+    settings = TileSettings(root, source_table, table, args.tile, strides, args.max_ignore, args.max_nodata, reading,
+                            rules, args.pad, args.ext)
     cut = cut_images(found.images, settings, args.workers)
     notes = found.notes + describe_masks(cut, source_table)
     notes += check_classes(cut.notes, source_table, args.allow_empty_classes)
@@ -188,6 +188,11 @@ def describe_masks(cut: Cut, table: ClassTable) -> list[str]:
     if notes.get("black", 0) > MUCH_BLACK * labelled:
         lines.append(f"warning: {notes['black'] / labelled:.1%} of the labelled pixels are black (0 in every band). If "
                      "they lie outside of what was recorded, add --nodata 0, which makes them 255 in the masks")
+    if notes.get("unlabelled_black", 0) > MUCH_BLACK * notes["unlabelled"]:
+        share = notes["unlabelled_black"] / notes["unlabelled"]
+        lines.append(f"warning: {share:.1%} of the pixels of images without masks are black (0 in every band). If they "
+                     "lie outside of what was recorded, add --nodata 0, which leaves out tiles with holes: as "
+                     "references they ask for black ground")
     return lines
 
 

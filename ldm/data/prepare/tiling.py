@@ -72,6 +72,8 @@ class TileSettings:
         tile: edge of a tile in pixels; 0 keeps whole images.
         strides: pixels between neighbouring tiles, for each split.
         max_ignore: labelled tiles with a larger share of ignored pixels are left out, 0..1.
+        max_nodata: tiles without labels with a larger share of pixels without data are left out, 0..1: as a reference
+            a tile with a hole asks for black ground.
         reading: bands, scale and nodata of the images.
         rules: how masks are decoded.
         pad: fill images smaller than a tile with black and 255, to the right and below.
@@ -85,6 +87,7 @@ class TileSettings:
     tile: int
     strides: dict[str, int]
     max_ignore: float
+    max_nodata: float = 0.05
     reading: Reading = Reading()
     rules: MaskRules = MaskRules()
     pad: bool = False
@@ -177,10 +180,17 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
             ids = np.where(valid, ids, np.uint8(IGNORE_INDEX))
         elif mask is not None:
             cut.notes["black"] += count_black(stored, ids)
+        else:
+            cut.notes["unlabelled_black"] += count_black(stored, np.zeros(ids.shape, np.uint8))
+        cut.notes["unlabelled"] += ids.size if mask is None else 0
         for left in window_starts(width, tile_w, stride or tile_w):
             columns = slice(left, left + tile_w)
-            if valid is not None and not valid[:, columns].any() and (mask is None or settings.max_ignore < 1):
+            hole = 0.0 if valid is None else 1 - valid[:, columns].mean()
+            if hole == 1 and (mask is None or settings.max_ignore < 1):
                 cut.left_out["tiles without data"] += 1
+                continue
+            if mask is None and hole > settings.max_nodata:
+                cut.left_out["unlabelled tiles over --max_nodata"] += 1
                 continue
             name = f"{source.pair.name}_{top:04d}_{left:04d}" if settings.tile else source.pair.name
             tile = write_tile(source, name, (top, left), rows[:, columns], ids[:, columns], info, settings)
