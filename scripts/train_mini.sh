@@ -44,6 +44,10 @@ fi
     grep '"unlabelled/' "$out/data/train_set_items.json" | awk 'NR % 2'
 } >"$out/mixed_set_items.json"
 
+# Where neither GPU nor processor has bfloat16 it is imitated, many times slower.
+precision=bf16-mixed
+[ -n "${GPUS-}" ] || grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo || precision=32-true
+
 # train STAGE SHARE ARGUMENT...: a run in OUT/STAGE, resumed when it was interrupted, skipped when it is finished. With
 # MINUTES it gets this share of those that are left, but for what the rest of the script takes.
 train() {
@@ -61,29 +65,41 @@ train() {
         "$python" train.py -r "$out/$stage" --gpus "${GPUS-}" $budget ${ARGS-}
     else
         # shellcheck disable=SC2086
-        "$python" train.py -p "$out/$stage" --gpus "${GPUS-}" --data_root "$out/data" "$@" $budget ${ARGS-}
+        "$python" train.py -p "$out/$stage" --gpus "${GPUS-}" --data_root "$out/data" --precision "$precision" \
+            "$@" $budget ${ARGS-}
     fi
     touch "$out/$stage/done"
 }
 
-# train_generator SHARE ARGUMENT...
+# train_generator STAGE SHARE ARGUMENT...
 train_generator() {
-    part=$1
-    shift
-    train references "$part" --config_model configs/model/tisynth_patch_mini.yaml \
+    part=$1 of=$2
+    shift 2
+    train "$part" "$of" --config_model configs/model/tisynth_patch_mini.yaml \
         -b configs/train/mini.yaml configs/train/mini_references.yaml \
         --train_txt_file "$out/mixed_set_items.json" "$@"
 }
 
-whole=$out/references/checkpoints/last.safetensors
+# Many small steps on windows first, which cost a third of a tile's; then tiles; then the rate falls, and with it the grain.
+train_tiles() {
+    train_generator tiles "$1" "$3" "$4" init=null training.schedule=constant training.ema_decay=0.998 \
+        training.learning_rate=8e-4 lightning.trainer.max_steps=1400
+    train_generator decay "$2" --finetune "$out/tiles/checkpoints/last.ckpt" init=null training.warmup_steps=5 \
+        training.learning_rate=8e-4 lightning.trainer.max_steps=400
+}
+
+whole=$out/decay/checkpoints/last.safetensors
 if [ -n "${START-}" ]; then
-    train_generator 1 --pretrain_path "$START" init=null
+    train_tiles 0.75 1 --pretrain_path "$START"
 else
     # The encoder of patches is finished with its fit, so that generator and decoder need nothing of each other.
     patches=$out/patches.safetensors
     [ -f "$patches" ] || "$python" demo/make/fit_patches.py configs/model/autoencoder_patch_mini.yaml "$patches" \
         --data_root "$out/data" --txt_file "$out/data/train_set_items.json"
-    train_generator 0.7 init.first_stage_model="$patches"
+    train_generator windows 0.2 init.first_stage_model="$patches" "data.params.size=[64,64]" data.params.random_crop=true \
+        training.schedule=constant training.ema_decay=0.998 training.learning_rate=8e-4 training.warmup_steps=100 \
+        lightning.trainer.max_steps=1900
+    train_tiles 0.5 0.4 --finetune "$out/windows/checkpoints/last.ckpt"
 
     perceptual=$out/lpips_vgg16.safetensors
     if [ ! -f "$perceptual" ] && [ -f "$out/data/lpips_vgg16.safetensors" ]; then
@@ -95,11 +111,10 @@ else
     train patch_autoencoder 1 --config_model configs/model/autoencoder_patch_mini.yaml \
         -b configs/train/mini_autoencoder.yaml --pretrain_path "$patches" \
         model.params.perceptual_weights="$perceptual" training.learning_rate=1e-3 \
-        training.warmup_steps=50 training.ema_decay=0.99 lightning.trainer.max_steps=700 \
-        lightning.trainer.precision=bf16-mixed
+        training.warmup_steps=50 training.ema_decay=0.99 lightning.trainer.max_steps=700
     mkdir -p "$out/whole/checkpoints"
     "$python" scripts/convert_checkpoint.py "$whole" "$out/patch_autoencoder/checkpoints/last.safetensors" \
-        "$out/whole/checkpoints/last.safetensors" --config "$out/references/config.yaml" --overwrite
+        "$out/whole/checkpoints/last.safetensors" --config "$out/decay/config.yaml" --overwrite
     whole=$out/whole/checkpoints/last.safetensors
 fi
 "$python" scripts/convert_checkpoint.py "$whole" "$out/tisynth_mini.safetensors" --dtype fp16 --overwrite

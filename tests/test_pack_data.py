@@ -121,16 +121,16 @@ def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptu
     pack_data.main([str(toy_data), str(pack), "--perceptual", str(perceptual)])
     settings = {"MINUTES": "9", "ARGS": "data.params.batch_size=7"}
     log = [line for line in train_mini(pack, out, **settings) if line.startswith("train.py")]
-    assert len(log) == 2 and all(line.endswith("data.params.batch_size=7") for line in log)
-    budgets = [float(line.partition("training.max_minutes=")[2].split()[0]) for line in log]
-    assert budgets[0] == pytest.approx(0.7 * 8.52, abs=0.1) and budgets[1] == pytest.approx(8.52, abs=0.3)
-    assert f"perceptual_weights={out}/data/lpips_vgg16.safetensors" in log[1]
+    assert len(log) == 4 and all(line.endswith("data.params.batch_size=7") for line in log)
+    budgets = [float(line.partition("training.max_minutes=")[2].split()[0]) for line in log]  # nothing takes time here
+    assert budgets == pytest.approx([8.52 * share for share in (0.2, 0.5, 0.4, 1)], abs=0.3)
+    assert f"perceptual_weights={out}/data/lpips_vgg16.safetensors" in log[3]
     assert (out / "data/val_set_items.json").is_file() and (out / "data/lpips_vgg16.safetensors").is_file()
     assert not any(line.startswith("train.py") for line in train_mini(pack, out, **settings))  # finished: skipped
 
 
 def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, train_mini):
-    """Rich labelled tiles and every second unlabelled one; from a model one training, nothing that it has already."""
+    """Rich labelled tiles and every second unlabelled one; from a model no windows, nothing that it has already."""
     out = tmp_path / "out"
     (out / "data").mkdir(parents=True)
     rows = [*(f"dubai/{n}" for n in range(4)), *(f"unlabelled/{n}" for n in range(5))]
@@ -138,18 +138,22 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     (out / "data/train_set_items.json").write_text("".join(lines))
     log = train_mini("unused", out, START="whole.safetensors")
     assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]
-    assert [line.split()[0] for line in log] == ["scripts/select_rows.py", "train.py", "scripts/convert_checkpoint.py"]
+    assert [line.split()[0] for line in log] == ["scripts/select_rows.py", *["train.py"] * 2,
+                                                 "scripts/convert_checkpoint.py"]  # fmt: skip
     assert "--pretrain_path whole.safetensors init=null" in log[1] and "mini_references.yaml" in log[1]
     made = f"{out}/tisynth_mini.safetensors --dtype fp16 --overwrite"
-    assert log[2].endswith(f"{out}/references/checkpoints/last.safetensors {made}")
+    assert f"--finetune {out}/tiles/checkpoints/last.ckpt init=null" in log[2]
+    assert log[3].endswith(f"{out}/decay/checkpoints/last.safetensors {made}")
 
-    shutil.rmtree(out / "references")
+    for stage in ("tiles", "decay"):
+        shutil.rmtree(out / stage)
     (out / "lpips_vgg16.safetensors").touch()
     log = train_mini("unused", out)
-    assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", "train.py", "train.py",
+    assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", *["train.py"] * 4,
                                                  *["scripts/convert_checkpoint.py"] * 2]  # fmt: skip
-    assert f"init.first_stage_model={out}/patches.safetensors" in log[1] and "patch_autoencoder" in log[2]
-    assert log[4].endswith(f"{out}/whole/checkpoints/last.safetensors {made}")
+    assert f"init.first_stage_model={out}/patches.safetensors data.params.size=[64,64]" in log[1]
+    assert f"--finetune {out}/windows/checkpoints/last.ckpt init=null" in log[2] and "patch_autoencoder" in log[4]
+    assert log[6].endswith(f"{out}/whole/checkpoints/last.safetensors {made}")
 
 
 def test_train_mini_refuses_the_name_of_a_recipe(tmp_path: Path):
