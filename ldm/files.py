@@ -85,8 +85,8 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], Any], 
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
-            if is_synced:
-                file.flush()
+        if is_synced:
+            with open(temporary, "rb+") as file:  # opened again: `content` may have put another file in its place
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import pickle
 import struct
 import zipfile
@@ -160,6 +161,20 @@ def test_later_files_win(weights: dict[str, Tensor], tmp_path: Path):
     torch.save(other, tmp_path / "b.ckpt")
     own = pretrain([tmp_path / "a.ckpt", tmp_path / "b.ckpt"]).state_dict()
     assert_equal(own, weights | other)
+
+
+def test_another_shape_is_no_fault_where_a_later_file_has_the_tensor(method: TISynth, weights: dict[str, Tensor]):
+    name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+    other = torch.arange(float(len(weights[name])))
+    stored = {key: StoredTensor(tuple(value.shape), value.dtype, lambda value=value: value)
+              for key, value in (weights | {name: torch.zeros(3)}).items()}
+    later = {name: StoredTensor(tuple(other.shape), other.dtype, lambda: other)}
+    filled = build()
+    account = fill(filled, [Checkpoint("first", stored), Checkpoint("later", later)])
+    assert torch.equal(filled.state_dict()[name], other) and not account.wrong
+    assert any("first: 1 tensors of another shape are left out" in note for note in account.notes)
+    with pytest.raises(UserError, match="first: 1 tensors have another shape"):
+        fill(filled, [Checkpoint("later", later), Checkpoint("first", stored)])
 
 
 def test_a_hint_stem_for_other_channels_stays_fresh(weights: dict[str, Tensor], tmp_path: Path, caplog):
@@ -363,6 +378,16 @@ def test_deltas_and_precision(method: TISynth, weights: dict[str, Tensor], tmp_p
     save_safetensors(tmp_path / "large.safetensors", {"model.diffusion_model.out.2.bias": torch.tensor([1e6])})
     with pytest.raises(UserError, match="too large for fp16"):
         convert(tmp_path / "large.safetensors", tmp_path / "large16.safetensors", "--dtype", "fp16")
+
+
+def test_weights_may_be_read_by_all_who_may_read_other_files_and_reach_the_disk(tmp_path: Path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    (tmp_path / "other").touch()
+    save_safetensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    stat = os.stat(tmp_path / "x.safetensors")
+    assert stat.st_mode == os.stat(tmp_path / "other").st_mode
+    assert synced == [stat.st_ino]
 
 
 def test_safetensors_whose_header_begins_like_a_pickle(tmp_path: Path):

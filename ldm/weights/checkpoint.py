@@ -1,11 +1,13 @@
 """Weights of every layout under our names; files that hold only what was trained, and what they stand on."""
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -128,7 +130,12 @@ def save_safetensors(path: Path, weights: Mapping[str, Tensor], config: DictConf
     if config is not None:
         header["config"] = OmegaConf.to_yaml(config, resolve=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    atomic_write(path, lambda file: save_file(tensors, file.name, metadata=header))
+
+    def write(file: IO[bytes]) -> None:
+        save_file(tensors, file.name, metadata=header)  # another file in its place, which its owner alone may read
+        os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+
+    atomic_write(path, write)
 
 
 def describe_bases(origins: Mapping[str, str]) -> str:

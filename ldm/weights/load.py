@@ -198,9 +198,11 @@ def fill(method: Method, files: Sequence[Checkpoint], is_required: Callable[[str
     own = method.state_dict()
     account, problems = Account(method.weight_groups()), []
     chosen: dict[str, StoredTensor] = {}
-    for file in files:
+    for number, file in enumerate(files):
         account.notes += [f"{file.name}: {note}" for note in file.notes]
-        problems += choose(file, own, chosen, account)
+        replaced = {name for later in files[number + 1:] for name, stored in later.tensors.items()
+                    if name in own and tuple(stored.shape) == tuple(own[name].shape)}
+        problems += choose(file, own, chosen, account, replaced)
     copies = find_copies(account.groups, own, chosen) if initialise_branches else {}
     account.copied = list(copies)
     has_values = {*chosen, *copies, *SCHEDULE}
@@ -230,12 +232,20 @@ def fill(method: Method, files: Sequence[Checkpoint], is_required: Callable[[str
     return account
 
 
-def choose(file: Checkpoint, own: Mapping[str, Tensor], chosen: dict[str, StoredTensor], account: Account) -> list[str]:
-    """Enter the tensors of one file that fit into `chosen` and the account; returns problems."""
+def choose(file: Checkpoint, own: Mapping[str, Tensor], chosen: dict[str, StoredTensor], account: Account,
+           replaced: Collection[str] = ()) -> list[str]:
+    """Enter the tensors of one file that fit into `chosen` and the account; returns problems.
+
+    Those that do not fit, but are `replaced` by a later file, are none.
+    """
     problems = compare_schedule(file, own)
     tensors = {name: stored for name, stored in file.tensors.items() if name not in SCHEDULE}
     wrong = {name: f"file {stored.shape}, model {tuple(own[name].shape)}" for name, stored in tensors.items()
              if name in own and tuple(stored.shape) != tuple(own[name].shape)}
+    if out := [name for name in wrong if name in replaced]:
+        account.notes.append(f"{file.name}: {len(out)} tensors of another shape are left out, a later file has them "
+                             f"(first: {out[0]})")
+        tensors, wrong = ({k: v for k, v in some.items() if k not in out} for some in (tensors, wrong))
     for group in account.groups:
         first = f"{group.prefix}{group.stem}0.weight"  # what sees a hint
         if group.stem and first in wrong:
