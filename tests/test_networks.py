@@ -1,10 +1,15 @@
 """The networks at tiny size: names, shapes, closed forms, couplings."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
 from tiny import ROOT, model_params, randomize
 from torch import Tensor, nn
 
@@ -12,10 +17,12 @@ from cldm.all_in_attention import AllInAttentionBlock, AllInAttentionUNet
 from cldm.control import ControlBranch, Features
 from cldm.look import pool_statistics
 from cldm.tisynth import TISynth
+from demo.make import fit_patches
 from ldm.modules.attention import CrossAttention
 from ldm.modules.autoencoder import AutoencoderKL, DiagonalGaussian, PatchAutoencoder
 from ldm.modules.unet import UNet
 from ldm.sampling.modes import Sampling
+from ldm.util import UserError
 from ldm.weights.load import build_skeleton
 
 # The lower level has no transformer, like the 8 x 8 level of SD1.5.
@@ -292,6 +299,52 @@ def test_patch_autoencoder_keeps_what_a_singular_value_decomposition_keeps():
     np.testing.assert_allclose(found, expected, atol=2e-5)
     np.testing.assert_allclose(shares.numpy(), singular[:kept]**2 / (singular**2).sum(), rtol=1e-6)
     assert np.abs(expected - patches).max() > 1e-3  # seven components do leave something out
+
+
+def test_patch_autoencoder_restores_from_neighbours_what_least_squares_does():
+    images = smooth_images() + 0.1 * torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    autoencoder = PatchAutoencoder(channels=4, ch=8, ch_mult=[1, 2, 2], context=1)
+    autoencoder.fit(images)
+    latent = autoencoder.encode(images).mean
+    padded = np.pad(latent.numpy().astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    places = [(n, y, x) for n in range(6) for y in range(6) for x in range(6)]
+    around = np.stack([padded[n, :, y:y + 3, x:x + 3].ravel() for n, y, x in places])
+    centred = (images - images.mean((0, 2, 3), keepdim=True)).numpy()
+    patches = np.stack([centred[n, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4].ravel() for n, y, x in places])
+    expected = around @ np.linalg.lstsq(around, patches, rcond=None)[0]
+    restored = autoencoder.decode(latent).detach().numpy() - images.mean((0, 2, 3), keepdim=True).numpy()
+    found = np.stack([restored[n, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4].ravel() for n, y, x in places])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert autoencoder.decode(latent[:, :, :2]).shape == (6, 3, 8, 24)
+    alone = PatchAutoencoder(channels=4, ch=8, ch_mult=[1, 2, 2])
+    alone.fit(images)
+    torch.testing.assert_close(alone.encode(images).mean, latent)  # the encoder does not know the context
+    assert (alone.decode(latent) - images).square().mean().item() > 1.01 * np.square(found - patches).mean()
+
+
+def test_the_way_back_is_fitted_anew_for_a_given_encoder(tmp_path: Path):
+    for number, image in enumerate(smooth_images(size=32)):
+        levels = (image.permute(1, 2, 0).clamp(-1, 1) * 127.5 + 127.5).byte()
+        Image.fromarray(levels.numpy()).save(tmp_path / f"{number}.png")
+    rows = [{"source": f"{n}.png", "target": f"{n}.png", "prompt": ""} for n in range(6)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+
+    def fit(out: str, *extra: str, channels: int = 4, context: int = 0) -> dict[str, Tensor]:
+        params = {"channels": channels, "ch": 8, "ch_mult": [1, 2, 2], "context": context}
+        autoencoder = {"target": "ldm.modules.autoencoder.PatchAutoencoder", "params": params}
+        model = {"target": "ldm.methods.autoencoder.AutoencoderMethod", "params": {"autoencoder": autoencoder}}
+        OmegaConf.save(OmegaConf.create({"model": model}), tmp_path / "config.yaml")
+        fit_patches.main([str(tmp_path / "config.yaml"), str(tmp_path / out), "--data_root", str(tmp_path),
+                          "--txt_file", str(tmp_path / "rows.json"), *extra])
+        return load_file(tmp_path / out)
+
+    first = fit("a.safetensors")
+    second = fit("b.safetensors", "--encoder", str(tmp_path / "a.safetensors"), context=1)
+    back = "first_stage_model.synthesis"
+    assert first[back].shape == (4, 3, 4, 4) and second[back].shape == (4, 3, 12, 12)
+    assert all(torch.equal(first[name], second[name]) for name in first if name != back)
+    with pytest.raises(UserError, match=r"a.safetensors: 2 tensors .* \(first: first_stage_model.analysis\)"):
+        fit("c.safetensors", "--encoder", str(tmp_path / "a.safetensors"), channels=5)
 
 
 def test_patch_autoencoder_whitens_as_told_and_trains_its_decoder_only():

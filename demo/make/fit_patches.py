@@ -3,7 +3,9 @@
     python demo/make/fit_patches.py configs/model/autoencoder_patch_mini.yaml patches.safetensors --data_root DATA \
         --txt_file DATA/train_set_items.json
 
-The decoder in the file is the linear way back; train.py --pretrain_path patches.safetensors trains it.
+The decoder in the file is the linear way back; train.py --pretrain_path patches.safetensors trains it. With --encoder
+MODEL, encoder and trained decoder are those of MODEL and only the linear way back is fitted anew: generators of its
+latents stay as they are, and it gets the config's context.
 """
 import argparse
 import sys
@@ -20,6 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", type=Path, help="safetensors file to write")
     parser.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
     parser.add_argument("--txt_file", required=True, help="manifest whose images (`target`) are looked at")
+    parser.add_argument("--encoder", metavar="MODEL", help="whole model, or output of this script, whose encoder stays")
     parser.add_argument("--images", type=int, default=1500, help="how many, evenly spaced (default: %(default)s)")
     parser.add_argument("--whitening", type=float, default=0.5, help="see PatchAutoencoder.fit (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -45,11 +48,34 @@ def main(argv: list[str]) -> None:
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise UserError(f"{args.txt_file}: images of {len(sizes)} sizes. Expected tiles of one size.")
-    kept = network.fit(normalize_batch({"image": torch.stack(images)}, "cpu")["image"], args.whitening)
+    pixels = normalize_batch({"image": torch.stack(images)}, "cpu")["image"]
+    if args.encoder:
+        account = adopt_encoder(network, args.encoder)
+        network.fit_way_back(pixels)
+    else:
+        kept = network.fit(pixels, args.whitening)
+        account = (f"{len(kept)} components keep {kept.sum():.2%} of the variance of {network.downsampling} x "
+                   f"{network.downsampling} patches")
     weights = {f"first_stage_model.{name}": value for name, value in network.state_dict().items()}
     save_safetensors(args.out, weights, OmegaConf.create({"model": model}))
-    print(f"{len(images)} images; {len(kept)} components keep {kept.sum():.2%} of the variance of "
-          f"{network.downsampling} x {network.downsampling} patches; wrote {args.out}")
+    print(f"{len(images)} images; {account}; wrote {args.out}")
+
+
+def adopt_encoder(network: "PatchAutoencoder", path: str) -> str:  # noqa: F821
+    """Load all of a file's autoencoder but its linear way back; says what was done.
+
+    UserError if the file lacks a part, or has one of another shape.
+    """
+    from ldm.weights.checkpoint import open_whole
+    own = {name: value for name, value in network.state_dict().items() if name != "synthesis"}
+    stored = {name: tensor for file in open_whole(path) for name, tensor in file.tensors.items()}
+    stored = {name: stored.get(f"first_stage_model.{name}") for name in own}
+    bad = [name for name, value in own.items() if stored[name] is None or stored[name].shape != value.shape]
+    if bad:
+        raise UserError(f"--encoder {path}: {len(bad)} tensors of this PatchAutoencoder are not in it, or of another "
+                        f"shape (first: first_stage_model.{bad[0]}). Give a model with the same channels and widths.")
+    network.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
+    return f"the way back of {path}'s encoder was fitted, the rest kept"
 
 
 if __name__ == "__main__":

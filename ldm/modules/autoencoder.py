@@ -86,16 +86,19 @@ class PatchAutoencoder(nn.Module):
     Args:
         channels: principal components kept of a patch = channels of the latent.
         ch, ch_mult, num_res_blocks: of the decoder (see AutoencoderKL); patches have edges of 2**(len(ch_mult) - 1).
+        context: how many latent pixels on each side of its own a patch is restored from by the linear way back. With 0
+            patches know nothing of each other and leave a grid.
     """
 
-    def __init__(self, channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int = 1) -> None:
+    def __init__(self, channels: int, ch: int, ch_mult: Sequence[int], num_res_blocks: int = 1,
+                 context: int = 0) -> None:
         super().__init__()
         self.downsampling = 2 ** (len(ch_mult) - 1)
-        self.latent_channels = channels
-        patch = (channels, 3, self.downsampling, self.downsampling)
+        self.latent_channels, self.context = channels, context
+        reach = self.downsampling * (2 * context + 1)
         self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("analysis", torch.zeros(patch))
-        self.register_buffer("synthesis", torch.zeros(patch))
+        self.register_buffer("analysis", torch.zeros(channels, 3, self.downsampling, self.downsampling))
+        self.register_buffer("synthesis", torch.zeros(channels, 3, reach, reach))
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, 3, channels)
         zero_module(self.decoder.conv_out)
 
@@ -121,11 +124,34 @@ class PatchAutoencoder(nn.Module):
         axes = axes * axes.gather(1, largest).sign()  # an axis has no direction of its own; this one repeats
         scale = kept.pow(-whitening / 2)
         scale = scale / (kept * scale.square()).mean().sqrt()
-        axes = axes.unflatten(1, self.analysis.shape[1:])
-        for buffer, value in ((self.mean, mean), (self.analysis, axes * scale[:, None, None, None]),
-                              (self.synthesis, axes / scale[:, None, None, None])):
-            buffer.copy_(value)
+        self.mean.copy_(mean)
+        self.analysis.copy_((axes * scale[:, None]).unflatten(1, self.analysis.shape[1:]))
+        self.fit_way_back(images)
         return kept / variances.sum()
+
+    @torch.no_grad()
+    def fit_way_back(self, images: Tensor) -> None:
+        """Set the linear way back of the encoder as it is: least squares from latents to the pixels of a patch.
+
+        Args:
+            images: as for `fit`.
+        """
+        side, edge = 2 * self.context + 1, self.downsampling
+        size = self.latent_channels * side**2
+        gram, cross = torch.zeros(size, size).double(), torch.zeros(size, 3 * edge**2).double()
+        for part in images.split(64):  # all at once they would take gigabytes
+            around = F.unfold(self.pad(self.encode(part).mean), side).double()  # (n, size, h * w)
+            pixels = F.pixel_unshuffle(part.double() - self.mean[:, None, None].double(), edge).flatten(2)
+            gram += torch.einsum("nal,nbl->ab", around, around)
+            cross += torch.einsum("nal,npl->ap", around, pixels)
+        found = torch.linalg.lstsq(gram, cross, driver="gelsd").solution  # also where components never vary
+        # A latent pixel to the left of a patch writes to its right: turned round, the blocks are a kernel.
+        found = found.unflatten(0, (-1, side, side)).unflatten(3, (3, edge, edge)).flip(1, 2)
+        self.synthesis.copy_(found.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3))
+
+    def pad(self, latent: Tensor) -> Tensor:
+        """Latent with its borders repeated as far as the context reaches."""
+        return F.pad(latent, (self.context,) * 4, mode="replicate") if self.context else latent
 
     def encode(self, image: Tensor) -> DiagonalGaussian:
         """Latent of an image as a posterior without variance; (B, 3, H, W) in [-1, 1] -> (B, channels, h, w)."""
@@ -135,7 +161,8 @@ class PatchAutoencoder(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Image of a latent: (B, channels, h, w) -> (B, 3, H, W), about [-1, 1], not clamped."""
-        linear = F.conv_transpose2d(latent, self.synthesis.to(latent.dtype), stride=self.downsampling)
+        linear = F.conv_transpose2d(self.pad(latent), self.synthesis.to(latent.dtype), stride=self.downsampling,
+                                    padding=2 * self.context * self.downsampling)
         return linear + self.mean[:, None, None] + self.decoder(latent)
 
 
