@@ -16,9 +16,9 @@ else
 fi
 if [ -n "${REAL_IMG:-}" ]; then
     set -- "$@" --real-img-path "$REAL_IMG" --real-mask-path "${REAL_MASK:?give the folder of the masks, REAL_MASK=DIR}"
-else
-    set -- "$@" --real_txt_file "${REAL_TXT_FILE:?give the manifest of the real training pairs, REAL_TXT_FILE=FILE}"
-    if [ -n "${DATA_ROOT:-}" ]; then set -- "$@" --data_root "$DATA_ROOT"; fi
+elif [ -n "${REAL_TXT_FILE:-}" ]; then # none with --hardness_txt_file or --fold; filter.py says where it is missing
+    set -- "$@" --real_txt_file "$REAL_TXT_FILE"
 fi
+if [ -n "${DATA_ROOT:-}" ]; then set -- "$@" --data_root "$DATA_ROOT"; fi
 if [ -n "${CLASSES:-}" ]; then set -- "$@" --classes "$CLASSES"; fi
 exec "$PYTHON" -m post_processing.filter "$@"

@@ -1,6 +1,6 @@
 """Train a method: parse flags, merge yaml, build module, data and Trainer, fit.
 
-    python train.py --config_model configs/model/tisynth_mini.yaml -b configs/train/mini.yaml --data_root DATA
+    python train.py --config_model configs/model/tisynth_tiny.yaml -b configs/train/mini.yaml --data_root DATA init=null
     python train.py -r logs/2026-11-21T10-00-00_mini          # resume, exactly
 """
 import argparse

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Train a method. Settings are environment variables; flags and key.sub=value overrides of train.py may follow.
-#   DATA_ROOT=data/mini sh train.sh                            all GPUs of this machine, or the CPU when there is none
+#   DATA_ROOT=data/mini sh train.sh init.first_stage_model=AUTOENCODER
+#                                                              all GPUs of this machine, or the CPU when there is none
 #   GPUS=0,1 NAME=gid CONFIG=configs/model/tisynth_sd15.yaml BASE=configs/train/gid.yaml DATA_ROOT=data/gid sh train.sh
 #                                                              GPUS has numbers of GPUs, as --gpus: 0 is the first one
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=host0 sh train.sh          several machines by torchrun: start it on each of them

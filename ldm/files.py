@@ -243,7 +243,9 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError:
-        shutil.copyfile(source, target)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)  # a copy that was cut short is never taken for one
 
 
 def file_sha256(path: str | Path) -> str:
@@ -338,7 +340,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield partial
         if path.exists():
             path.rename(old)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:  # another process made one in the meantime, perhaps: what was there must not be lost
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        for stale in (partial, old):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

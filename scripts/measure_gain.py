@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python scripts/...` as well as `python -m`
 
 from ldm.cli import add_classes, natural, positive_float, positive_int  # noqa: E402
+from ldm.data.classes import ClassTable, same_names  # noqa: E402
 from ldm.generation.plan import read_config  # noqa: E402
 from ldm.sampling.modes import choose_sampling  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
@@ -67,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         "each (CutMix), anew for each row; `--inference_args '--strength 0.5'` starts from the images, mixed alike")
     add("--num_per_mask", type=positive_int, default=4, help="images of each mask, each with its own reference")
     add("--inference_args", default="", help="further flags of inference.py, in one string: '--mode fast --scale 2'")
-    add("--rectify_args", default="", help="arm rectified: further flags of inference.py beside --guide, such as "
-        "'--rectify_scale 0.1'; the guide is the segmentor of the real pairs")
+    add("--rectify_args", default="", help="arm rectified: further flags of inference.py, such as "
+        "'--rectify_scale 0.1'; the guide is the segmentor of the real pairs, or '--guide FILE'")
     add("--filter_args", default="", help="further flags of filter.py")
     add("--hardness_folds", type=natural, help="class means of the filter: from so many folds of the real pairs, each "
         "judged by a segmentor trained on the others; 0: from the pairs that the segmentor was trained on, as "
@@ -140,7 +141,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         (not Path(args.data_root).is_dir(), f"--data_root {args.data_root}: folder not found"),
         *((not Path(path).is_file(), f"file not found: {path}") for path in (
             args.ckpt, args.real_txt_file or Path(args.data_root) / "train_set_items.json",
-            args.test_txt_file or Path(args.data_root) / "test_set_items.json",
+            *([] if args.held_out else [args.test_txt_file or Path(args.data_root) / "test_set_items.json"]),
             *filter(None, [args.val_txt_file, args.noise_matrix]),
         )),
         *((not Path(path).exists(), f"--references {path}: not found") for path in args.references),
@@ -157,7 +158,6 @@ SCRIPTS = {"inference.py": "inference", "scripts/train_segmentor.py": "scripts.t
 # What the plan gives them itself, and what would make other commands of them.
 OWN_FLAGS = {
     "inference_args": ("ckpt", "data_root", "txt_file", "outdir", "num_per_mask", "shard", "status", "verify"),
-    "rectify_args": ("guide",),
     "filter_args": ("run", "data_root", "filtered_mask_path", "classes", "class_table"),
     "resample_args": ("filtered_mask_path", "iou", "out_dir"),
     "train_args": ("config", "classes", "class_table", "data_root", "train_txt_file", "synthetic_txt_file", "work_dir",
@@ -174,23 +174,29 @@ def check_passed_on(args: argparse.Namespace) -> None:
                         "out; it has flags of its own for most.")
 
 
-def check_synthesis(args: argparse.Namespace, has_references: bool) -> None:
+def check_synthesis(args: argparse.Namespace, has_references: bool, table: str) -> None:
     """UserError for settings of the sampler and references that the generator cannot do with; loads no weights.
 
     Args:
         args: command line of inference.py.
         has_references: whether the rows that it gets name references.
+        table: name or path of the masks' class table.
     """
     method = build_skeleton(read_config(args))
     try:
         method.check(choose_sampling(args, method.own_sampling))
     except ValueError as error:
         raise UserError(f"--inference_args: {error}") from error
+    own = ClassTable.load(table).names
+    if method.class_table and not same_names(method.class_table.names, own):
+        raise UserError(f"--ckpt {args.ckpt}: its classes are {', '.join(method.class_table.names)}, those of "
+                        f"--classes {', '.join(own)}. Expected a generator of these classes, in this order: it knows "
+                        "them by their numbers.")
     if "reference" in method.takes and not has_references:
         raise UserError("--references: none. Expected unlabelled images, since the generator takes references.")
 
 
-def check_commands(stages: Sequence[Stage], has_references: bool) -> None:
+def check_commands(stages: Sequence[Stage], has_references: bool, table: str) -> None:
     """UserError for flags in --inference_args and the like that their scripts do not take: not after hours of work."""
     wrong, generating = {}, []
     for command in (command for stage in stages for command in stage.commands):
@@ -213,7 +219,7 @@ def check_commands(stages: Sequence[Stage], has_references: bool) -> None:
         raise UserError(f"flags that are passed on: {'; '.join(wrong)}. Expected flags of these scripts in "
                         f"{', '.join(PASSED_ON)}. See their --help.")
     for parsed in generating:
-        check_synthesis(parsed, has_references)
+        check_synthesis(parsed, has_references, table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -223,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     check_passed_on(args)
     plan = Plan(args)
     stages = plan.stages()
-    check_commands(stages, plan.has_references)
+    check_commands(stages, plan.has_references, plan.table)
     runner = StageRunner(stages, plan.outdir, make_slots(len(args.gpus) or args.parallel, args.gpus))
     if args.dry_run:
         print(runner.describe())

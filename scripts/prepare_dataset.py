@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         "%(default)s)")
     add("--ref_dir", type=Path, nargs="+", default=[], help="folders of images of any size without masks that become "
         "ref_img/")
-    add("--infer_split", choices=SPLITS, default="test", help="split of inference.py's masks (default: %(default)s)")
+    add("--infer_split", choices=SPLITS, default="test", help="split of inference.py's masks "
+        "(default: %(default)s, which is for judging the generator; pairs to train on: train)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, help="output folder; must not exist or be empty")
     add("--merge", type=Path, nargs="+", help="instead of all the above: join the manifests of these output folders, "

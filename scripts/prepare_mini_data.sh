@@ -18,10 +18,15 @@ data=$(cd "$1" && pwd)
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
-python=${PYTHON:-python3}
+python=${PYTHON:-$(sh "$here/setup_env.sh" train)}
 
+# prepare NAME ARGUMENT...: OUT/NAME, which appears whole or not at all; what is there already stays
 prepare() {
-    "$python" "$here/prepare_dataset.py" --map_to mini --tile 128 --train_ref same_group --seed "${SEED:-23}" "$@"
+    name=$1
+    shift
+    [ -f "$out/$name/summary.json" ] && return
+    "$python" "$here/prepare_dataset.py" --map_to mini --tile 128 --train_ref same_group --seed "${SEED:-23}" \
+        --out "$out/$name" "$@"
 }
 
 # Some sets have the same names. Neighbouring numbers of UC Merced often show one place: the last of each kind are
@@ -41,14 +46,14 @@ done
 
 # A Dubai name begins with its scene, t<tile>_s<scene>. The scene that seed 23 makes val (t8_s3) is in no other scene;
 # t7_s1, t7_s2 and t8_s8, t8_s9 show the same ground, so look at the val scenes when you change SEED.
-prepare --preset shared --root "$data/dubai" --out "$out/dubai" --stride 64 --val_fraction 0.05 \
+prepare dubai --preset shared --root "$data/dubai" --stride 64 --val_fraction 0.05 \
     --group_regex '^(t\d+_s\d+)' --pair nearest_mix folder --ref_dir "$data/usgs_monterey/img_test"
 # Building outlines only: all other ground is ignored in the table `mini`, so more ignored pixels are let through.
-prepare --preset shared --root "$data/oam_kampala" --classes oam_building --out "$out/oam_kampala" --stride 64 \
+prepare oam_kampala --preset shared --root "$data/oam_kampala" --classes oam_building --stride 64 \
     --val_fraction 0.05 --max_ignore 0.95 --group_regex '^(\d+_\d+)_' --pair none
-prepare --classes mini --out "$out/unlabelled" --pair none --unlabelled_train "$links/train"
-prepare --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
-    --out "$out/ucmerced" --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
+prepare unlabelled --classes mini --pair none --unlabelled_train "$links/train"
+prepare ucmerced --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
+    --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
 "$python" "$here/prepare_dataset.py" --out "$out" --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
 # The same tiles as in dubai/, which the comparison of references needs.
 sed 's|"source": "label_train/|"source": "dubai/label_test/|; s|"target": "img_train/|"target": "dubai/img_test/|

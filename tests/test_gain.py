@@ -17,12 +17,20 @@ from painting import make_workspace
 from PIL import Image
 from pixel import config, make
 
+import inference
 from ldm.files import file_sha256
 from ldm.util import UserError
 from ldm.weights.checkpoint import save_safetensors
 from post_processing.gain.plan import ARMS, LABELS, Plan
 from post_processing.gain.report import draw_curves, make_table, read_curves, summarise
-from post_processing.gain.sets import draw_shares, list_references, nearest_references, write_random_drop, write_targets
+from post_processing.gain.sets import (
+    draw_shares,
+    link_references,
+    list_references,
+    nearest_references,
+    write_random_drop,
+    write_targets,
+)
 from post_processing.gain.stages import Stage, StageRunner, make_slots
 from post_processing.segmentation.self_training import list_targets
 
@@ -382,6 +390,33 @@ def test_references_with_holes_are_left_out(workspace, tmp_path, caplog):
         list_references(plan)
 
 
+def test_predicted_shares_are_those_of_the_references_at_hand(workspace, tmp_path):
+    plan = make_plan(workspace, tmp_path / "out")
+    link_references(plan)
+    masks = tmp_path / "out/shares/masks"
+    masks.mkdir()
+    (masks / "000003.png").touch()
+    link_references(plan)
+    assert len(list((tmp_path / "out/shares/images").iterdir())) == 12 and list(masks.iterdir())  # a second run goes on
+    added = workspace / "added"
+    added.mkdir()
+    Image.new("RGB", (8, 8), "white").save(added / "0.png")
+    link_references(make_plan(workspace, tmp_path / "out", "--references", str(added)))
+    assert not masks.exists()  # number 3 would be the mask of another image
+
+
+def test_a_guide_of_ones_own_takes_the_place_of_the_segmentor(workspace, tmp_path):
+    from scripts.measure_gain import check_passed_on
+
+    guide = tmp_path / "guide.safetensors"
+    guide.touch()
+    plan = make_plan(workspace, tmp_path / "out", "--arms", "rectified", f"--rectify_args=--guide {guide}")
+    check_passed_on(plan.args)
+    stage = next(stage for stage in plan.stages() if stage.name == "rectified_synthesis")
+    parsed = inference.build_parser().parse_args(stage.commands[0][stage.commands[0].index("inference.py") + 1 :])
+    assert parsed.guide == [str(guide)] and str(guide) in stage.inputs
+
+
 def test_drawn_masks_have_the_wanted_class_shares():
     random = np.random.default_rng(0)
     pixels = random.dirichlet([0.3, 0.3, 0.3, 0.3], 400) * 1000
@@ -465,6 +500,8 @@ def test_mistakes_are_found_before_anything_runs(workspace, tmp_path):
     with pytest.raises(UserError, match="--references: none. .* the generator takes references"):
         main(["--classes", "mini", "--data_root", str(workspace), "--ckpt", str(workspace / "tiny.safetensors"),
               "--outdir", str(tmp_path / "out"), "--dry_run"])  # fmt: skip
+    with pytest.raises(UserError, match="its classes are building, land, .*, those of --classes .*land_unpaved"):
+        measure(workspace, tmp_path / "out", "--class_table", "dubai", "--arms", "unfiltered", "--dry_run")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="does not lie below --data_root"):
         (tmp_path / "elsewhere").mkdir()

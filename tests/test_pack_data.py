@@ -137,7 +137,7 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     rows = [*(f"dubai/{n}" for n in range(4)), *(f"unlabelled/{n}" for n in range(5))]
     lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
     (out / "data/train_set_items.json").write_text("".join(lines))
-    log = train_mini("unused", out, START="whole.safetensors")
+    log = train_mini("prepared", out, START="whole.safetensors")
     assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]
     assert [line.split()[0] for line in log] == ["scripts/select_rows.py", *["train.py"] * 2,
                                                  "scripts/convert_checkpoint.py"]  # fmt: skip
@@ -146,10 +146,16 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     assert f"--finetune {out}/tiles/checkpoints/last.ckpt init=null" in log[2]
     assert log[3].endswith(f"{out}/decay/checkpoints/last.safetensors {made}")
 
+    for other in ({"data": "others", "START": "whole.safetensors"}, {"data": "prepared", "START": ""}):
+        with pytest.raises(subprocess.CalledProcessError) as failure:  # their stages would pass for finished
+            train_mini(out=out, **other)
+        assert failure.value.returncode == 2 and b"holds stages of DATA=prepared START=whole" in failure.value.stderr
+
     for stage in ("tiles", "decay"):
         shutil.rmtree(out / stage)
+    (out / "made_of").unlink()
     (out / "lpips_vgg16.safetensors").touch()
-    log = train_mini("unused", out)
+    log = train_mini("prepared", out)
     assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", *["train.py"] * 4,
                                                  *["scripts/convert_checkpoint.py"] * 2]  # fmt: skip
     assert f"init.first_stage_model={out}/patches.safetensors data.params.size=[64,64]" in log[1]

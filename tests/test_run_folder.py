@@ -100,3 +100,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path):
         raise UserError("stopped")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["set"]
     assert [path.name for path in out.iterdir()] == ["second"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, rename = tmp_path / "set", Path.rename
+    with atomic_folder(out) as partial:
+        (partial / "first").touch()
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError("another process was faster")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="faster"), atomic_folder(out) as partial:
+        (partial / "second").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"] and [path.name for path in out.iterdir()] == ["first"]

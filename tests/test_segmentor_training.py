@@ -140,6 +140,36 @@ def test_classes_reach_heads_that_are_wrapped_and_are_not_dropped_in_silence():
         fill_classes({"decode_head": head}, 5, [1.0] * 5)
 
 
+@pytest.mark.parametrize("name", ["small", "segformer_b0"])
+def test_large_tiles_train_at_the_scale_they_are_predicted_at(name):
+    from mmseg.registry import TRANSFORMS
+
+    config = mmengine_config.Config.fromfile(ROOT / f"configs/mmseg/{name}.py")
+    step, crop = (TRANSFORMS.build(node) for node in config.train_pipeline[:2])
+    low, high = config.train_pipeline[0]["ratio_range"]
+
+    def scaled(height: int, width: int) -> dict:
+        np.random.seed(3)
+        image = np.zeros((height, width, 3), np.uint8)
+        return step({"img": image, "img_shape": (height, width), "seg_fields": ["gt_seg_map"],
+                     "gt_seg_map": np.zeros((height, width), np.uint8)})  # fmt: skip
+
+    edge = config.crop_size[0]
+    for height, width in ((4 * edge, 4 * edge), (edge, 2 * edge)):
+        found = scaled(height, width)
+        assert low * height - 1 <= found["img"].shape[0] <= high * height
+        assert found["img"].shape[1] == pytest.approx(found["img"].shape[0] * width / height, abs=2)
+        assert found["gt_seg_map"].shape == found["img"].shape[:2]
+    assert crop(scaled(4 * edge, 4 * edge))["img"].shape[:2] == config.crop_size
+    np.random.seed(3)
+    fixed = TRANSFORMS.build({"type": "RandomResize", "scale": config.crop_size, "ratio_range": (low, high),
+                              "keep_ratio": True})  # fmt: skip
+    own = scaled(edge, edge)
+    np.random.seed(3)
+    same = fixed({"img": np.zeros((edge, edge, 3), np.uint8), "img_shape": (edge, edge)})
+    assert own["img"].shape == same["img"].shape  # tiles of the crop's size: as before
+
+
 def test_hooks_of_the_config_run_beside_ours(flags, toy_data, tmp_path):
     config = mmengine_config.Config.fromfile(ROOT / "configs/mmseg/small.py")
     config.custom_hooks = [{"type": "EMAHook", "momentum": 0.5}]

@@ -38,7 +38,7 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type="RandomResize", scale=crop_size, ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="post_processing.segmentation.dataset.RandomScale", ratio_range=(0.5, 2.0)),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PhotoMetricDistortion"),

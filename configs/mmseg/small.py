@@ -36,7 +36,7 @@ model = dict(
 # Seen from above there is no up: all eight flips and quarter turns. Strong colour changes, so that the segmentor judges
 # layout rather than the palette of one sensor (it has to score images generated in the look of another place).
 train_pipeline = [
-    dict(type="RandomResize", scale=crop_size, ratio_range=(0.8, 1.75), keep_ratio=True),
+    dict(type="post_processing.segmentation.dataset.RandomScale", ratio_range=(0.8, 1.75)),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.85),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="RandomRotate", prob=0.5, degree=(90.0, 90.0), pad_val=0, seg_pad_val=255),

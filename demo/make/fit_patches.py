@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ldm.cli import positive_int  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 
 
@@ -23,7 +24,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_root", default=".", help="folder that the manifest's paths are relative to")
     parser.add_argument("--txt_file", required=True, help="manifest whose images (`target`) are looked at")
     parser.add_argument("--encoder", metavar="MODEL", help="whole model, or output of this script, whose encoder stays")
-    parser.add_argument("--images", type=int, default=1500, help="how many, evenly spaced (default: %(default)s)")
+    parser.add_argument("--images", type=positive_int, default=1500,
+                        help="how many, evenly spaced (default: %(default)s)")
     parser.add_argument("--whitening", type=float, default=0.5, help="see PatchAutoencoder.fit (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -44,7 +46,8 @@ def main(argv: list[str]) -> None:
     if not isinstance(network, PatchAutoencoder):
         raise UserError(f"{args.config}: its autoencoder is a {type(network).__name__}. Expected a PatchAutoencoder.")
     paths = sorted({row.image for row in read_manifest(args.txt_file, args.data_root, check_files=False)})
-    images = [to_tensor(read_image(path)) for path in paths[::max(1, len(paths) // args.images)]]
+    chosen = torch.linspace(0, len(paths) - 1, min(args.images, len(paths))).long().tolist()
+    images = [to_tensor(read_image(paths[number])) for number in chosen]
     sizes = {tuple(image.shape[1:]) for image in images}
     if len(sizes) > 1:
         raise UserError(f"{args.txt_file}: images of {len(sizes)} sizes. Expected tiles of one size.")
@@ -56,6 +59,8 @@ def main(argv: list[str]) -> None:
         kept = network.fit(pixels, args.whitening)
         account = (f"{len(kept)} components keep {kept.sum():.2%} of the variance of {network.downsampling} x "
                    f"{network.downsampling} patches")
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise UserError(f"{args.txt_file}: its images do not vary. Expected images of more than one colour.")
     weights = {f"first_stage_model.{name}": value for name, value in network.state_dict().items()}
     save_safetensors(args.out, weights, OmegaConf.create({"model": model}))
     print(f"{len(images)} images; {account}; wrote {args.out}")

@@ -119,6 +119,7 @@ class PatchAutoencoder(nn.Module):
         patches = patches.permute(1, 0, 2, 3).flatten(1)
         variances, axes = torch.linalg.eigh(patches @ patches.T / patches.shape[1])
         variances, axes = variances.flip(0), axes.flip(1)  # largest first
+        variances = variances.clamp(min=1e-12 * variances[0])  # rounding leaves some that are no number to divide by
         kept, axes = variances[:self.latent_channels], axes[:, :self.latent_channels].T
         largest = axes.abs().argmax(1, keepdim=True)
         axes = axes * axes.gather(1, largest).sign()  # an axis has no direction of its own; this one repeats

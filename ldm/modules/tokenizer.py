@@ -196,7 +196,8 @@ def find_open_clip_file() -> Path:
             return path
     raise FileNotFoundError(
         "tokenizer: CLIP's vocabulary was not found: tokenizer_dir is not set and open_clip is not installed. "
-        "Set tokenizer_dir to a folder with vocab.json and merges.txt, or pip install open_clip_torch.")
+        "Set tokenizer_dir to a folder with vocab.json and merges.txt, or pip install --no-deps open_clip_torch==3.3.0 "
+        "(without --no-deps it replaces packages).")
 
 
 def read_json_backend(path: str):

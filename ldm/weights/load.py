@@ -251,6 +251,8 @@ def choose(file: Checkpoint, own: Mapping[str, Tensor], chosen: dict[str, Stored
         if group.stem and first in wrong:
             tensors = {name: stored for name, stored in tensors.items()
                        if not name.startswith(group.prefix + group.stem)}
+            for name in [name for name in chosen if name.startswith(group.prefix + group.stem)]:
+                del chosen[name], account.loaded[name]  # of an earlier file, whose branch this one replaces
             account.notes.append(f"{file.name}: its {group.name} takes another kind of hint ({wrong[first]}); the hint "
                                  "stem starts fresh, at zero effect")
     fitting = {name: stored for name, stored in tensors.items() if name in own and name not in wrong}

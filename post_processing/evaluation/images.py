@@ -257,13 +257,20 @@ def measure_appearance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
     device = choose_device(args.device)
 
+    seen: set[tuple[int, ...]] = set()
+
     def look(images: torch.Tensor) -> torch.Tensor:
+        seen.add(tuple(images.shape[-2:]))
         return torch.cat([appearance(images.to(device)), colour_statistics(images.to(device))], dim=1)
 
     sets = {"synthesized": [sample.image for sample in samples], "real": sorted({row.image for row in rows}),
             "references": sorted({sample.reference for sample in samples if sample.reference})}  # fmt: skip
-    found = {name: map_images(sorted(set(paths)), look, args.batch_size, args.num_threads)
-             for name, paths in sets.items() if paths}  # fmt: skip
+    found, sizes = {}, {}
+    for name, paths in sets.items():
+        if paths:
+            seen.clear()
+            found[name] = map_images(sorted(set(paths)), look, args.batch_size, args.num_threads)
+            sizes[name] = sorted(seen)
     keys = ("clipped", "deviation", "step")
     results: dict[str, Any] = {
         name: {"images": len(values),
@@ -278,4 +285,7 @@ def measure_appearance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     table = [(name, one["images"], *(f"{one[key]:.2f}" if key in one else "" for key in keys))
              for name, one in results.items()]  # fmt: skip
     heads = ["", "images", "clipped %", "deviation of L*", "step of L*", "Lab distance to own reference"]
-    return {**results, "checkpoint": run.get("settings", {})}, markdown_table(heads, table)
+    text = markdown_table(heads, table)
+    if len(set(map(str, sizes.values()))) > 1:
+        text += f"\nSizes differ ({sizes}): steps of L* are smaller in an image that shows the same ground larger.\n"
+    return {**results, "sizes": sizes, "checkpoint": run.get("settings", {})}, text

@@ -153,6 +153,7 @@ class Plan:
         # The guide saw the real training pairs and nothing else, as the segmentor that filters.
         rectify = (args.python_seg, "-W", "ignore", *(rectified_run if part == run else part for part in generate[1:]),
                    "--guide", *base, *shlex.split(args.rectify_args))  # fmt: skip
+        guides = [path for path in shlex.split(args.rectify_args) if Path(path).is_file()]  # of a --guide of the user's
         filter_command = (
             args.python_seg, "-W", "ignore", "-m", "post_processing.filter", *base, "--run", run, *self.judged(),
             "--data_root", self.root, "--filtered-mask-path", masks, "--classes", self.table,
@@ -186,7 +187,7 @@ class Plan:
             *folds,
             Stage("filter", (filter_command,), ("synthesis", self.first, *(fold.name for fold in folds))),
             Stage("resample", (score, resample_command), ("filter",)),
-            Stage("rectified_synthesis", (rectify,), ("masks", self.first), (args.ckpt,), is_sharded=True),
+            Stage("rectified_synthesis", (rectify,), ("masks", self.first), (args.ckpt, *guides), is_sharded=True),
             Stage("rectified", needs=("rectified_synthesis",),
                   action=lambda: write_synthesized(self, "rectified", "rectified_synthesis")),
             Stage("unfiltered", needs=("synthesis",), action=lambda: write_synthesized(self, "unfiltered")),

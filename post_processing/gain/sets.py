@@ -127,17 +127,21 @@ def black_share(path: Path) -> float:
 
 def link_references(plan: "Plan") -> None:
     """Gather all references in one folder, under numbers, for the prediction of their class shares."""
-    folder = plan.outdir / "shares/images"
+    folder, names = plan.outdir / "shares/images", list_references(plan)
+    record, listed = plan.outdir / "shares/references.txt", "".join(f"{name}\n" for name in names)
+    if not record.is_file() or record.read_text("utf-8") != listed:  # the numbers are those of other images
+        shutil.rmtree(plan.outdir / "shares/masks", ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for number, name in enumerate(list_references(plan)):
+    atomic_write(record, listed)
+    for number, name in enumerate(names):
         link_or_copy(Path(plan.root) / name, folder / f"{number:06d}{Path(name).suffix}")
 
 
 def read_reference_pixels(folder: Path) -> np.ndarray:
     """Pixels of every class in each reference, as predict_masks.py wrote them: (N, K); UserError if there are none."""
     table = ClassTable.load(str(folder / "classes.yaml"))
-    masks = sorted((folder / "masks").glob("*.png"))  # by the numbers of link_references
+    masks = sorted((folder / "masks").glob("*.*"))  # by the numbers of link_references; .tif where they have a place
     pixels = np.array([np.bincount(read_mask(mask, table).ravel(), minlength=256)[: table.num_classes]
                        for mask in masks])  # fmt: skip
     if not pixels.any():

@@ -155,3 +155,23 @@ def class_weights(pixels: np.ndarray, exponent: float) -> list[float]:
     weight = np.where(share > 0, np.maximum(share, 1e-4) ** -exponent, 0.0)
     weight = weight / max((weight * share).sum(), 1e-12)
     return [float(value) for value in np.where(share > 0, weight, 1.0).round(5)]
+
+
+class RandomScale:
+    """mmcv's RandomResize about the size of each image, so that one is trained on at the scale it is predicted at.
+
+    With a fixed `scale` all tiles are brought to that size before they are cut: those of 512 pixels to 128 where the
+    crop has 128, and a segmentor then meets them at four times what it has seen.
+    """
+
+    def __init__(self, ratio_range: tuple[float, float]) -> None:
+        """Edges are multiplied by one number between the two of ratio_range, drawn anew for each image."""
+        from mmcv.transforms import RandomResize
+
+        self.resize = RandomResize(scale=(1, 1), ratio_range=tuple(ratio_range), keep_ratio=True)
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Resize image and mask of a pipeline's results."""
+        height, width = results["img"].shape[:2]
+        self.resize.scale = (width, height)
+        return self.resize(results)

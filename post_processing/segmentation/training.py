@@ -178,8 +178,8 @@ def make_config(args: argparse.Namespace) -> tuple[Any, ClassTable]:
     )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and not torch.cuda.is_available():
-        raise UserError(f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. Use "
-                        "GPUS=1.")
+        raise UserError(f"GPUS: {processes} processes without a GPU. Expected 1; mmengine spreads over GPUs only. "
+                        "Leave GPUS out.")
     config.launcher = "pytorch" if processes > 1 else "none"
     config.sync_bn = "torch" if processes > 1 else None
     config.randomness = dict(seed=args.seed)
