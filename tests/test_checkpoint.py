@@ -186,6 +186,9 @@ def test_a_hint_stem_for_other_channels_stays_fresh(weights: dict[str, Tensor], 
     last = max(int(k[len(stem):].split(".")[0]) for k in own if k.startswith(stem))
     assert not own[f"{stem}{last}.weight"].any() and "stem starts fresh" in caplog.text
     assert all(torch.equal(own[k], three[k]) for k in own if not k.startswith(stem))
+    torch.save(weights, tmp_path / "own.ckpt")
+    mixed = pretrain([tmp_path / "own.ckpt", tmp_path / "rgb.ckpt"]).state_dict()
+    assert not mixed[f"{stem}{last}.weight"].any()  # not the stem of one file before the branch of another
 
 
 def test_what_does_not_fit_stops(weights: dict[str, Tensor], tmp_path: Path):

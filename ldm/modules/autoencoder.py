@@ -143,8 +143,8 @@ class PatchAutoencoder(nn.Module):
         for part in images.split(64):  # all at once they would take gigabytes
             around = F.unfold(self.pad(self.encode(part).mean), side).double()  # (n, size, h * w)
             pixels = F.pixel_unshuffle(part.double() - self.mean[:, None, None].double(), edge).flatten(2)
-            gram += torch.einsum("nal,nbl->ab", around, around)
-            cross += torch.einsum("nal,npl->ap", around, pixels)
+            gram += torch.einsum("nal,nbl->ab", around, around).cpu()
+            cross += torch.einsum("nal,npl->ap", around, pixels).cpu()
         found = torch.linalg.lstsq(gram, cross, driver="gelsd").solution  # also where components never vary
         # A latent pixel to the left of a patch writes to its right: turned round, the blocks are a kernel.
         found = found.unflatten(0, (-1, side, side)).unflatten(3, (3, edge, edge)).flip(1, 2)

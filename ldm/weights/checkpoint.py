@@ -5,6 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -133,7 +134,8 @@ def save_safetensors(path: Path, weights: Mapping[str, Tensor], config: DictConf
 
     def write(file: IO[bytes]) -> None:
         save_file(tensors, file.name, metadata=header)  # another file in its place, which its owner alone may read
-        os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        with suppress(OSError):  # file systems without modes: no reason to lose the weights
+            os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
 
     atomic_write(path, write)
 

@@ -141,7 +141,8 @@ def link_references(plan: "Plan") -> None:
 def read_reference_pixels(folder: Path) -> np.ndarray:
     """Pixels of every class in each reference, as predict_masks.py wrote them: (N, K); UserError if there are none."""
     table = ClassTable.load(str(folder / "classes.yaml"))
-    masks = sorted((folder / "masks").glob("*.*"))  # by the numbers of link_references; .tif where they have a place
+    # By the numbers of link_references; .tif where the references have a place on Earth.
+    masks = sorted(path for path in (folder / "masks").iterdir() if path.suffix in (".png", ".tif"))
     pixels = np.array([np.bincount(read_mask(mask, table).ravel(), minlength=256)[: table.num_classes]
                        for mask in masks])  # fmt: skip
     if not pixels.any():
