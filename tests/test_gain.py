@@ -294,6 +294,18 @@ def test_the_whole_chain_on_tiny_nets(workspace, tmp_path, monkeypatch, capsys):
     assert np.array_equal(dropped[dropped != 255], whole[dropped != 255])
 
 
+def test_another_class_table_under_the_same_name_is_noticed_by_every_stage(workspace, tmp_path):
+    table = tmp_path / "classes.yaml"
+    found = []
+    for text in ("", "# another\n"):
+        table.write_text((ROOT / "configs/classes/mini.yaml").read_text() + text)
+        plan = make_plan(workspace, tmp_path / "out", "--class_table", str(table), "--arms", "real,unfiltered",
+                         "--ckpt", str(workspace / "tiny.safetensors"), "--mix_masks")  # fmt: skip
+        found.append(StageRunner(plan.stages(), plan.outdir, []).settings)
+    assert found[0].keys() == found[1].keys() >= {"sets", "masks", "synthesis", "unfiltered/seed_1"}
+    assert all(found[0][name] != found[1][name] for name in found[0])
+
+
 def test_arms_of_noise_correction_train_on_the_right_sets(workspace, tmp_path, capsys):
     out = tmp_path / "out"
     arms = "dlc,smooth,random_drop,dlc_filtered,self_training,unfiltered_self_training,dlc_self_training"
