@@ -89,17 +89,24 @@ train_generator() {
         --train_txt_file "$out/$rows" "$@"
 }
 
-# Many small steps on windows first, which cost a third of a tile's; then tiles; then the rate falls, and with it the grain.
+# Many small steps on windows first, which cost a third of a tile's; then tiles; then the rate falls, and with it the grain;
+# then once more from the full rate: masks are followed better for it, see models/README.md.
 train_tiles() {
-    train_generator tiles "$1" mixed_set_items.json "$3" "$4" init=null training.schedule=constant \
+    train_generator tiles "$1" mixed_set_items.json "$4" "$5" init=null training.schedule=constant \
         training.ema_decay=0.998 training.learning_rate=8e-4 lightning.trainer.max_steps=1450
-    train_generator decay "$2" late_set_items.json --finetune "$out/tiles/checkpoints/last.ckpt" init=null \
-        training.warmup_steps=20 training.ema_decay=0.997 training.learning_rate=8e-4 lightning.trainer.max_steps=1550
+    train_falling decay "$2" tiles 1550
+    train_falling again "$3" decay 2300
 }
 
-whole=$out/decay/checkpoints/last.safetensors
+# train_falling STAGE SHARE FROM STEPS
+train_falling() {
+    train_generator "$1" "$2" late_set_items.json --finetune "$out/$3/checkpoints/last.ckpt" init=null \
+        training.warmup_steps=20 training.ema_decay=0.997 training.learning_rate=8e-4 "lightning.trainer.max_steps=$4"
+}
+
+whole=$out/again/checkpoints/last.safetensors
 if [ -n "${START-}" ]; then
-    train_tiles 0.45 1 --pretrain_path "$START"
+    train_tiles 0.27 0.4 1 --pretrain_path "$START"
 else
     # The encoder of patches is finished with its fit, so that generator and decoder need nothing of each other.
     patches=$out/patches.safetensors
@@ -115,14 +122,14 @@ else
     train_generator windows 0.17 mixed_set_items.json init.first_stage_model="$patches" "data.params.size=[64,64]" \
         data.params.random_crop=true training.schedule=constant training.ema_decay=0.998 training.learning_rate=8e-4 training.warmup_steps=100 \
         lightning.trainer.max_steps=1900
-    train_tiles 0.42 0.9 --finetune "$out/windows/checkpoints/last.ckpt"
+    train_tiles 0.27 0.4 0.9 --finetune "$out/windows/checkpoints/last.ckpt"
     train patch_autoencoder 1 --config_model configs/model/autoencoder_patch_mini.yaml \
         -b configs/train/mini_autoencoder.yaml --pretrain_path "$patches" \
         model.params.perceptual_weights="$perceptual" training.learning_rate=1e-3 \
         training.warmup_steps=50 training.ema_decay=0.99 lightning.trainer.max_steps=700
     mkdir -p "$out/whole/checkpoints"
     "$python" scripts/convert_checkpoint.py "$whole" "$out/patch_autoencoder/checkpoints/last.safetensors" \
-        "$out/whole/checkpoints/last.safetensors" --config "$out/decay/config.yaml" --overwrite
+        "$out/whole/checkpoints/last.safetensors" --config "$out/again/config.yaml" --overwrite
     whole=$out/whole/checkpoints/last.safetensors
 fi
 "$python" scripts/convert_checkpoint.py "$whole" "$out/tisynth_mini.safetensors" --dtype fp16 --overwrite
