@@ -4,7 +4,7 @@
 #   MINUTES=9 GPUS=0 sh scripts/train_mini.sh mini_data.zip OUT                # in a fixed time, on one GPU
 #   START=models/tisynth_mini.safetensors sh scripts/train_mini.sh DATA OUT    # goes on from the shipped model
 # DATA: labelled sets as scripts/prepare_mini_data.sh wants them, or a file of scripts/pack_data.py. OUT: everything that
-# is made, about 1.5 GB. A stage that is finished is skipped, an interrupted training is resumed.
+# is made, about 2.5 GB. A stage that is finished is skipped, an interrupted training is resumed.
 #   PYTHON    the interpreter
 #   GPUS      numbers of GPUs; empty = CPU
 #   MINUTES   for everything; each stage gets its share, and the schedules end with it
