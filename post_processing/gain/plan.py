@@ -174,8 +174,10 @@ class Plan:
         # What --match_shares alone changes hangs on the stage `shares`.
         matched = {"match_references": True, "match_shares": args.match_shares} if args.match_references else {}
         folds = [self.fold(number) for number in range(self.folds)]
+        table = [self.table] if Path(self.table).is_file() else []
         return [
-            Stage("sets", action=lambda: write_real_set(self), inputs=(self.real, *self.table_files()), settings=new | {
+            # Everything hangs on this stage, and so on the content of the class table.
+            Stage("sets", action=lambda: write_real_set(self), inputs=(self.real, *table), settings=new | {
                 key: getattr(args, key) for key in ("real_fraction", "class_table")}),
             Stage("shares", (predict,), ("sets", self.first), tuple(given), action=lambda: link_references(self),
                   settings={"references": args.references}),
@@ -195,10 +197,6 @@ class Plan:
             Stage("targets", (), ("sets",), tuple(given), action=lambda: write_targets(self),
                   settings={"references": args.references}),
         ]  # fmt: skip
-
-    def table_files(self) -> list[str]:
-        """The class table, where it is a file and no name."""
-        return [self.table] if Path(self.table).is_file() else []
 
     def judged(self) -> list[str]:
         """Flags of the filter: real pairs, not trained on if there are any, whose losses make its class means."""
@@ -247,6 +245,5 @@ class Plan:
         ]  # fmt: skip
         commands.append(self.scoring(files_of(folder), self.test, str(folder / "test")))
         inputs = [self.config, *([] if args.held_out else [self.test]), *([self.val] if self.val else [])]
-        inputs += self.table_files()
         inputs += [audited] if "{noise_matrix}" in arm.data else []
         return Stage(name, tuple(commands), ("sets", *arm.needs), tuple(inputs))
