@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.cli import positive_float, positive_int  # noqa: E402
 from ldm.util import UserError, run_entry_point  # noqa: E402
 
-MANIFESTS = ("train_set_items.json", "val_set_items.json")
+MANIFESTS = ("train_set_items.json", "ground_set_items.json", "val_set_items.json")
 PERCEPTUAL = "lpips_vgg16.safetensors"
 IMAGES = ("target", "ref_image")
 SPARE = 0.02  # of the limit, for the zip's own tables and manifests

@@ -5,6 +5,7 @@
 # usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each
 # unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/. OUT becomes the data_root:
 #   OUT/train_set_items.json     128-pixel tiles, classes of the table `mini`: masks of Dubai and Kampala alone
+#   OUT/ground_set_items.json    Kampala again, other ground as land: for the last training
 #   OUT/val_set_items.json
 #   OUT/inference_items.json             Dubai test masks, references from Dubai train (nearest class mix)
 #   OUT/inference_items_folder.json      the same masks, references from Monterey's test images
@@ -51,6 +52,11 @@ prepare dubai --preset shared --root "$data/dubai" --stride 64 --val_fraction 0.
 # Building outlines only: all other ground is ignored in the table `mini`, so more ignored pixels are let through.
 prepare oam_kampala --preset shared --root "$data/oam_kampala" --classes oam_building --stride 64 \
     --val_fraction 0.05 --max_ignore 0.95 --group_regex '^(\d+_\d+)_' --pair none
+# The same with all other ground as land, as a segmentor of buildings wants it.
+prepare kampala_ground --preset shared --root "$data/oam_kampala" --classes oam_building --stride 64 \
+    --val_fraction 0.05 --group_regex '^(\d+_\d+)_' --pair none --map_to "$here/../configs/classes/mini_ground.yaml"
+sed -E 's#"(source|target|ref_image)": "#&kampala_ground/#g' "$out/kampala_ground/train_set_items.json" \
+    >"$out/ground_set_items.json"
 prepare unlabelled --classes mini --pair none --unlabelled_train "$links/train"
 prepare ucmerced --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
     --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"

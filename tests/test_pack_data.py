@@ -121,11 +121,11 @@ def test_train_mini_divides_its_minutes(toy_data: Path, tmp_path: Path, perceptu
     pack_data.main([str(toy_data), str(pack), "--perceptual", str(perceptual)])
     settings = {"MINUTES": "9", "ARGS": "data.params.batch_size=7"}
     log = [line for line in train_mini(pack, out, **settings) if line.startswith("train.py")]
-    assert len(log) == 5 and all(line.endswith("data.params.batch_size=7") for line in log)
+    assert len(log) == 6 and all(line.endswith("data.params.batch_size=7") for line in log)
     budgets = [float(line.partition("training.max_minutes=")[2].split()[0]) for line in log]  # nothing takes time here
-    assert budgets[0] == pytest.approx(0.17 * 8.52, abs=0.1)
-    assert budgets[1:] == pytest.approx([8.52 * share for share in (0.27, 0.4, 0.9, 1)], abs=0.3)
-    assert f"perceptual_weights={out}/data/lpips_vgg16.safetensors" in log[4]
+    assert budgets[0] == pytest.approx(0.1 * 8.52, abs=0.1)
+    assert budgets[1:] == pytest.approx([8.52 * share for share in (0.2, 0.3, 0.5, 0.9, 1)], abs=0.3)
+    assert f"perceptual_weights={out}/data/lpips_vgg16.safetensors" in log[5]
     assert (out / "data/val_set_items.json").is_file() and (out / "data/lpips_vgg16.safetensors").is_file()
     assert not any(line.startswith("train.py") for line in train_mini(pack, out, **settings))  # finished: skipped
 
@@ -135,35 +135,41 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     out = tmp_path / "out"
     (out / "data").mkdir(parents=True)
     rows = [*(f"dubai/{n}" for n in range(4)), *(f"unlabelled/{n}" for n in range(5))]
+    (out / "data/ground_set_items.json").write_text('{"source": "ground/0"}\n')
     lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
     (out / "data/train_set_items.json").write_text("".join(lines))
     log = train_mini("prepared", out, START="whole.safetensors")
     assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]
     assert (out / "late_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], lines[8]]
+    looks = [json.loads(line) for line in (out / "looks_set_items.json").read_text().splitlines()]
+    assert [row.get("weight") for row in looks] == [3, 3, 3, None, None, None]
+    assert [row["source"] for row in looks[1:4]] == ["dubai/1", "ground/0", "unlabelled/0"]
     assert "mixed_set_items.json" in log[1] and "late_set_items.json" in log[2]
-    assert [line.split()[0] for line in log] == ["scripts/select_rows.py", *["train.py"] * 3,
+    assert [line.split()[0] for line in log] == ["scripts/select_rows.py", *["train.py"] * 4,
                                                  "scripts/convert_checkpoint.py"]  # fmt: skip
     assert "--pretrain_path whole.safetensors init=null" in log[1] and "mini_references.yaml" in log[1]
     made = f"{out}/tisynth_mini.safetensors --dtype fp16 --overwrite"
     assert f"--finetune {out}/tiles/checkpoints/last.ckpt init=null" in log[2]
     assert f"--finetune {out}/decay/checkpoints/last.ckpt init=null" in log[3] and "late_set_items.json" in log[3]
-    assert log[4].endswith(f"{out}/again/checkpoints/last.safetensors {made}")
+    assert f"--finetune {out}/again/checkpoints/last.ckpt init=null" in log[4] and "recolour_share=0.55" in log[4]
+    assert "looks_set_items.json" in log[4] and "late_set_items.json" not in log[4]
+    assert log[5].endswith(f"{out}/looks/checkpoints/last.safetensors {made}")
 
     for other in ({"data": "others", "START": "whole.safetensors"}, {"data": "prepared", "START": ""}):
         with pytest.raises(subprocess.CalledProcessError) as failure:  # their stages would pass for finished
             train_mini(out=out, **other)
         assert failure.value.returncode == 2 and b"holds stages of DATA=prepared START=whole" in failure.value.stderr
 
-    for stage in ("tiles", "decay", "again"):
+    for stage in ("tiles", "decay", "again", "looks"):
         shutil.rmtree(out / stage)
     (out / "made_of").unlink()
     (out / "lpips_vgg16.safetensors").touch()
     log = train_mini("prepared", out)
-    assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", *["train.py"] * 5,
+    assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", *["train.py"] * 6,
                                                  *["scripts/convert_checkpoint.py"] * 2]  # fmt: skip
     assert f"init.first_stage_model={out}/patches.safetensors data.params.size=[64,64]" in log[1]
-    assert f"--finetune {out}/windows/checkpoints/last.ckpt init=null" in log[2] and "patch_autoencoder" in log[5]
-    assert log[7].endswith(f"{out}/whole/checkpoints/last.safetensors {made}")
+    assert f"--finetune {out}/windows/checkpoints/last.ckpt init=null" in log[2] and "patch_autoencoder" in log[6]
+    assert log[8].endswith(f"{out}/whole/checkpoints/last.safetensors {made}")
 
 
 def test_train_mini_refuses_the_name_of_a_recipe(tmp_path: Path):
