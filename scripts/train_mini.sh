@@ -52,7 +52,8 @@ mix() {
 }
 mix 'NR % 2' >"$out/mixed_set_items.json"
 mix 'NR % 6 == 5' >"$out/late_set_items.json"
-# Masks come by weight, the colours that they are drawn in by row (recolour_share): so most are of other sets at last.
+# A weight repeats masks, while recolour_share draws the row that gives the colours without it: so a mask of Dubai comes in
+# the colours of another set in a third of its draws, in a seventh before.
 ground=$out/data/ground_set_items.json
 if [ ! -f "$ground" ]; then
     echo "train_mini.sh: the data was prepared without ground_set_items.json; other ground is never land beside roofs" >&2
