@@ -46,9 +46,10 @@ fi
 [ -f "$out/rich_set_items.json" ] || "$python" scripts/select_rows.py "$out/data/train_set_items.json" \
     "$out/rich_set_items.json" --data_root "$out/data" --classes mini \
     --min_share building=0.15,road=0.2,vegetation=0.2 --min_classes 3
+unlabelled() { grep '"unlabelled/' "$out/data/train_set_items.json" | awk "$1"; }
 mix() {
     cat "$out/rich_set_items.json"
-    grep '"unlabelled/' "$out/data/train_set_items.json" | awk "$1"
+    unlabelled "$1"
 }
 mix 'NR % 2' >"$out/mixed_set_items.json"
 mix 'NR % 6 == 5' >"$out/late_set_items.json"
@@ -60,7 +61,7 @@ if [ ! -f "$ground" ]; then
     ground=/dev/null
 fi
 cat "$out/rich_set_items.json" "$ground" | sed 's/}$/, "weight": 3}/' >"$out/looks_set_items.json"
-grep '"unlabelled/' "$out/data/train_set_items.json" | awk 'NR % 2' >>"$out/looks_set_items.json"
+unlabelled 'NR % 2' >>"$out/looks_set_items.json"
 
 # Where neither GPU nor processor has bfloat16 it is imitated, many times slower.
 precision=bf16-mixed

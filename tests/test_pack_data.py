@@ -47,11 +47,13 @@ def test_a_pack_holds_the_same_rows_and_masks(toy_data: Path, tmp_path: Path, ca
     lines = (data / "train_set_items.json").read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "weight": 2})
     (data / "train_set_items.json").write_text("\n".join(lines))
+    (data / "ground_set_items.json").write_text(lines[1])
     pack_data.main([str(data), str(tmp_path / "pack.zip")])
-    assert "8 of 8 rows in train_set_items.json, 2 of 2 rows in val_set_items.json" in capsys.readouterr().out
+    assert ("8 of 8 rows in train_set_items.json, 1 of 1 rows in ground_set_items.json, 2 of 2 rows in "
+            "val_set_items.json") in capsys.readouterr().out  # fmt: skip
     with zipfile.ZipFile(tmp_path / "pack.zip") as file:
         file.extractall(tmp_path / "unpacked")
-    for name in ("train_set_items.json", "val_set_items.json"):
+    for name in ("train_set_items.json", "ground_set_items.json", "val_set_items.json"):
         own, packed = (read_manifest(root / name, root, need=("image", "reference", "prompt"), table=MINI)
                        for root in (data, tmp_path / "unpacked"))  # fmt: skip
         for a, b in zip(own, packed, strict=True):
@@ -164,7 +166,9 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
         shutil.rmtree(out / stage)
     (out / "made_of").unlink()
     (out / "lpips_vgg16.safetensors").touch()
+    (out / "data/ground_set_items.json").unlink()  # prepared before there was one
     log = train_mini("prepared", out)
+    assert "ground/0" not in (out / "looks_set_items.json").read_text()
     assert [line.split()[0] for line in log] == ["demo/make/fit_patches.py", *["train.py"] * 6,
                                                  *["scripts/convert_checkpoint.py"] * 2]  # fmt: skip
     assert f"init.first_stage_model={out}/patches.safetensors data.params.size=[64,64]" in log[1]
