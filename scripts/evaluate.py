@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
                   "ImageNet's MobileNetV2 from PyPI unless a flag names another network.")  # fmt: skip
     add("--run", required=True, help="--outdir of inference.py")
     add_classes(add, "of --segmentor; default: the one stored with it")
-    add_real("images (target)")
+    add_real("images (target), or a folder of images")
     network = add.__self__.add_mutually_exclusive_group()
     network.add_argument("--inception", help=argparse.SUPPRESS)  # of older command lines
     network.add_argument("--segmentor", nargs=2, metavar=("CONFIG", "CKPT"), help="features of a segmentor instead")
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = command("appearance", "clipped values, contrast and texture beside real images; no network")
     add("--run", required=True, help="--outdir of inference.py")
-    add_real("images (target)")
+    add_real("images (target), or a folder of images")
 
     add = command("diversity", "LPIPS between samples of one mask and reference")
     add("--run", required=True, help="--outdir of inference.py with --num_per_mask 2 or more")

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prepares the training data of the small model (scripts/train_mini.sh) and the masks it is tested on.
-#   sh scripts/prepare_mini_data.sh DATA_DIR OUT
+#   sh scripts/prepare_mini_data.sh DATA_DIR OUT          # given again, it goes on where it was stopped
 # DATA_DIR holds dubai/ and oam_kampala/ (img_train label_train img_test label_test), and images without masks:
 # usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each
 # unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/. OUT becomes the data_root:
@@ -56,11 +56,14 @@ prepare oam_kampala --preset shared --root "$data/oam_kampala" --classes oam_bui
 prepare kampala_ground --preset shared --root "$data/oam_kampala" --classes oam_building --stride 64 \
     --val_fraction 0.05 --group_regex '^(\d+_\d+)_' --pair none --map_to "$here/../configs/classes/mini_ground.yaml"
 sed -E 's#"(source|target|ref_image)": "#&kampala_ground/#g' "$out/kampala_ground/train_set_items.json" \
-    >"$out/ground_set_items.json"
+    >"$out/ground.part"
+mv "$out/ground.part" "$out/ground_set_items.json"
 prepare unlabelled --classes mini --pair none --unlabelled_train "$links/train"
 prepare ucmerced --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
     --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
-"$python" "$here/prepare_dataset.py" --out "$out" --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
+[ -f "$out/summary.json" ] || "$python" "$here/prepare_dataset.py" --out "$out" \
+    --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
 # The same tiles as in dubai/, which the comparison of references needs.
 sed 's|"source": "label_train/|"source": "dubai/label_test/|; s|"target": "img_train/|"target": "dubai/img_test/|
-    s|"ref_image": "|"ref_image": "ucmerced/|' "$out/ucmerced/inference_items.json" >"$out/inference_items_ucmerced.json"
+    s|"ref_image": "|"ref_image": "ucmerced/|' "$out/ucmerced/inference_items.json" >"$out/ucmerced.part"
+mv "$out/ucmerced.part" "$out/inference_items_ucmerced.json"

@@ -182,3 +182,10 @@ def test_appearance_of_a_run_beside_real_images(tmp_path: Path):
     assert results["references"]["images"] == 1  # stripes have the mean of grey, and 50 more of deviation
     assert results["synthesized"]["distance_own"] == pytest.approx(25, abs=0.1)
     assert "| references |" in (run / "appearance/results.md").read_text()
+    (tmp_path / "folder").mkdir()  # images without masks need no manifest
+    Image.fromarray(grey).save(tmp_path / "folder/grey.png")
+    main([*flags[:3], "--real", str(tmp_path / "folder"), *flags[5:]])
+    assert json.loads((run / "appearance/results.json").read_text())["real"] == results["real"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="--real .*no images"):
+        main([*flags[:3], "--real", str(tmp_path / "none"), *flags[5:]])

@@ -110,6 +110,22 @@ def test_a_manifest_of_binary_masks_warns(tmp_path: Path, caplog) -> None:
     assert "hold only 0 and 255" in caplog.text and "source_ids: {0: 0, 255: 1}" in caplog.text
 
 
+def test_images_of_one_colour_are_named(tmp_path: Path, caplog) -> None:
+    """An empty reference would be followed without a word; a bright first line is not yet an empty image."""
+    from ldm.data.manifest import read_manifest
+
+    Image.new("L", (32, 32)).save(tmp_path / "mask.png")
+    for name, rows in (("empty", 0), ("bright", 16)):
+        pixels = np.full((32, 32, 3), 200, np.uint8)
+        pixels[32 - rows:] = 7
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    lines = [json.dumps({"source": "mask.png", "ref_image": f"{name}.png"}) for name in ("empty", "bright")]
+    (tmp_path / "all.json").write_text("\n".join(lines))
+    assert len(read_manifest(tmp_path / "all.json", tmp_path, need=("reference",))) == 2
+    assert f"1 of the images and references hold one colour and nothing else, such as {tmp_path / 'empty.png'}" in (
+        caplog.text)
+
+
 def test_black_and_white_colours_are_the_same_kind(case: Case) -> None:
     table = {"name": "two", "classes": [{"id": 0, "name": "ground", "colour": [9, 9, 9]},
                                         {"id": 1, "name": "roof", "colour": [255, 255, 255]}]}

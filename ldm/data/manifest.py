@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -259,13 +260,17 @@ def check_rows(rows: list[Row], table: ClassTable | None, decode: Callable[[int]
         for key in row.files.values():
             is_decoded[key] = is_decoded.get(key, False) or is_whole
     notes = {file: Counter() for kind, file in is_decoded if kind == "mask"}  # threads must not share a counter
+    plain: set[Path] = set()
     readers = {"mask": lambda file: read_raw_mask(file) if table is None else read_mask(file, table, notes=notes[file]),
-               "instance": read_raw_mask, "image": lambda file: read_image(file, None)}  # fmt: skip
+               "instance": read_raw_mask, "image": partial(read_and_note, plain=plain)}  # fmt: skip
     keys = sorted(is_decoded)
     results_of = probe_files((file, readers[kind] if is_decoded[kind, file] else None) for kind, file in keys)
     found = dict(zip(keys, results_of, strict=True))
     if table is not None:
         warn_of_binary(sum(notes.values(), Counter()), table)
+    if plain:
+        say_once(f"{len(plain)} of the images and references hold one colour and nothing else, such as {min(plain)}. "
+                 "If they are empty, leave them out: what follows such a reference is plain, too.")
     for row in rows:
         results = {word: found[key] for word, key in row.files.items()}
         problems += [(row.line, f"{word}: {result}") for word, result in results.items() if isinstance(result, str)]
@@ -306,6 +311,14 @@ def probe_file(file: Path, read: Reader | None) -> tuple[int, int] | str | None:
         return read(file).shape[:2]
     except UserError as error:
         return str(error)
+
+
+def read_and_note(file: Path, plain: set[Path]) -> np.ndarray:
+    """Read an image; those of one colour all over are added to `plain`."""
+    image = read_image(file, None)
+    if (image[0] == image[0, 0]).all() and (image == image[0, 0]).all():  # of most images one line is enough
+        plain.add(file)
+    return image
 
 
 def warn_of_binary(notes: Counter, table: ClassTable) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ldm.cli import choose_device, markdown_table
+from ldm.data.images import find_images
 from ldm.data.manifest import read_manifest
 from ldm.modules.perceptual import PerceptualLoss
 from ldm.util import UserError
@@ -181,12 +182,22 @@ def read_features(paths: Sequence[Path], extract: Extract,
     return np.stack([found[path].numpy() for path in paths]), sorted(sizes)
 
 
+def real_images(args: argparse.Namespace) -> list[Path]:
+    """Images of --real, each once: all of a folder, or those that a manifest names as target."""
+    if not Path(args.real).is_dir():
+        rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
+        return sorted({row.image for row in rows})
+    images = sorted(find_images(Path(args.real)).files.values())
+    if not images:
+        raise UserError(f"--real {args.real}: no images. Expected a folder with some, or a manifest. Check the path.")
+    return images
+
+
 def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """FID and KID of a run to real images; returns results and a table."""
     samples, run = read_run(args.run, args.data_root)
-    rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
     name, extract = load_extractor(args)
-    real, real_sizes = read_features(sorted({row.image for row in rows}), extract, args)
+    real, real_sizes = read_features(real_images(args), extract, args)
     synthesized, sizes = read_features([sample.image for sample in samples], extract, args)
     results = compare_sets(real, synthesized, args.seed, subsets=args.subsets, subset_size=args.subset_size)
     note = "These are not the published FID and KID: another network. Compare them with each other only."
@@ -254,7 +265,6 @@ def appearance(images: torch.Tensor) -> torch.Tensor:
 def measure_appearance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Contrast and texture of a run and of real images; returns results and a table."""
     samples, run = read_run(args.run, args.data_root)
-    rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
     device = choose_device(args.device)
 
     seen: set[tuple[int, ...]] = set()
@@ -263,7 +273,7 @@ def measure_appearance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         seen.add(tuple(images.shape[-2:]))
         return torch.cat([appearance(images.to(device)), colour_statistics(images.to(device))], dim=1)
 
-    sets = {"synthesized": [sample.image for sample in samples], "real": sorted({row.image for row in rows}),
+    sets = {"synthesized": [sample.image for sample in samples], "real": real_images(args),
             "references": sorted({sample.reference for sample in samples if sample.reference})}  # fmt: skip
     found, sizes = {}, {}
     for name, paths in sets.items():
