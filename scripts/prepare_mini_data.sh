@@ -3,7 +3,8 @@
 #   sh scripts/prepare_mini_data.sh DATA_DIR OUT          # given again, it goes on where it was stopped
 # DATA_DIR holds dubai/ and oam_kampala/ (img_train label_train img_test label_test), and images without masks:
 # usgs_monterey/ (img_train img_unlabeled img_test), oam_banepa/ (img_train img_unlabeled), and in img_unlabeled each
-# unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/. OUT becomes the data_root:
+# unlabeled_naip/ drone_chia/ drone_brighton/ ucmerced/ (sources: models/README.md; a file of Dubai is t7_s1_....png,
+# one of Kampala 12_34_....png, one of UC Merced kind00.jpg to kind99.jpg). OUT becomes the data_root:
 #   OUT/train_set_items.json     128-pixel tiles, classes of the table `mini`: masks of Dubai and Kampala alone
 #   OUT/ground_set_items.json    Kampala again, other ground as land: for the last training
 #   OUT/val_set_items.json
@@ -20,6 +21,12 @@ mkdir -p "$2"
 out=$(cd "$2" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(sh "$here/setup_env.sh" train)}
+sources="DATA_DIR=$data SEED=${SEED:-23}"
+if [ -f "$out/made_of" ] && [ "$(cat "$out/made_of")" != "$sources" ]; then
+    echo "prepare_mini_data.sh: $out holds tiles of $(cat "$out/made_of"), not of $sources. Choose another OUT." >&2
+    exit 2
+fi
+echo "$sources" >"$out/made_of"
 
 # prepare NAME ARGUMENT...: OUT/NAME, which appears whole or not at all; what is there already stays
 prepare() {
@@ -61,8 +68,7 @@ mv "$out/ground.part" "$out/ground_set_items.json"
 prepare unlabelled --classes mini --pair none --unlabelled_train "$links/train"
 prepare ucmerced --preset folders --images "$data/dubai/img_test" --masks "$data/dubai/label_test" --classes dubai \
     --val_fraction 0 --infer_split train --pair folder --ref_dir "$links/test"
-[ -f "$out/summary.json" ] || "$python" "$here/prepare_dataset.py" --out "$out" \
-    --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
+"$python" "$here/prepare_dataset.py" --out "$out" --overwrite --merge "$out/dubai" "$out/oam_kampala" "$out/unlabelled"
 # The same tiles as in dubai/, which the comparison of references needs.
 sed 's|"source": "label_train/|"source": "dubai/label_test/|; s|"target": "img_train/|"target": "dubai/img_test/|
     s|"ref_image": "|"ref_image": "ucmerced/|' "$out/ucmerced/inference_items.json" >"$out/ucmerced.part"

@@ -32,7 +32,7 @@ if [ -f "$out/made_of" ] && [ "$(cat "$out/made_of")" != "$sources" ]; then
 fi
 echo "$sources" >"$out/made_of"
 
-if [ ! -f "$out/data/train_set_items.json" ]; then
+if [ ! -f "$out/data/val_set_items.json" ]; then # the last of the manifests
     if [ -f "$data" ]; then # unpacked beside its place, so that it is there whole or not at all
         rm -rf "$out/.data"
         "$python" -m zipfile -e "$data" "$out/.data"

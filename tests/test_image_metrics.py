@@ -186,6 +186,14 @@ def test_appearance_of_a_run_beside_real_images(tmp_path: Path):
     Image.fromarray(grey).save(tmp_path / "folder/grey.png")
     main([*flags[:3], "--real", str(tmp_path / "folder"), *flags[5:]])
     assert json.loads((run / "appearance/results.json").read_text())["real"] == results["real"]
+    Image.fromarray(grey).save(tmp_path / "folder/grey.bmp")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="--real .*no images"):
-        main([*flags[:3], "--real", str(tmp_path / "none"), *flags[5:]])
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    (tmp_path / "dot.json").write_text(json.dumps({"source": "0.png", "target": "dot.png"}) + "\n")
+    for place, more, message in (("none", (), "--real .*no images"), ("folder", (), "the same name"),
+                                 ("dot.json", (), "1x1"),
+                                 ("folder", ("--real_root", "."), "--real_root")):
+        with pytest.raises(UserError, match=message):
+            main([*flags[:3], "--real", str(tmp_path / place), *flags[5:], *more])
+    with pytest.raises(FileNotFoundError, match="--real"):
+        main([*flags[:3], "--real", str(tmp_path / "nowhere"), *flags[5:]])

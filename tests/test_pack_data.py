@@ -140,6 +140,7 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     (out / "data/ground_set_items.json").write_text('{"source": "ground/0"}\n')
     lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
     (out / "data/train_set_items.json").write_text("".join(lines))
+    (out / "data/val_set_items.json").touch()
     log = train_mini("prepared", out, START="whole.safetensors")
     assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]
     assert (out / "late_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], lines[8]]
@@ -174,6 +175,43 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     assert f"init.first_stage_model={out}/patches.safetensors data.params.size=[64,64]" in log[1]
     assert f"--finetune {out}/windows/checkpoints/last.ckpt init=null" in log[2] and "patch_autoencoder" in log[6]
     assert log[8].endswith(f"{out}/whole/checkpoints/last.safetensors {made}")
+
+
+PREPARE_STUB = """#!/bin/sh
+echo "$*" >>"$LOG"
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2"
+row='{"source": "label_train/a.png", "target": "img_train/a.png", "ref_image": "ref_img/a.png"}'
+for name in summary.json train_set_items.json inference_items.json; do echo "$row" >"$2/$name"; done
+"""
+
+
+def test_prepare_mini_data_goes_on_and_keeps_to_its_data(tmp_path: Path):
+    """Again: parts that are there stay, the join is made anew, since one of them may be new; other data is refused."""
+    (tmp_path / "python").write_text(PREPARE_STUB)
+    (tmp_path / "python").chmod(0o755)
+    for name in ("data", "other"):
+        (tmp_path / name).mkdir()
+    out, log = tmp_path / "out", tmp_path / "log"
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "LOG": str(log)}
+
+    def prepare(data: str, **settings: str) -> subprocess.CompletedProcess:
+        log.write_text("")
+        return subprocess.run(["sh", "scripts/prepare_mini_data.sh", tmp_path / data, out], cwd=ROOT, text=True,
+                              env={**environment, **settings}, capture_output=True)  # fmt: skip
+
+    assert prepare("data").returncode == 0 and len(log.read_text().splitlines()) == 6
+    assert json.loads((out / "ground_set_items.json").read_text())["source"] == "kampala_ground/label_train/a.png"
+    row = json.loads((out / "inference_items_ucmerced.json").read_text())
+    assert row == {"source": "dubai/label_test/a.png", "target": "dubai/img_test/a.png",
+                   "ref_image": "ucmerced/ref_img/a.png"}  # fmt: skip
+    shutil.rmtree(out / "unlabelled")
+    assert prepare("data").returncode == 0
+    assert [f"--out {out}/unlabelled" in log.read_text(), "--overwrite --merge" in log.read_text()] == [True, True]
+    assert len(log.read_text().splitlines()) == 2
+    for done in (prepare("other"), prepare("data", SEED="7")):
+        assert done.returncode == 2 and f"{out} holds tiles of DATA_DIR={tmp_path}/data SEED=23" in done.stderr
+    assert not log.read_text()
 
 
 def test_train_mini_refuses_the_name_of_a_recipe(tmp_path: Path):

@@ -299,7 +299,11 @@ def test_merge_rewrites_paths_below_one_root(source: Path, table: str, tmp_path:
     assert json.loads((out / "summary.json").read_text())["splits"]["train"]["images"] == 24
     with pytest.raises(FileExistsError):
         main(arguments)
+    heavy = [{**row, "weight": 3} for row in parts[1]]  # written by the user
+    (out / "two/train_set_items.json").write_text("".join(json.dumps(row) + "\n" for row in heavy))
     main([*arguments, "--overwrite"])
+    again = read_manifest(out / "train_set_items.json", out)
+    assert [row.weight for row in again] == [1] * len(parts[0]) + [3] * len(heavy)
 
 
 def test_folders_of_the_pixel_space_generators(tmp_path: Path, table: str):

@@ -110,20 +110,24 @@ def test_a_manifest_of_binary_masks_warns(tmp_path: Path, caplog) -> None:
     assert "hold only 0 and 255" in caplog.text and "source_ids: {0: 0, 255: 1}" in caplog.text
 
 
-def test_images_of_one_colour_are_named(tmp_path: Path, caplog) -> None:
-    """An empty reference would be followed without a word; a bright first line is not yet an empty image."""
+def test_empty_images_are_named(tmp_path: Path, caplog) -> None:
+    """One colour, in JPEG with noise, or nothing but transparent pixels; a plain first half is not yet empty."""
     from ldm.data.manifest import read_manifest
 
     Image.new("L", (32, 32)).save(tmp_path / "mask.png")
-    for name, rows in (("empty", 0), ("bright", 16)):
-        pixels = np.full((32, 32, 3), 200, np.uint8)
-        pixels[32 - rows:] = 7
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    lines = [json.dumps({"source": "mask.png", "ref_image": f"{name}.png"}) for name in ("empty", "bright")]
-    (tmp_path / "all.json").write_text("\n".join(lines))
-    assert len(read_manifest(tmp_path / "all.json", tmp_path, need=("reference",))) == 2
-    assert f"1 of the images and references hold one colour and nothing else, such as {tmp_path / 'empty.png'}" in (
-        caplog.text)
+    half = np.full((32, 32, 3), 200, np.uint8)
+    half[16:] = 7
+    Image.fromarray(half).save(tmp_path / "half.png")
+    Image.new("RGB", (32, 32), (90, 120, 70)).save(tmp_path / "plain.jpg")
+    Image.fromarray(np.dstack([half, np.zeros((32, 32), np.uint8)])).save(tmp_path / "clear.png")
+    for names, empty in ((("half.png",), None), (("half.png", "plain.jpg"), "plain.jpg"),
+                         (("half.png", "clear.png"), "clear.png")):  # fmt: skip
+        caplog.clear()
+        lines = [json.dumps({"source": "mask.png", "ref_image": name}) for name in names]
+        (tmp_path / "all.json").write_text("\n".join(lines))
+        assert len(read_manifest(tmp_path / "all.json", tmp_path, need=("reference",))) == len(names)
+        named = f"1 of the images and references are empty or of one colour, such as {tmp_path / str(empty)}"
+        assert (named in caplog.text) == bool(empty) == ("empty" in caplog.text)
 
 
 def test_black_and_white_colours_are_the_same_kind(case: Case) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.classes import IGNORE_INDEX, ClassTable, read_mask, read_raw_mask
-from ldm.data.images import image_size, read_image
+from ldm.data.images import image_size, open_image
 from ldm.files import atomic_write
 from ldm.util import UserError, nearest, say_once
 
@@ -269,8 +269,8 @@ def check_rows(rows: list[Row], table: ClassTable | None, decode: Callable[[int]
     if table is not None:
         warn_of_binary(sum(notes.values(), Counter()), table)
     if plain:
-        say_once(f"{len(plain)} of the images and references hold one colour and nothing else, such as {min(plain)}. "
-                 "If they are empty, leave them out: what follows such a reference is plain, too.")
+        say_once(f"{len(plain)} of the images and references are empty or of one colour, such as {min(plain)}. Leave "
+                 "them out, unless they are meant: an empty reference gives its brightness to what is generated.")
     for row in rows:
         results = {word: found[key] for word, key in row.files.items()}
         problems += [(row.line, f"{word}: {result}") for word, result in results.items() if isinstance(result, str)]
@@ -314,9 +314,11 @@ def probe_file(file: Path, read: Reader | None) -> tuple[int, int] | str | None:
 
 
 def read_and_note(file: Path, plain: set[Path]) -> np.ndarray:
-    """Read an image; those of one colour all over are added to `plain`."""
-    image = read_image(file, None)
-    if (image[0] == image[0, 0]).all() and (image == image[0, 0]).all():  # of most images one line is enough
+    """Read an image; it is added to `plain` if it has no data, or one colour but for a level of noise, as JPEG has."""
+    with open_image(file, None) as source:
+        image, valid = source.read()
+    is_empty = valid is not None and not valid.any()
+    if is_empty or all(part.std((0, 1)).max() < 1 for part in (image[::8, ::8], image)):  # of most a part is enough
         plain.add(file)
     return image
 

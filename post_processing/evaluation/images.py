@@ -5,6 +5,7 @@ Inception network on the same real images may be held against published ones: se
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +24,8 @@ from post_processing.run_index import read_run
 from post_processing.segmentation.backbone import find_imagenet_weights, load_backbone
 from post_processing.segmentation.loading import map_images
 from post_processing.segmentation.segmentor import Segmentor, require_mmseg, segmentor_of
+
+logger = logging.getLogger(__name__)
 
 Extract = Callable[[torch.Tensor], torch.Tensor]
 
@@ -184,13 +187,20 @@ def read_features(paths: Sequence[Path], extract: Extract,
 
 def real_images(args: argparse.Namespace) -> list[Path]:
     """Images of --real, each once: all of a folder, or those that a manifest names as target."""
-    if not Path(args.real).is_dir():
-        rows = read_manifest(args.real, args.real_root or Path(args.real).parent, need=("image",), check_files=False)
+    place = Path(args.real)
+    if not place.exists():
+        raise FileNotFoundError(f"--real: {place} not found. Expected a manifest or a folder of images.")
+    if place.is_file():
+        rows = read_manifest(place, args.real_root or place.parent, need=("image",), check_files=False)
         return sorted({row.image for row in rows})
-    images = sorted(find_images(Path(args.real)).files.values())
-    if not images:
-        raise UserError(f"--real {args.real}: no images. Expected a folder with some, or a manifest. Check the path.")
-    return images
+    if args.real_root:
+        raise UserError(f"--real_root: --real {place} is a folder, whose images are found there. Leave the flag out.")
+    found = find_images(place)
+    if left_out := found.describe(place):
+        logger.warning("%s", left_out)
+    if found.problems or not found.files:
+        raise UserError("; ".join(found.problems[:5]) or f"--real {place}: no images. Expected some. Check the path.")
+    return list(found.files.values())
 
 
 def measure_distribution(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -271,6 +281,9 @@ def measure_appearance(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     def look(images: torch.Tensor) -> torch.Tensor:
         seen.add(tuple(images.shape[-2:]))
+        if min(images.shape[-2:]) < 2:
+            raise UserError(f"--run, --real: an image of {images.shape[-2]}x{images.shape[-1]} pixels has no texture. "
+                            "Expected 2x2 or more.")
         return torch.cat([appearance(images.to(device)), colour_statistics(images.to(device))], dim=1)
 
     sets = {"synthesized": [sample.image for sample in samples], "real": real_images(args),

@@ -11,7 +11,7 @@ import yaml
 
 from ldm.data.bands import make_reading
 from ldm.data.classes import IGNORE_INDEX, ClassTable, MaskRules
-from ldm.data.manifest import PLACE_KEYS, write_manifest
+from ldm.data.manifest import DISK_KEYS, write_manifest
 from ldm.data.prepare.layouts import LAYOUTS
 from ldm.data.prepare.pairing import pair_for_inference, pair_for_training
 from ldm.data.prepare.scale import measure_scale
@@ -319,7 +319,8 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
 
 def move_row(row: dict[str, Any], prefix: str) -> dict[str, Any]:
     """A manifest row with its paths below another folder."""
-    return {key: value if key == "prompt" or key in PLACE_KEYS else f"{prefix}/{value}" for key, value in row.items()}
+    files = {key for word, key in DISK_KEYS.items() if word != "prompt"}
+    return {key: f"{prefix}/{value}" if key in files else value for key, value in row.items()}
 
 
 def join_splits(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
