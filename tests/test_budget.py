@@ -46,19 +46,19 @@ def assert_generates(run: Path) -> None:
 
 def test_a_training_ends_with_its_time_at_the_end_of_its_schedule(command: list[str], tmp_path: Path):
     begun = time.monotonic()
-    assert train.main([*command, "training.max_minutes=0.15", "training.warmup_steps=1000000"]) == 0
+    assert train.main([*command, "training.max_minutes=0.25", "training.warmup_steps=1000000"]) == 0
     wall = time.monotonic() - begun
-    assert 4 < wall < 9 + 6
+    assert 4 < wall < 15 + 6
     first = read_last(tmp_path / "run")
     assert rate_of(first) < 0.05 and first["global_step"] > 3
     assert_generates(tmp_path / "run")
     # A new budget: the rate rises again, since the time that is used up is a smaller share, and falls to the end.
-    assert train.main(["-r", str(tmp_path / "run"), "--gpus", "", "training.max_minutes=0.15", "--no-test"]) == 0
+    assert train.main(["-r", str(tmp_path / "run"), "--gpus", "", "training.max_minutes=0.25", "--no-test"]) == 0
     second = read_last(tmp_path / "run")
     assert second["global_step"] > first["global_step"] and rate_of(second) < 0.05
     elapsed = [state["elapsed"] for checkpoint in (first, second) for name, state in checkpoint["callbacks"].items()
                if name == "Budget"]
-    assert 2 < elapsed[0] < wall and elapsed[0] + 2 < elapsed[1] < wall + 9 + 6  # each second counts once
+    assert 2 < elapsed[0] < wall and elapsed[0] + 2 < elapsed[1] < wall + 15 + 6  # each second counts once
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
