@@ -140,6 +140,9 @@ def test_train_mini_goes_on_from_a_whole_model_or_begins_anew(tmp_path: Path, tr
     (out / "data/ground_set_items.json").write_text('{"source": "ground/0"}\n')
     lines = [json.dumps({"source": name, "target": name}) + "\n" for name in rows]
     (out / "data/train_set_items.json").write_text("".join(lines))
+    with pytest.raises(subprocess.CalledProcessError) as failure:  # the join was cut off: it is prepared again
+        train_mini("prepared", out, START="whole.safetensors")
+    assert b"prepare_mini_data.sh" in failure.value.stderr and b"prepared" in failure.value.stderr
     (out / "data/val_set_items.json").touch()
     log = train_mini("prepared", out, START="whole.safetensors")
     assert (out / "mixed_set_items.json").read_text().splitlines(keepends=True) == [*lines[:2], *lines[4::2]]

@@ -111,16 +111,21 @@ def test_a_manifest_of_binary_masks_warns(tmp_path: Path, caplog) -> None:
 
 
 def test_empty_images_are_named(tmp_path: Path, caplog) -> None:
-    """One colour, in JPEG with noise, or nothing but transparent pixels; a plain first half is not yet empty."""
+    """One colour but for noise, or nothing but transparent pixels; halves, or one line on plain ground, are no empty
+    image."""
     from ldm.data.manifest import read_manifest
 
     Image.new("L", (32, 32)).save(tmp_path / "mask.png")
     half = np.full((32, 32, 3), 200, np.uint8)
     half[16:] = 7
     Image.fromarray(half).save(tmp_path / "half.png")
-    Image.new("RGB", (32, 32), (90, 120, 70)).save(tmp_path / "plain.jpg")
+    noise = np.random.default_rng(0).integers(0, 2, (32, 32, 3), np.uint8)
+    Image.fromarray(noise + np.uint8(90)).save(tmp_path / "noise.png")
+    line = np.full((32, 32, 3), 90, np.uint8)
+    line[9] = 200  # in none of the rows that are looked at first
+    Image.fromarray(line).save(tmp_path / "line.png")
     Image.fromarray(np.dstack([half, np.zeros((32, 32), np.uint8)])).save(tmp_path / "clear.png")
-    for names, empty in ((("half.png",), None), (("half.png", "plain.jpg"), "plain.jpg"),
+    for names, empty in ((("half.png", "line.png"), None), (("half.png", "noise.png"), "noise.png"),
                          (("half.png", "clear.png"), "clear.png")):  # fmt: skip
         caplog.clear()
         lines = [json.dumps({"source": "mask.png", "ref_image": name}) for name in names]

@@ -319,8 +319,8 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
 
 def move_row(row: dict[str, Any], prefix: str) -> dict[str, Any]:
     """A manifest row with its paths below another folder."""
-    files = {key for word, key in DISK_KEYS.items() if word != "prompt"}
-    return {key: f"{prefix}/{value}" if key in files else value for key, value in row.items()}
+    return {key: f"{prefix}/{value}" if key in DISK_KEYS.values() and key != "prompt" else value
+            for key, value in row.items()}  # fmt: skip
 
 
 def join_splits(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
